@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help quickstart test test-slow quality bench clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 5 minutes)
+	$(BIN)/transformers-radio quickstart
+
+test: $(VENV)/installed  ## Run the tests (under 20 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed  ## Run the long tests too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+quality: $(VENV)/installed  ## Lint, types, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed  ## Measure the framework's overhead and the input pipeline
+	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/input_pipeline.py
+
+clean:  ## Remove the environment and caches (never runs/)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

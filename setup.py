@@ -1,0 +1,38 @@
+from setuptools import find_packages, setup
+
+# The first transformers with a native RADIO is 5.13; torch and torchvision must come from the same release.
+MODELING = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.13,<6", "safetensors>=0.5", "numpy", "pillow>=10"]
+TRAINING = ["accelerate>=1.10", "datasets>=4.0", "omegaconf>=2.3", "typer>=0.15", "rich>=13", "tqdm", "matplotlib>=3.8"]
+TEACHERS = ["open_clip_torch>=2.30", "segment-anything>=1.0", "timm>=1.0.15"]
+QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4", "tensorboard>=2.16"]
+DEV = [
+    *QUICKSTART,
+    "pytest>=8",
+    "ruff>=0.9",
+    "mypy>=1.14",
+    "import-linter>=2.1",
+    "pre-commit>=4",
+    "types-PyYAML",
+    "types-tqdm",
+]
+
+setup(
+    name="transformers_radio",
+    version="0.1.0",
+    description="AM-RADIO on the Hugging Face stack: train, evaluate and use agglomerative vision foundation models.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "py.typed"]},
+    install_requires=[*MODELING, *TRAINING],
+    extras_require={"teachers": TEACHERS, "quickstart": QUICKSTART, "dev": DEV},
+    entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:app"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
