@@ -1,0 +1,181 @@
+"""The made world on disk: WebDataset shards of scenes, written once and reused while they are whole."""
+
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset, load_dataset
+from PIL import Image
+from tqdm import tqdm
+
+from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
+
+__all__ = ["CLASS_NAMES", "MATERIALS", "SHAPES", "World", "make_world", "read_split"]
+
+# Raise it whenever scenes or files come out differently, so that a world made by an older version is made again.
+SPEC_VERSION = 1
+SHARDS = {"train": 8, "validation": 2}
+INDEX_FILE = "world.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """A complete made world.
+
+    Attributes:
+        directory: where train-000000.tar, ..., validation-000000.tar, ... and world.json are.
+        classes: the 96 names of the main classes, e.g. "striped star", in the order of the class numbers.
+        train: number of training scenes.
+        validation: number of validation scenes.
+        seed: what it was made from.
+    """
+
+    directory: Path
+    classes: tuple[str, ...]
+    train: int
+    validation: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Shard:
+    directory: Path
+    split: str
+    number: int
+    start: int  # the first scene's index within the split
+    stop: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.split}-{self.number:06d}.tar"
+
+
+def _encode(array: np.ndarray, image_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def _sample_files(scene: Scene) -> dict[str, bytes]:
+    """One scene as the files of a WebDataset sample, keyed by extension."""
+    return {
+        "jpg": _encode(scene.image, "JPEG", quality=95),
+        "txt": scene.caption.encode(),
+        "cls": str(scene.main_class).encode(),
+        "semantic.png": _encode(scene.semantic, "PNG", compress_level=3),
+        "instances.png": _encode(scene.instances, "PNG", compress_level=3),
+        "json": json.dumps({"objects": [asdict(o) for o in scene.objects]}).encode(),
+    }
+
+
+def _write_shard(shard: _Shard) -> tuple[str, int, int]:
+    """Write one shard under a temporary name, then move it into place. Returns its name, its bytes and its scenes."""
+    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
+    with tarfile.open(temporary, "w") as tar:
+        for index in range(shard.start, shard.stop):
+            for extension, content in _sample_files(draw_scene(shard.split, shard.seed, index)).items():
+                member = tarfile.TarInfo(f"{shard.split}-{index:06d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    os.replace(temporary, shard.path)
+    return shard.path.name, shard.path.stat().st_size, shard.stop - shard.start
+
+
+def _split_shards(directory: Path, split: str, count: int, seed: int) -> list[_Shard]:
+    bounds = [count * i // SHARDS[split] for i in range(SHARDS[split] + 1)]
+    return [_Shard(directory, split, i, bounds[i], bounds[i + 1], seed) for i in range(SHARDS[split])]
+
+
+def _is_whole(directory: Path, spec: dict[str, Any]) -> bool:
+    """Whether the directory holds exactly this world: the index is written last, and knows the size of each shard."""
+    try:
+        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+        sizes = index.pop("bytes")
+        return index == spec and all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed: int = 0, workers: int = 2) -> World:
+    """Make the world in `directory`, or reuse the one that is there when it is whole and the same.
+
+    The files depend on the counts and the seed alone, not on the number of workers. An unfinished or different world
+    in the directory is replaced; other files there are left alone.
+
+    Args:
+        directory: created when missing.
+        train: number of training scenes, at least 8, one for each shard.
+        validation: number of validation scenes, at least 2.
+        seed: not negative.
+        workers: processes, at least 1; each is started afresh ("spawn").
+
+    Raises:
+        ValueError: a count, the seed or the number of workers is too small.
+        FileNotFoundError: a photograph is not installed.
+    """
+    counts = {"train": train, "validation": validation}
+    for split, count in counts.items():
+        if count < SHARDS[split]:
+            raise ValueError(f"{split} is {count} scenes; expected at least {SHARDS[split]}, one for each shard")
+    if seed < 0 or workers < 1:
+        raise ValueError(f"seed is {seed} and workers is {workers}; expected seed >= 0 and workers >= 1")
+    directory = Path(directory)
+    world = World(directory, CLASS_NAMES, train, validation, seed)
+    spec: dict[str, Any] = {
+        "version": SPEC_VERSION,
+        "seed": seed,
+        "counts": counts,
+        "shards": SHARDS,
+        "classes": list(CLASS_NAMES),
+        "photographs": {split: list(names) for split, names in PHOTOGRAPHS.items()},
+    }
+    if _is_whole(directory, spec):
+        return world
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / INDEX_FILE).unlink(missing_ok=True)
+    for split in SHARDS:
+        for leftover in [*directory.glob(f"{split}-*.tar"), *directory.glob(f".{split}-*.tar.*.tmp")]:
+            leftover.unlink()
+    shards = [shard for split, count in counts.items() for shard in _split_shards(directory, split, count, seed)]
+    sizes = {}
+    with (
+        multiprocessing.get_context("spawn").Pool(workers) as pool,
+        tqdm(total=train + validation, desc="drawing the world", unit="scene") as progress,
+    ):
+        for name, size, scenes in pool.imap_unordered(_write_shard, shards):
+            sizes[name] = size
+            progress.update(scenes)
+    temporary = directory / f".{INDEX_FILE}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps({**spec, "bytes": dict(sorted(sizes.items()))}, indent=1), encoding="utf-8")
+    os.replace(temporary, directory / INDEX_FILE)
+    return world
+
+
+def read_split(directory: Path, split: str, columns: Sequence[str] | None = None) -> IterableDataset:
+    """Stream the samples of one split, in order.
+
+    Args:
+        split: "train" or "validation".
+        columns: read only these; by default all of "jpg" (RGB image), "txt" (caption), "cls" (main class),
+            "semantic.png" and "instances.png" (gray images of integers), "json" ({"objects": [...]}), "__key__".
+
+    Raises:
+        ValueError: an unknown split.
+        FileNotFoundError: the directory holds no shards of the split.
+    """
+    if split not in SHARDS:
+        raise ValueError(f"split is {split!r}; expected one of {tuple(SHARDS)}")
+    shards = sorted(str(path) for path in Path(directory).glob(f"{split}-*.tar"))
+    if not shards:
+        raise FileNotFoundError(f"no {split}-*.tar in {directory}; make the world with make_world(directory)")
+    dataset = load_dataset("webdataset", data_files={split: shards}, split=split, streaming=True)
+    return dataset.select_columns(list(columns)) if columns else dataset
