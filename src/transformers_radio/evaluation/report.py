@@ -1,0 +1,98 @@
+"""One table of results in the form of the paper's Table 1: Markdown, JSON, or the terminal."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+import rich.table
+from rich.text import Text
+
+MISSING = "–"
+
+
+@dataclass
+class Row:
+    """One model. `params` is a count, `resolution` a side or (height, width) in pixels, `throughput` images/s, and
+    `metrics` column -> value. None means not measured."""
+
+    model: str
+    params: int | None = None
+    resolution: int | tuple[int, int] | None = None
+    throughput: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in {"Throughput": self.throughput, **self.metrics}.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} of {self.model!r} is {value}; expected a number, or None if not measured.")
+
+
+@dataclass
+class Table:
+    """Rows with their title and notes. The best value of a column is bold, where there is one to compare it with;
+    larger is better except in the columns named in `lower_is_better`."""
+
+    title: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    lower_is_better: list[str] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[str]:
+        metrics = dict.fromkeys(name for row in self.rows for name in row.metrics)  # unique, in order of appearance
+        return ["Model", "Params (M)", "Resolution", "Throughput", *metrics]
+
+    def cells(self) -> list[list[tuple[str, bool]]]:
+        """Per row and column: the text, and whether it is the column's best."""
+        described = [[(row.model, False), (_params(row), False), (_resolution(row), False)] for row in self.rows]
+        for column in self.columns[3:]:
+            values = [row.throughput if column == "Throughput" else row.metrics.get(column) for row in self.rows]
+            texts = [_number(value, column == "Throughput") for value in values]
+            known = [value for value in values if value is not None]
+            best = None
+            if len(known) > 1:
+                best = texts[values.index(min(known) if column in self.lower_is_better else max(known))]
+            for cells, text in zip(described, texts, strict=True):
+                cells.append((text, text == best))  # by text: what prints alike is bold alike
+        return described
+
+    def to_markdown(self) -> str:
+        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1)]
+        lines += [[f"**{_escape(text)}**" if best else _escape(text) for text, best in row] for row in self.cells()]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        return "\n\n".join(part for part in (f"### {self.title}", table, notes) if part) + "\n"
+
+    def to_json(self) -> str:
+        """Every value at full precision: title, rows (the fields of `Row`), notes, lower_is_better."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def to_rich(self) -> rich.table.Table:
+        """For `rich.console.Console().print`."""
+        table = rich.table.Table(title=Text(self.title), caption_justify="left")
+        table.caption = Text("\n".join(self.notes)) if self.notes else None
+        for number, column in enumerate(self.columns):
+            table.add_column(Text(column), justify="right" if number else "left")
+        for row in self.cells():
+            table.add_row(*(Text(text, style="bold green" if best else "") for text, best in row))
+        return table
+
+
+def _params(row: Row) -> str:
+    return MISSING if row.params is None else f"{row.params / 1e6:.{0 if row.params >= 1e8 else 1}f}"
+
+
+def _resolution(row: Row) -> str:
+    if row.resolution is None:
+        return MISSING
+    return str(row.resolution) if isinstance(row.resolution, int) else "×".join(map(str, row.resolution))
+
+
+def _number(value: float | None, is_throughput: bool) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.{0 if value >= 100 else 1}f}" if is_throughput else f"{value:.2f}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

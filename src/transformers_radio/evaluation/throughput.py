@@ -1,0 +1,61 @@
+"""Images per second of several encoders, measured in one interleaved run."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+Model = nn.Module | Callable[[torch.Tensor], object]
+
+
+def throughput(
+    models: Mapping[str, Model], inputs: Mapping[str, torch.Tensor], repeats: int = 10, warmup: int = 2
+) -> dict[str, float]:
+    """Median images/s of every model.
+
+    Each round times every model once, so that a machine that slows down slows all of them: ratios hold even where
+    absolute figures wander. Timed is the forward pass on images that already are on the device, without gradients.
+
+    Args:
+        models: name -> module in eval mode, or any callable.
+        inputs: name -> its batch (B, 3, H, W); the names are those of `models`. Sizes and devices may differ.
+        repeats: timed rounds, of which the median counts; warmup: rounds before them that do not count.
+    """
+    if not models or set(models) != set(inputs):
+        raise ValueError(f"models and inputs must have the same names; got {sorted(models)} and {sorted(inputs)}.")
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats is {repeats} and warmup is {warmup}; expected at least 1 and at least 0.")
+    for name, model in models.items():
+        if isinstance(model, nn.Module) and model.training:
+            raise ValueError(f"{name!r} is in training mode; call .eval() on it before measuring.")
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for step in tqdm(range(warmup + repeats), desc="throughput", unit="round"):
+            for name, model in models.items():
+                _synchronize(inputs[name])
+                start = time.perf_counter()
+                model(inputs[name])
+                _synchronize(inputs[name])
+                if step >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: len(inputs[name]) / statistics.median(times) for name, times in seconds.items()}
+
+
+def throughput_conditions(model: Model, images: torch.Tensor) -> str:
+    """What a figure of `throughput` holds for, such as "batch 8, 432x432, float32, cpu (2 threads)"."""
+    parameter = next(model.parameters(), images) if isinstance(model, nn.Module) else images
+    where = images.device.type
+    if where == "cpu":
+        where = f"cpu ({torch.get_num_threads()} threads)"
+    elif where == "cuda":
+        where = torch.cuda.get_device_name(images.device)
+    batch, _, height, width = images.shape
+    return f"batch {batch}, {height}x{width}, {str(parameter.dtype).removeprefix('torch.')}, {where}"
+
+
+def _synchronize(images: torch.Tensor) -> None:
+    if images.device.type != "cpu":  # kernels are queued: without waiting, only the queueing would be timed
+        torch.accelerator.synchronize(images.device)
