@@ -1,0 +1,188 @@
+"""Image processor of RADIO students: any image in, RGB in [0, 1] at a supported resolution out.
+
+The mean and standard deviation belong to the model (its input conditioner), so nothing is normalised here.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageType, PILImageResampling, get_image_type
+from transformers.processing_utils import ImagesKwargs
+
+
+class RadioImageProcessorKwargs(ImagesKwargs, total=False):
+    """Adds the number that every output side is a multiple of (the model's `min_resolution_step`)."""
+
+    size_divisor: int | None
+
+
+class RadioImageProcessor(TorchvisionBackend):
+    """Turns images into `pixel_values` (batch_size, 3, height, width), float32 in [0, 1], at a supported resolution.
+
+    Takes one image or a batch, as PIL images, numpy arrays or torch tensors, grey, RGB or RGBA (laid over white).
+    Integer images hold 0..255 and are divided by 255; float images must already be in [0, 1] and keep their values.
+
+    `size` selects how an image is resized (bicubic with antialiasing by default):
+
+    - `{"height": h, "width": w}`: to this size; the aspect ratio is not kept. An int means a square.
+    - `{"shortest_edge": s}`: the shortest side to `s`, the aspect ratio kept, then each side to the nearest multiple
+      of `size_divisor`.
+    - `{"longest_edge": s}`: the longest side to `s`, the aspect ratio kept, then zeros (black) at the bottom and right
+      up to the next multiple, or up to the largest image of the batch. This is what the paper gives LLaVA-1.5, with
+      s = 432 (section 5.4). Also returns `pixel_mask` (batch_size, height, width), int64, 1 on the image and 0 on the
+      padding. A RADIO student attends to padding like to any other patch.
+
+    Sides named in `size` that are no multiple of `size_divisor` are rounded to the nearest one (at least one step).
+
+    Args:
+        size_divisor (int, defaults to 16): multiple that both sides must be of; the model's `min_resolution_step`.
+
+    Raises:
+        ValueError: for another kind of `size`; for `do_normalize`, `do_center_crop` or `do_pad`; for float images
+            outside [0, 1]; for integers outside 0..255; for 16-bit or float PIL images, which have no defined range.
+    """
+
+    valid_kwargs = RadioImageProcessorKwargs
+
+    resample = PILImageResampling.BICUBIC
+    size = {"height": 432, "width": 432}  # the paper's resolution (Table 1)
+    size_divisor = 16
+    default_to_square = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = False
+    do_convert_rgb = True
+
+    def _standardize_kwargs(self, *args, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(*args, **kwargs)
+        if kwargs.get("do_normalize"):
+            raise ValueError(
+                "do_normalize=True: the model normalises its own input; give it [0, 1] (do_normalize=False)"
+            )
+        for name in ("do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name}=True is not supported; crop before, or choose a padded size: size={{'longest_edge': s}}"
+                )
+        if kwargs.get("rescale_factor", self.rescale_factor) != 1 / 255:
+            raise ValueError(f"rescale_factor={kwargs['rescale_factor']}: the model takes [0, 1], which is 1 / 255")
+        divisor, size = kwargs["size_divisor"], dict(kwargs["size"])
+        if divisor < 1:
+            raise ValueError(f"size_divisor={divisor} must be positive; use the model's min_resolution_step")
+        if set(size) not in ({"height", "width"}, {"shortest_edge"}, {"longest_edge"}) or min(size.values()) < 1:
+            raise ValueError(
+                f"size={size} is not supported; give positive numbers as {{'height': h, 'width': w}}, "
+                "{'shortest_edge': s} or {'longest_edge': s}"
+            )
+        return kwargs
+
+    def _prepare_images_structure(self, images, *args, **kwargs):
+        # transformers takes arrays of three dimensions only; a grey one may come as (height, width)
+        images = self.fetch_images(images)
+        batch = images if isinstance(images, (list, tuple)) else [images]
+        batch = [image[None] if getattr(image, "ndim", 3) == 2 else image for image in batch]
+        return super()._prepare_images_structure(batch, *args, **kwargs)
+
+    def process_image(self, image, *args, **kwargs) -> torch.Tensor:
+        """One image as a (channels, height, width) tensor: uint8 in 0..255 or float in [0, 1]."""
+        if get_image_type(image) == ImageType.PIL and image.mode.startswith(("I", "F")):
+            raise ValueError(f"a PIL image of mode {image.mode!r} has no defined range; convert it to 8 bits first")
+        image = super().process_image(image, *args, **kwargs)
+        low, high = image.min().item(), image.max().item()
+        if image.is_floating_point():
+            if not (0.0 <= low and high <= 1.0):
+                raise ValueError(
+                    f"float images must be in [0, 1], got values from {low} to {high}; divide by 255 or pass uint8"
+                )
+            return image.float()
+        if low < 0 or high > 255:
+            raise ValueError(f"integer images must be in 0..255, got values from {low} to {high}; convert to 8 bits")
+        return image.to(torch.uint8)
+
+    def _nearest_multiple(self, side: float, divisor: int) -> int:
+        return max(divisor, round(side / divisor) * divisor)
+
+    def _output_size(self, height: int, width: int, size, divisor: int) -> tuple[int, int]:
+        """Size that an image is resized to; with `longest_edge` the shorter side is the one before padding."""
+        if size.height:
+            return self._nearest_multiple(size.height, divisor), self._nearest_multiple(size.width, divisor)
+        if size.shortest_edge:
+            scale = size.shortest_edge / min(height, width)
+            return self._nearest_multiple(height * scale, divisor), self._nearest_multiple(width * scale, divisor)
+        scale = self._nearest_multiple(size.longest_edge, divisor) / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _preprocess(  # type: ignore[override]
+        self, images, do_resize, size, size_divisor, resample, do_rescale, return_tensors, **kwargs
+    ) -> BatchFeature:
+        processed = []
+        for image in images:  # each (3, height, width)
+            if do_resize:
+                height, width = self._output_size(image.shape[-2], image.shape[-1], size, size_divisor)
+                image = self.resize(image, type(size)(height=height, width=width), resample=resample)
+            if image.is_floating_point():
+                image = image.clamp(0.0, 1.0)  # bicubic overshoots at edges
+            elif do_rescale:
+                image = image.float() / 255
+            else:
+                raise ValueError("do_rescale=False needs float images in [0, 1], got integers; leave do_rescale=True")
+            processed.append(image)
+
+        data: dict = {"pixel_values": processed}
+        if do_resize and size.longest_edge:
+            # up to the next multiple of the largest height and width of the batch
+            height = -(-max(image.shape[-2] for image in processed) // size_divisor) * size_divisor
+            width = -(-max(image.shape[-1] for image in processed) // size_divisor) * size_divisor
+            pad_size = type(size)(height=height, width=width)
+            data["pixel_values"], data["pixel_mask"] = self.pad(processed, pad_size=pad_size, return_mask=True)
+        shapes = sorted({tuple(image.shape) for image in data["pixel_values"]})
+        if return_tensors is not None and len(shapes) > 1:
+            raise ValueError(
+                f"images of one batch came out in different shapes {shapes}; use size={{'height': h, 'width': w}}, "
+                "size={'longest_edge': s} (pads), one image at a time, or return_tensors=None"
+            )
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: list[tuple[int, int]] | None = None,
+        pixel_mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Class maps from the `logits` (batch_size, num_labels, h, w) of a semantic segmentation model.
+
+        Args:
+            outputs: output of `RadioForSemanticSegmentation`, or anything with such `logits`.
+            target_sizes: (height, width) of each map, usually the original image's; the logits are resized to it
+                bilinearly. Without it each map keeps the size of the logits.
+            pixel_mask (batch_size, height, width): of a padded batch; the padding is cut off before resizing.
+
+        Returns:
+            One int64 tensor (height, width) of class indices per image.
+
+        Raises:
+            ValueError: when the number of target sizes is not the batch size, or `pixel_mask` comes without them.
+        """
+        logits = outputs.logits
+        if target_sizes is None:
+            if pixel_mask is not None:
+                raise ValueError("pixel_mask needs target_sizes: the (height, width) of each image without padding")
+            return list(logits.argmax(dim=1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"got {len(target_sizes)} target_sizes for {len(logits)} images; give one per image")
+        maps = []
+        for index, target_size in enumerate(target_sizes):
+            scores = logits[index : index + 1]  # (1, num_labels, h, w)
+            if pixel_mask is not None:
+                mask = pixel_mask[index]
+                # the image's border falls between patches, so cut at pixel accuracy
+                scores = F.interpolate(scores, size=mask.shape, mode="bilinear", align_corners=False)
+                scores = scores[..., : int(mask[:, 0].sum()), : int(mask[0].sum())]
+            target_size = (int(target_size[0]), int(target_size[1]))
+            scores = F.interpolate(scores, size=target_size, mode="bilinear", align_corners=False)
+            maps.append(scores[0].argmax(dim=0))
+        return maps
+
+
+RadioImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -1,0 +1,205 @@
+"""RadioImageProcessor against torchvision and Pillow, and as remote code in a process without our package."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tvF
+
+from transformers_radio.modeling.image_processing_radio import RadioImageProcessor
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Smooth colour gradients with some noise, so that neighbouring pixels differ but no filter rings everywhere."""
+    rng = np.random.default_rng(height * 1000 + width)
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([255 * x / width, 255 * y / height, 127 + 100 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
+    return Image.fromarray((image + rng.normal(0, 8, image.shape)).clip(0, 255).astype(np.uint8))
+
+
+def torchvision_resize(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    tensor = tvF.pil_to_tensor(image)
+    tensor = tvF.resize(tensor, [height, width], interpolation=tvF.InterpolationMode.BICUBIC, antialias=True)
+    return tvF.to_dtype(tensor, torch.float32, scale=True)
+
+
+def test_exact_size_equals_torchvision_and_pillow():
+    image = photo(75, 130)
+    pixel_values = RadioImageProcessor(size={"height": 64, "width": 96})(image, return_tensors="pt").pixel_values
+    assert pixel_values.dtype == torch.float32 and pixel_values.shape == (1, 3, 64, 96)
+    torch.testing.assert_close(pixel_values[0], torchvision_resize(image, 64, 96), rtol=0, atol=1e-6)
+    pillow = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    np.testing.assert_allclose(pixel_values[0].permute(1, 2, 0).numpy(), pillow, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize(
+    "size, image_size, expected",
+    [
+        ({"height": 66, "width": 90}, (50, 50), (64, 96)),  # 90 / 16 = 5.6
+        ({"height": 3, "width": 5}, (50, 50), (16, 16)),  # at least one step
+        (48, (20, 90), (48, 48)),  # an int is a square
+        ({"shortest_edge": 64}, (100, 150), (64, 96)),
+        ({"shortest_edge": 64}, (150, 111), (80, 64)),  # 150 * 64 / 111 = 86.5, nearest multiple 80
+        ({"shortest_edge": 60}, (40, 40), (64, 64)),
+    ],
+)
+def test_sides_are_the_nearest_supported_ones(size, image_size, expected):
+    image = photo(*image_size)
+    pixel_values = RadioImageProcessor(size=size)(image, return_tensors="pt").pixel_values
+    assert pixel_values.shape[-2:] == expected
+    torch.testing.assert_close(pixel_values[0], torchvision_resize(image, *expected), rtol=0, atol=1e-6)
+
+
+def test_size_divisor_sets_the_step():
+    processor = RadioImageProcessor(size={"shortest_edge": 64}, size_divisor=32)
+    assert processor(photo(100, 170), return_tensors="pt").pixel_values.shape[-2:] == (64, 96)  # 108.8 -> 96
+
+
+def test_longest_side_keeps_the_aspect_ratio_and_marks_the_padding():
+    images = [photo(100, 200), photo(90, 60)]
+    output = RadioImageProcessor(size={"longest_edge": 96})(images, return_tensors="pt")
+    # 100 x 200 -> 48 x 96, 90 x 60 -> 96 x 64; the batch is padded to its largest height and width
+    assert output.pixel_values.shape == (2, 3, 96, 96) and output.pixel_mask.shape == (2, 96, 96)
+    for index, (image, (height, width)) in enumerate(zip(images, [(48, 96), (96, 64)], strict=True)):
+        expected = torch.zeros(3, 96, 96)
+        expected[:, :height, :width] = torchvision_resize(image, height, width)
+        torch.testing.assert_close(output.pixel_values[index], expected, rtol=0, atol=1e-6)
+        assert output.pixel_mask[index].sum() == height * width
+        assert output.pixel_mask[index, :height, :width].all()
+
+
+def test_one_image_is_padded_to_the_next_multiple_only():
+    # LLaVA-1.5 in the paper: long edge 432, short edge padded only up to a patch multiple; 640 x 480 -> 432 x 324
+    output = RadioImageProcessor(size={"longest_edge": 432})(photo(480, 640), return_tensors="pt")
+    assert output.pixel_values.shape == (1, 3, 336, 432)
+    assert output.pixel_mask.sum() == 324 * 432
+
+
+def test_every_kind_of_image_gives_the_same_pixels():
+    image = photo(40, 56)
+    array, tensor = np.array(image), tvF.pil_to_tensor(image)
+    processor = RadioImageProcessor(size={"height": 32, "width": 48})
+    expected = processor(image, return_tensors="pt").pixel_values
+    for same in (array, array.transpose(2, 0, 1), array.astype(np.int64), tensor, [image], [tensor], tensor[None]):
+        torch.testing.assert_close(processor(same, return_tensors="pt").pixel_values, expected, rtol=0, atol=0)
+    # float images in [0, 1] keep their values; only the rounding to 8 bits in each pass of the resize differs
+    for same in (tensor / 255, array.astype(np.float32) / 255, (tensor / 255).double()):
+        pixel_values = processor(same, return_tensors="pt").pixel_values
+        assert pixel_values.dtype == torch.float32 and pixel_values.min() >= 0 and pixel_values.max() <= 1
+        torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1.5 / 255)
+
+
+def test_grey_and_transparent_images_become_rgb():
+    processor = RadioImageProcessor(size={"height": 32, "width": 32})
+    grey = photo(32, 32).convert("L")
+    pixel_values = processor(grey, return_tensors="pt").pixel_values
+    expected = torch.from_numpy(np.array(grey)).float().div(255).expand(1, 3, 32, 32)
+    torch.testing.assert_close(pixel_values, expected)
+    torch.testing.assert_close(processor(np.array(grey), return_tensors="pt").pixel_values, expected)
+
+    alpha = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+    rgba = np.dstack([np.array(photo(32, 32)), alpha])
+    rgb, opacity = torch.from_numpy(rgba[..., :3] / 255), torch.from_numpy(rgba[..., 3:] / 255)
+    expected = (rgb * opacity + 1 - opacity).permute(2, 0, 1)[None].float()  # over white
+    for image in (Image.fromarray(rgba, "RGBA"), rgba):
+        pixel_values = processor(image, return_tensors="pt").pixel_values
+        torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1.01 / 255)
+
+
+def test_black_and_white_span_the_whole_range_even_where_bicubic_overshoots():
+    edge = torch.zeros(3, 40, 40)
+    edge[:, :, 20:] = 1.0
+    for image in (edge, (edge * 255).to(torch.uint8)):
+        pixel_values = RadioImageProcessor(size={"height": 64, "width": 64})(image, return_tensors="pt").pixel_values
+        assert pixel_values.min() == 0 and pixel_values.max() == 1
+
+
+@pytest.mark.parametrize(
+    "options, image, message",
+    [
+        ({"size": {"max_height": 64, "max_width": 64}}, None, "max_height"),
+        ({"size": {"shortest_edge": 0}}, None, "positive"),
+        ({"size_divisor": 0}, None, "size_divisor=0"),
+        ({"do_normalize": True, "image_mean": 0.5, "image_std": 0.5}, None, "the model normalises"),
+        ({"do_center_crop": True, "crop_size": 32}, None, "do_center_crop"),
+        ({"rescale_factor": 1 / 127.5}, None, "rescale_factor"),
+        ({}, torch.full((3, 32, 32), 200.0), "200.0"),
+        ({}, torch.full((3, 32, 32), float("nan")), r"\[0, 1\]"),
+        ({}, np.full((32, 32, 3), 4096, dtype=np.int32), "4096"),
+        ({}, Image.new("I;16", (32, 32)), "I;16"),
+        ({"do_rescale": False}, np.zeros((32, 32, 3), dtype=np.uint8), "do_rescale"),
+        ({}, np.zeros((32, 32, 2), dtype=np.uint8), "channel"),
+        (
+            {"size": {"shortest_edge": 32}},
+            [np.zeros((32, 32, 3), np.uint8), np.zeros((32, 64, 3), np.uint8)],
+            "shapes",
+        ),
+    ],
+)
+def test_wrong_input_is_named(options, image, message):
+    with pytest.raises(ValueError, match=message):
+        RadioImageProcessor(**options)(photo(32, 32) if image is None else image, return_tensors="pt")
+
+
+def test_semantic_maps_have_the_target_sizes():
+    torch.manual_seed(0)
+    outputs = SimpleNamespace(logits=torch.randn(2, 5, 4, 6))
+    processor = RadioImageProcessor()
+    maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(30, 45), (17, 8)])
+    for scores, segmentation, size in zip(outputs.logits, maps, [(30, 45), (17, 8)], strict=True):
+        expected = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False).argmax(1)[0]
+        assert segmentation.dtype == torch.int64 and torch.equal(segmentation, expected)
+    plain = processor.post_process_semantic_segmentation(outputs)
+    assert torch.equal(torch.stack(plain), outputs.logits.argmax(1))
+    with pytest.raises(ValueError, match="1 target_sizes for 2 images"):
+        processor.post_process_semantic_segmentation(outputs, target_sizes=[(30, 45)])
+
+
+def test_semantic_maps_leave_out_the_padding():
+    # left half class 0, right half class 1, and whatever lies in the padding is class 2
+    image = np.zeros((60, 120, 3), dtype=np.uint8)
+    inputs = RadioImageProcessor(size={"longest_edge": 128}, size_divisor=16)(
+        [image, image.transpose(1, 0, 2)], return_tensors="pt"
+    )
+    assert inputs.pixel_values.shape == (2, 3, 128, 128)
+    logits = torch.zeros(2, 3, 8, 8)
+    logits[:, 2] = 5.0
+    logits[0, :, :4, :4] = torch.tensor([10.0, 0, 0])[:, None, None]
+    logits[0, :, :4, 4:] = torch.tensor([0, 10.0, 0])[:, None, None]
+    segmentation = RadioImageProcessor().post_process_semantic_segmentation(
+        SimpleNamespace(logits=logits), target_sizes=[(60, 120), (120, 60)], pixel_mask=inputs.pixel_mask
+    )
+    assert segmentation[0].shape == (60, 120) and segmentation[1].shape == (120, 60)
+    assert (segmentation[0][:50, :55] == 0).all() and (segmentation[0][:50, 65:] == 1).all()
+
+
+def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path):
+    processor = RadioImageProcessor(size={"shortest_edge": 48}, size_divisor=16)
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["auto_map"]["AutoImageProcessor"] == "image_processing_radio.RadioImageProcessor"
+    image = photo(60, 100)
+    image.save(tmp_path / "image.png")
+    expected = processor(image, return_tensors="pt").pixel_values
+    reloaded = RadioImageProcessor.from_pretrained(tmp_path)
+    assert reloaded.size == {"shortest_edge": 48} and reloaded.size_divisor == 16
+    assert torch.equal(reloaded(image, return_tensors="pt").pixel_values, expected)
+
+    code = (
+        "import sys, torch; from PIL import Image; sys.modules['transformers_radio'] = None\n"
+        "from transformers import AutoImageProcessor\n"
+        f"processor = AutoImageProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+        f"image = Image.open({str(tmp_path / 'image.png')!r})\n"
+        f"torch.save(processor(image, return_tensors='pt').pixel_values, {str(tmp_path / 'out.pt')!r})\n"
+        f"processor.save_pretrained({str(tmp_path / 'again')!r})\n"
+    )
+    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    assert (tmp_path / "again" / "image_processing_radio.py").exists()
