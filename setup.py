@@ -30,7 +30,7 @@ setup(
     package_data={"transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "py.typed"]},
     install_requires=[*MODELING, *TRAINING],
     extras_require={"teachers": TEACHERS, "quickstart": QUICKSTART, "dev": DEV},
-    entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:app"]},
+    entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

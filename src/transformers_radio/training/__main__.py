@@ -1,0 +1,18 @@
+"""`accelerate launch -m transformers_radio.training RECIPE [key=value ...]`: the run of `transformers-radio train`."""
+
+import sys
+
+from .recipe import load_recipe
+from .train import train
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 when finished, 128 + number when a signal stopped it."""
+    if not arguments:
+        raise SystemExit("usage: python -m transformers_radio.training RECIPE [key=value ...]")
+    result = train(load_recipe(arguments[0], arguments[1:]))
+    return 128 + result.signal if result.signal else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+import pytest
+
+from transformers_radio.training.recipe import StageRecipe, load_recipe, micro_batch, save_recipe
+
+MINIMAL = """
+output_dir: {output}
+teachers:
+  clip: {{type: open_clip, checkpoint: some/clip}}
+  sam: {{type: segment_anything, checkpoint: some/sam.pth, summary_weight: 0}}
+stages:
+  main: {{steps: 10, resolution: 64, batch_size: 8}}
+data: {{path: some/images}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL.format(output=tmp_path / "run"))
+    return path
+
+
+def test_overrides_reach_teachers_and_stages_by_name(recipe_file):
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "teachers.clip.feature_weight=0.5",
+            "stages.main.steps=3",
+            "student.config.num_registers=2",
+            "data.num_workers=0",
+        ],
+    )
+    assert recipe.teachers["clip"].feature_weight == 0.5
+    assert recipe.stages["main"].steps == 3
+    assert recipe.student.config == {"num_registers": 2}
+    assert recipe.data.num_workers == 0
+    assert recipe.loss.cosine_weight == 0.9 and recipe.loss.smooth_l1_weight == 0.1  # the paper's alpha and beta
+
+
+def test_a_saved_recipe_reads_back_the_same(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file)
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teachers.clip.sumary_weight=1", "did you mean teachers.clip.summary_weight"),
+        ("stage.main.steps=1", "did you mean stages"),
+        ("stages.main.steps=many", "stages.main.steps"),
+        ("stages.main.steps=0", "stages.main.steps is 0; expected"),
+        ("stages.main.teachers=[dino]", "one of clip, sam"),
+        ("stages.main.warmup_steps=10", "stages.main.warmup_steps is 10"),
+        ("teachers.clip.summary_weight=-1", "teachers.clip.summary_weight is -1"),
+        ("teachers.clip.dtype=int8", "one of float32, bfloat16, float16"),
+        ("student.size=vit-b-17", "vit-b-16"),
+        ("student.summary=max", "cls_per_teacher, cls, mean"),
+        ("mixed_precision=fp8", "one of no, bf16, fp16"),
+        ("learning_rate", "not of the form key=value"),
+        ("teachers.new.type=timm", "teachers.new.checkpoint unset"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_expected(recipe_file, override, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        load_recipe(recipe_file, [override])
+
+
+def test_a_missing_file_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "processes", "expected"),
+    [(1024, None, 32, (32, 1)), (1024, 8, 32, (8, 4)), (6, 2, 1, (2, 3))],
+)
+def test_the_global_batch_splits_into_processes_and_passes(batch_size, micro_batch_size, processes, expected):
+    stage = StageRecipe(steps=1, resolution=16, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    assert micro_batch(stage, processes) == expected
+
+
+def test_a_batch_that_does_not_split_names_a_multiple():
+    with pytest.raises(ValueError, match="make it a multiple of 6"):
+        micro_batch(StageRecipe(steps=1, resolution=16, batch_size=10, micro_batch_size=2), processes=3)
+
+
+def test_package_paths_resolve(recipe_file):
+    recipe = load_recipe(recipe_file, ["teachers.clip.checkpoint=${package:quickstart}"])
+    assert recipe.teachers["clip"].checkpoint.endswith("transformers_radio/quickstart")

@@ -1,0 +1,195 @@
+"""Whole runs, as users start them: finished, continued, killed, stopped by a signal, refused."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from transformers_radio.modeling import RadioModel
+from transformers_radio.training import load_recipe, train
+
+
+def weights(run):
+    return load_file(run / "student" / "model.safetensors")
+
+
+def assert_same_weights(run, other):
+    left, right = weights(run), weights(other)
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+@pytest.fixture
+def finished(make_recipe, tmp_path):
+    """A run that nothing disturbed."""
+    train(load_recipe(make_recipe("undisturbed")))
+    return tmp_path / "undisturbed"
+
+
+def test_a_run_learns_and_leaves_a_model_that_loads(make_recipe, tmp_path):
+    result = train(load_recipe(make_recipe(), ["stages.main.steps=60", "optimizer.learning_rate=3e-3"]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(2, 61, 2))
+    for term in ("clip/summary", "clip/features", "sam/features"):
+        first, last = (sum(line[term] for line in part) / 5 for part in (lines[:5], lines[-5:]))
+        assert last < 0.8 * first, (term, first, last)
+    assert "sam/summary" not in lines[0]
+    assert lines[0]["loss"] == pytest.approx(sum(v for k, v in lines[0].items() if "/" in k), rel=1e-5)
+
+    model = RadioModel.from_pretrained(result.student_dir).eval()
+    output = model(torch.rand(2, 3, 32, 32))
+    assert output.adaptors["clip"].summary.shape == (2, 16) and output.adaptors["clip"].features.shape == (2, 16, 16)
+    assert output.adaptors["sam"].summary is None and output.adaptors["sam"].features.shape == (2, 16, 20)
+    native = AutoModel.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000060")
+    assert type(native).__module__.startswith("transformers.")
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(native.eval()(images).pooler_output, model(images).summary)
+
+
+def test_only_the_last_checkpoints_are_kept(finished):
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, make_recipe, tmp_path):
+    train(load_recipe(make_recipe("again")))
+    assert_same_weights(finished, tmp_path / "again")
+    train(load_recipe(make_recipe("other"), ["seed=1"]))
+    assert not torch.equal(*(weights(run)["encoder.layer.0.mlp.fc1.weight"] for run in (finished, tmp_path / "other")))
+
+
+def test_a_finished_run_is_left_alone(finished, make_recipe):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = train(load_recipe(make_recipe("undisturbed")))
+    assert result.step == 12 and result.student_dir == finished / "student"
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert before == after
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(number, finished, make_recipe, start_training, tmp_path):
+    recipe = make_recipe("stopped")
+    process = start_training(recipe)
+    _wait_for_step(tmp_path / "stopped", 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output, output
+    if process.returncode != 0:  # else it was quicker than the signal
+        assert process.returncode == 128 + number and "run the same command again" in output
+        assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    train(load_recipe(recipe))
+    assert_same_weights(finished, tmp_path / "stopped")
+
+
+def test_a_changed_recipe_does_not_continue_a_run_unless_told(finished, make_recipe):
+    recipe = make_recipe("undisturbed")
+    with pytest.raises(FileExistsError, match=r"stages.main.steps \(12 there, 14 here\)"):
+        train(load_recipe(recipe, ["stages.main.steps=14"]))
+    assert (finished / "student").exists()
+    result = train(load_recipe(recipe, ["stages.main.steps=14", "overwrite=true"]))
+    assert result.step == 14
+
+
+def test_a_folder_of_other_files_is_not_touched(make_recipe, tmp_path):
+    recipe = make_recipe("thesis")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds no run"):
+        train(load_recipe(recipe, ["overwrite=true"]))
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_loss_that_is_not_finite_names_teacher_and_head_and_keeps_the_checkpoint(make_recipe, tmp_path):
+    # One call in the check before training, three good steps, then NaN.
+    recipe = load_recipe(make_recipe(), ["teachers.sam.options.broken=4"])
+    with pytest.raises(FloatingPointError, match="step 4: sam/features = nan"):
+        train(recipe)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.main.resolution=33", "multiples of 8 up to 64, the nearest is 32"),
+        ("teachers.clip.checkpoint=tiny_teachers:Nobody", "teachers.clip .* has no 'Nobody'"),
+        ("teachers.clip.type=clipp", "teachers.clip .*clipp"),
+        ("teachers.sam.feature_weight=0", "teachers.sam teaches nothing"),
+        ("data.path=/nowhere/at/all", "/nowhere/at/all"),
+        ("stages.main.micro_batch_size=3", "make it a multiple of 3"),
+    ],
+)
+def test_what_can_fail_fails_before_the_first_step(override, message, make_recipe, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(load_recipe(make_recipe(), [override]))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_is_seen_before_training(make_recipe, monkeypatch):
+    usage = type("usage", (), {"free": 10_000})
+    monkeypatch.setattr("transformers_radio.training.checks.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"0.0 GB free and the run needs .* lower checkpoints.keep"):
+        train(load_recipe(make_recipe()))
+
+
+def test_accumulated_passes_equal_one_large_pass(make_recipe, tmp_path):
+    fixed = ["student.config.cpe_sampling=false", "student.config.pos_dropout=0", "stages.main.steps=3"]
+    train(load_recipe(make_recipe("whole"), fixed))
+    train(load_recipe(make_recipe("parts"), [*fixed, "stages.main.micro_batch_size=2", "data.lanes=1"]))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=2e-5)
+
+
+def _wait_for_step(run, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and any(json.loads(line)["step"] >= step for line in metrics.read_text().splitlines()):
+            return
+        time.sleep(0.02)
+
+
+def test_ten_kills_at_random_moments_change_nothing(make_recipe, start_training, tmp_path):
+    """SIGKILL whenever: loading, stepping, writing a checkpoint, deleting an old one."""
+    options = ["stages.main.steps=400", "checkpoints.every_steps=7", "data.num_workers=1"]
+    reference = start_training(make_recipe("reference"), *options)
+    started = time.monotonic()
+    assert reference.wait(timeout=300) == 0, reference.stdout.read()
+    duration = time.monotonic() - started
+    recipe = make_recipe("killed")
+    rng = random.Random(0)
+    kills = resumed = 0
+    while True:
+        process = start_training(recipe, *options)
+        if kills < 10:
+            before = {path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")}
+            # Most of a short run is start-up: wait for the loop, then any moment of a tenth of the whole.
+            _wait_for_new_checkpoint(tmp_path / "killed", before, process)
+            time.sleep(rng.uniform(0, duration / 20))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        output, _ = process.communicate(timeout=300)
+        resumed += "continuing" in output
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+    assert kills == 10 and resumed == 10
+    assert_same_weights(tmp_path / "reference", tmp_path / "killed")
+    reference_lines, killed_lines = (
+        [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("reference", "killed")
+    )
+    assert killed_lines == reference_lines
+
+
+def _wait_for_new_checkpoint(run, before, process):
+    while process.poll() is None:
+        if {path.name for path in (run / "checkpoints").glob("step-*[0-9]")} - before:
+            return
+        time.sleep(0.01)
