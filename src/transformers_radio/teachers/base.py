@@ -1,0 +1,223 @@
+"""The contract of a frozen teacher: images in [0, 1] in, a summary and patch features out (paper section 3)."""
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class TeacherOutput:
+    """What a student learns to predict; all float32.
+
+    summary: (B, summary_dim), or None for a teacher without one (SAM).
+    features: (B, h*w, feature_dim), row-major over the grid.
+    grid: (h, w).
+    """
+
+    summary: torch.Tensor | None
+    features: torch.Tensor
+    grid: tuple[int, int]
+
+
+class Teacher(nn.Module):
+    """A frozen network that owns its normalisation, input size and dtype.
+
+    A subclass hands its network to `__init__` and implements `encode`; checks, normalisation, `no_grad` and the return
+    to float32 happen here. The teacher never leaves eval mode, not even when `.train()` is called on its parent.
+
+    Args:
+        model: the network; frozen and converted to `dtype` here.
+        image_size: side of the square input in pixels.
+        patch_size: pixels per feature along a side.
+        summary_dim: width of the summary, or None for a teacher without one.
+        feature_dim: width of a patch feature.
+        mean, std: per RGB channel, for images in [0, 1].
+        dtype: of weights and activations: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: for an unknown dtype.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int,
+        patch_size: int,
+        summary_dim: int | None,
+        feature_dim: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        self.dtype = DTYPES[dtype]
+        self.model: Any = model.to(self.dtype).requires_grad_(False)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.summary_dim = summary_dim
+        self.feature_dim = feature_dim
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode: a teacher's dropout and batch statistics must not move with the student's mode."""
+        return super().train(False)
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        """Normalised (B, 3, image_size, image_size) in the teacher's dtype -> outputs in any dtype."""
+        raise NotImplementedError(f"{type(self).__name__} must implement encode(pixel_values) -> TeacherOutput")
+
+    def forward(self, images: torch.Tensor) -> TeacherOutput:
+        """Targets for a batch of images.
+
+        Args:
+            images: floating point (B, 3, image_size, image_size), RGB in [0, 1].
+
+        Raises:
+            ValueError: for another shape, dtype or value range.
+            RuntimeError: when `encode` breaks what the teacher promises (widths, grid).
+        """
+        self._check_images(images)
+        # A training loop's autocast must not change the targets: the teacher computes in its own dtype.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            pixel_values = (images.float() - self.mean.float()) / self.std.float()
+            output = self.encode(pixel_values.to(self.dtype))
+        self._check_output(output, len(images))
+        summary = None if output.summary is None else output.summary.float()
+        return TeacherOutput(summary, output.features.float(), output.grid)
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, but this teacher takes RGB batches (B, 3, {size}, {size})"
+            )
+        if images.shape[2:] != (size, size):
+            raise ValueError(
+                f"images are {images.shape[2]}x{images.shape[3]}, but this teacher's image_size is {size}: resize "
+                f"them to {size}x{size}, or build the teacher with another image_size"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}, but must be floating point in [0, 1]: divide uint8 by 255")
+        if images.numel():
+            low, high = (value.item() for value in images.aminmax())
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails; the slack allows rounding
+                raise ValueError(
+                    f"images span [{low:.4g}, {high:.4g}], but must lie in [0, 1]: the teacher normalises them itself"
+                )
+
+    def _check_output(self, output: TeacherOutput, batch: int) -> None:
+        h, w = output.grid
+        summary_shape = None if output.summary is None else tuple(output.summary.shape)
+        expected_summary = None if self.summary_dim is None else (batch, self.summary_dim)
+        if summary_shape != expected_summary or output.features.shape != (batch, h * w, self.feature_dim):
+            raise RuntimeError(
+                f"{type(self).__name__}.encode returned summary {summary_shape} and features "
+                f"{tuple(output.features.shape)} for grid {output.grid}, but promised summary {expected_summary} and "
+                f"features {(batch, h * w, self.feature_dim)}"
+            )
+
+
+def grid_of(tokens: torch.Tensor) -> tuple[int, int]:
+    """Grid (h, w) of the patch tokens (B, h*w, C) of a square image."""
+    side = round(tokens.shape[1] ** 0.5)
+    return side, side
+
+
+def flatten_grid(feature_map: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(B, C, h, w) -> row-major (B, h*w, C) and (h, w)."""
+    h, w = feature_map.shape[2:]
+    return feature_map.flatten(2).transpose(1, 2), (h, w)
+
+
+def resolve_image_size(image_size: int | None, native: int, patch_size: int) -> int:
+    """The input side to use: `native` when None.
+
+    Raises:
+        ValueError: when a size other than the native one is no positive multiple of the patch size.
+    """
+    if image_size is None or image_size == native:
+        return native
+    if image_size < patch_size or image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
+        raise ValueError(
+            f"image_size={image_size} is no positive multiple of this teacher's patch size {patch_size}: use {nearest}"
+            f", or None for its native {native}"
+        )
+    return image_size
+
+
+def require(library: str) -> Any:
+    """Import a library that only some teachers need.
+
+    Raises:
+        ImportError: that names the pip extra, when the library is absent.
+    """
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'this teacher needs {error.name}, which is not installed: pip install "transformers_radio[teachers]"'
+        ) from error
+
+
+def check_options(owner: str, factory: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raise a ValueError that lists the known options when `factory` does not take one of `options`."""
+    known = [
+        name for name in inspect.signature(factory).parameters if name not in ("checkpoint", "image_size", "dtype")
+    ]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{owner} does not know {', '.join(map(repr, unknown))}: its options are {', '.join(known) or '(none)'}"
+        )
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from safetensors or from a torch file, without ever running pickled code.
+
+    A torch file may nest its state dict under "state_dict" or "model", as training scripts do.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file holds anything but tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(unsafe_file_message(path)) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise ValueError(f"{path} holds no plain state dict (name -> tensor)")
+    return state_dict
+
+
+def unsafe_file_message(path: str | Path) -> str:
+    return (
+        f"{path} is no file of plain tensors: it is damaged, or it holds pickled objects or TorchScript, which could "
+        "run code and are therefore never loaded. Save its state dict as .safetensors where you trust it, and use that"
+    )

@@ -1,0 +1,173 @@
+"""The original Segment Anything checkpoints (.pth) as teachers, and as the whole SAM for evaluation."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformers_radio.teachers.base import (
+    Teacher,
+    TeacherOutput,
+    flatten_grid,
+    load_weights,
+    require,
+    resolve_image_size,
+)
+
+# Three things that a SAM checkpoint does not say, the same in every released one: the mean and std in 0..255, the
+# LayerNorm epsilon of the image encoder, and the number of heads of the mask decoder.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+ENCODER_NORM_EPS = 1e-6
+DECODER_HEADS = 8
+
+
+class SegmentAnythingTeacher(Teacher):
+    """SAM's image encoder; it has no summary.
+
+    features: "trunk", the output of the last block before the neck (SAM-H: 1280 channels; what the paper distils), or
+    "neck", the neck's output that SAM's mask decoder reads (256 channels).
+
+    Args:
+        checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE".
+        image_size: None for the checkpoint's own (1024). For another size the absolute position embedding is resized
+            as in ViTDet, from which SAM's encoder comes (bicubic); relative positions are interpolated linearly by
+            segment_anything itself, and windows keep their size.
+        dtype: of weights and activations.
+        features: "trunk" or "neck".
+
+    Raises:
+        ValueError: for an unknown `features`, a file that is no SAM checkpoint or holds pickled code, or an image_size
+            that is no multiple of the patch size.
+    """
+
+    def __init__(
+        self, checkpoint: str, image_size: int | None = None, dtype: str = "float32", features: str = "trunk"
+    ):
+        check_features(features)
+        encoder = load_sam(checkpoint).image_encoder
+        patch_size = encoder.patch_embed.proj.kernel_size[0]
+        image_size = resolve_image_size(image_size, encoder.img_size, patch_size)
+        if image_size != encoder.img_size:
+            encoder.pos_embed = resize_positions(encoder.pos_embed, image_size // patch_size)
+            encoder.img_size = image_size
+        super().__init__(
+            encoder,
+            image_size=image_size,
+            patch_size=patch_size,
+            summary_dim=None,
+            feature_dim=encoder.neck[0].in_channels if features == "trunk" else encoder.neck[0].out_channels,
+            mean=[value / 255 for value in PIXEL_MEAN],
+            std=[value / 255 for value in PIXEL_STD],
+            dtype=dtype,
+        )
+        self.features = features
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        encoder = self.model
+        hidden = encoder.patch_embed(pixel_values) + encoder.pos_embed  # (B, h, w, C)
+        for block in encoder.blocks:
+            hidden = block(hidden)
+        hidden = hidden.permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+        return TeacherOutput(None, *flatten_grid(hidden if self.features == "trunk" else encoder.neck(hidden)))
+
+
+def check_features(features: str) -> None:
+    if features not in ("trunk", "neck"):
+        raise ValueError(f"features={features!r} is unknown: SAM gives 'trunk' (before the neck) or 'neck'")
+
+
+def resize_positions(positions: nn.Parameter, grid: int) -> nn.Parameter:
+    """Absolute position embedding (1, g, g, C) of a SAM encoder for another grid, bicubic as in ViTDet."""
+    table = positions.detach().permute(0, 3, 1, 2)  # (1, g, g, C) -> (1, C, g, g)
+    table = nn.functional.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+    return nn.Parameter(table.permute(0, 2, 3, 1).contiguous(), requires_grad=False)
+
+
+def load_sam(checkpoint: str) -> Any:
+    """The whole `segment_anything.Sam` of an original checkpoint, in eval mode, float32, on the CPU.
+
+    The architecture is read off the weights, so every size loads through this one function: image size = position
+    grid x patch; heads = width / relative-position width; a block whose relative-position table has 2g-1 rows (g the
+    grid side) attends globally, any other in windows of (rows+1)/2.
+
+    Args:
+        checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE".
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file that is no SAM checkpoint or holds pickled code.
+    """
+    sa = require("segment_anything.modeling")
+    if checkpoint.startswith("hf-hub:"):
+        from huggingface_hub import hf_hub_download
+
+        owner, name, filename = checkpoint.removeprefix("hf-hub:").split("/", 2)
+        checkpoint = hf_hub_download(f"{owner}/{name}", filename)
+    weights = load_weights(checkpoint)
+    shape = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    try:
+        _, grid, _, width = shape["image_encoder.pos_embed"]
+        depth = _count(shape, "image_encoder.blocks.")
+        tables = [shape[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(depth)]
+        global_blocks = [i for i, (rows, _) in enumerate(tables) if rows == 2 * grid - 1]
+        windows = {(rows + 1) // 2 for rows, _ in tables if rows != 2 * grid - 1}
+        if len(windows) > 1:
+            raise ValueError(
+                f"{checkpoint} mixes the window sizes {sorted(windows)}, which segment_anything cannot build"
+            )
+        out_channels = shape["image_encoder.neck.0.weight"][0]
+        patch_size = shape["image_encoder.patch_embed.proj.weight"][-1]
+        image_size = grid * patch_size
+        mask_layer = "mask_decoder.transformer.layers.0."
+        iou_depth = _count(shape, "mask_decoder.iou_prediction_head.layers.")
+
+        # On the meta device there is no random initialisation to wait for: the weights are assigned below.
+        with torch.device("meta"):
+            image_encoder = sa.ImageEncoderViT(
+                img_size=image_size,
+                patch_size=patch_size,
+                embed_dim=width,
+                depth=depth,
+                num_heads=width // tables[0][1],
+                mlp_ratio=shape["image_encoder.blocks.0.mlp.lin1.weight"][0] / width,
+                out_chans=out_channels,
+                qkv_bias="image_encoder.blocks.0.attn.qkv.bias" in shape,
+                norm_layer=functools.partial(nn.LayerNorm, eps=ENCODER_NORM_EPS),
+                use_rel_pos=True,
+                window_size=windows.pop() if windows else 0,
+                global_attn_indexes=tuple(global_blocks),
+            )
+            prompt_encoder = sa.PromptEncoder(
+                embed_dim=out_channels,
+                image_embedding_size=(grid, grid),
+                input_image_size=(image_size, image_size),
+                mask_in_chans=shape["prompt_encoder.mask_downscaling.3.weight"][0],
+            )
+            mask_decoder = sa.MaskDecoder(
+                transformer_dim=out_channels,
+                transformer=sa.TwoWayTransformer(
+                    depth=_count(shape, "mask_decoder.transformer.layers."),
+                    embedding_dim=out_channels,
+                    num_heads=DECODER_HEADS,
+                    mlp_dim=shape[f"{mask_layer}mlp.lin1.weight"][0],
+                    attention_downsample_rate=out_channels
+                    // shape[f"{mask_layer}cross_attn_token_to_image.q_proj.weight"][0],
+                ),
+                num_multimask_outputs=shape["mask_decoder.mask_tokens.weight"][0] - 1,
+                iou_head_depth=iou_depth,
+                iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+            )
+        sam = sa.Sam(image_encoder, prompt_encoder, mask_decoder, list(PIXEL_MEAN), list(PIXEL_STD))
+        sam.load_state_dict(weights, strict=True, assign=True)
+    except KeyError as error:
+        raise ValueError(f"{checkpoint} is no original SAM checkpoint: it lacks the key {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit the architecture read off its own shapes: {error}") from error
+    return sam.float().requires_grad_(False).eval()
+
+
+def _count(shape: dict[str, tuple[int, ...]], prefix: str) -> int:
+    """How many numbered layers there are below a prefix."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in shape if name.startswith(prefix)})

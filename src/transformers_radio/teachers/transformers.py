@@ -1,0 +1,328 @@
+"""transformers models as teachers: CLIP, DINOv2, DINOv3, SigLIP, SigLIP2, InternViT, SAM, and a RADIO student."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from transformers_radio.teachers.base import (
+    DTYPES,
+    Teacher,
+    TeacherOutput,
+    check_options,
+    flatten_grid,
+    grid_of,
+    require,
+    resolve_image_size,
+    unsafe_file_message,
+)
+from transformers_radio.teachers.segment_anything import check_features, resize_positions
+
+
+class ClipTeacher(Teacher):
+    """CLIP's image tower, from a full CLIP checkpoint or a vision-only one with projection.
+
+    summary: pooled, final-normed and projected. features: patch tokens of the last block, before the final norm.
+    """
+
+    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+        model = _load_pretrained(
+            checkpoint,
+            "CLIPVisionModelWithProjection",
+            dtype,
+            unused=("text_model.", "text_projection.", "logit_scale"),
+        )
+        super().__init__(
+            model,
+            image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
+            patch_size=model.config.patch_size,
+            summary_dim=model.config.projection_dim,
+            feature_dim=model.config.hidden_size,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        output = self.model(pixel_values, interpolate_pos_encoding=True)
+        patches = output.last_hidden_state[:, 1:]
+        return TeacherOutput(output.image_embeds, patches, grid_of(patches))
+
+
+class DinoTeacher(Teacher):
+    """DINOv2 with or without registers, and DINOv3 (ViT).
+
+    summary: final-normed class token. features: final-normed patch tokens. Without `image_size` the input is the size
+    that the configuration names (518 for the released DINOv2); the paper feeds DINOv2 at 224.
+    """
+
+    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+        model = _load_pretrained(checkpoint, "AutoModel", dtype, unused=("classifier.",))
+        super().__init__(
+            model,
+            image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
+            patch_size=model.config.patch_size,
+            summary_dim=model.config.hidden_size,
+            feature_dim=model.config.hidden_size,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        tokens = self.model(pixel_values).last_hidden_state  # (B, 1 + registers + h*w, C)
+        patches = tokens[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :]
+        return TeacherOutput(tokens[:, 0], patches, grid_of(patches))
+
+
+class SiglipTeacher(Teacher):
+    """SigLIP and the fixed-resolution SigLIP2.
+
+    summary: attention-pooling output. features: final-normed patch tokens.
+    """
+
+    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+        unused = ("text_model.", "logit_scale", "logit_bias")
+        model = _load_pretrained(checkpoint, "SiglipVisionModel", dtype, unused)
+        super().__init__(
+            model,
+            image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
+            patch_size=model.config.patch_size,
+            summary_dim=model.config.hidden_size,
+            feature_dim=model.config.hidden_size,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        output = self.model(pixel_values, interpolate_pos_encoding=True)
+        return TeacherOutput(output.pooler_output, output.last_hidden_state, grid_of(output.last_hidden_state))
+
+
+class Siglip2Teacher(Teacher):
+    """SigLIP2 NaFlex, which reads patches of any grid and resizes its position table to it.
+
+    summary: attention-pooling output. features: final-normed patch tokens. The native image_size is the one whose grid
+    is the position table (256 for the released 16 x 16 tables at patch 16).
+    """
+
+    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+        unused = ("text_model.", "logit_scale", "logit_bias")
+        model = _load_pretrained(checkpoint, "Siglip2VisionModel", dtype, unused)
+        native = round(model.config.num_patches**0.5) * model.config.patch_size
+        super().__init__(
+            model,
+            image_size=resolve_image_size(image_size, native, model.config.patch_size),
+            patch_size=model.config.patch_size,
+            summary_dim=model.config.hidden_size,
+            feature_dim=model.config.hidden_size,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        p = self.patch_size
+        batch, _, height, width = pixel_values.shape
+        h, w = height // p, width // p
+        # (B, C, h*p, w*p) -> (B, C, h, p, w, p) -> (B, h, w, p, p, C) -> (B, h*w, p*p*C): pixels before channels
+        patches = (
+            pixel_values.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+        )
+        output = self.model(
+            patches,
+            pixel_attention_mask=torch.ones(batch, h * w, dtype=torch.int64, device=patches.device),
+            spatial_shapes=torch.tensor([[h, w]] * batch, device=patches.device),
+        )
+        return TeacherOutput(output.pooler_output, output.last_hidden_state, (h, w))
+
+
+class InternVitTeacher(Teacher):
+    """InternViT in transformers' format (`InternVLVisionModel`).
+
+    summary: class token, features: patch tokens, both of the last hidden state.
+    """
+
+    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+        model = _load_pretrained(checkpoint, "InternVLVisionModel", dtype)
+        (native, _), (patch_size, _) = model.config.image_size, model.config.patch_size
+        super().__init__(
+            model,
+            image_size=resolve_image_size(image_size, native, patch_size),
+            patch_size=patch_size,
+            summary_dim=model.config.hidden_size,
+            feature_dim=model.config.hidden_size,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        tokens = self.model(pixel_values).last_hidden_state  # (B, 1 + h*w, C)
+        return TeacherOutput(tokens[:, 0], tokens[:, 1:], grid_of(tokens[:, 1:]))
+
+
+class SamTeacher(Teacher):
+    """SAM's image encoder; it has no summary.
+
+    features: "trunk", the output of the last block before the neck (what the paper distils), or "neck", what SAM's
+    mask decoder reads. Other sizes than the checkpoint's own are handled as in `SegmentAnythingTeacher`.
+    """
+
+    def __init__(
+        self, checkpoint: str, image_size: int | None = None, dtype: str = "float32", features: str = "trunk"
+    ):
+        check_features(features)
+        unused = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
+        encoder = _load_pretrained(checkpoint, "SamVisionModel", dtype, unused).vision_encoder
+        config = encoder.config
+        image_size = resolve_image_size(image_size, config.image_size, config.patch_size)
+        if image_size != config.image_size:
+            encoder.pos_embed = resize_positions(encoder.pos_embed, image_size // config.patch_size)
+            encoder.patch_embed.image_size = (image_size, image_size)
+        super().__init__(
+            encoder,
+            image_size=image_size,
+            patch_size=config.patch_size,
+            summary_dim=None,
+            feature_dim=config.hidden_size if features == "trunk" else config.output_channels,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+        self.features = features
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        encoder = self.model
+        hidden = encoder.patch_embed(pixel_values) + encoder.pos_embed  # (B, h, w, C)
+        for layer in encoder.layers:
+            hidden = layer(hidden)
+        # The neck takes (B, h, w, C) and returns (B, C', h, w).
+        feature_map = hidden.permute(0, 3, 1, 2) if self.features == "trunk" else encoder.neck(hidden)
+        return TeacherOutput(None, *flatten_grid(feature_map))
+
+
+class RadioTeacher(Teacher):
+    """A trained RADIO student as the teacher of another one; it normalises its input itself.
+
+    summary and features: the backbone's, or with `adaptor` those in that teacher's space.
+    """
+
+    def __init__(
+        self, checkpoint: str, image_size: int | None = None, dtype: str = "float32", adaptor: str | None = None
+    ):
+        from transformers_radio.modeling import RadioModel
+
+        model = _load_pretrained(checkpoint, RadioModel, dtype)
+        config = model.config
+        summary_dim: int | None = len(config.summary_idxs) * config.hidden_size
+        feature_dim = config.hidden_size
+        if adaptor is not None:
+            if adaptor not in config.adaptors:
+                raise ValueError(
+                    f"adaptor={adaptor!r} is unknown: {checkpoint} has {', '.join(config.adaptors) or 'no adaptors'}"
+                )
+            summary_dim = config.adaptors[adaptor]["summary_dim"]
+            feature_dim = config.adaptors[adaptor]["feature_dim"]
+            if feature_dim is None:
+                raise ValueError(f"adaptor {adaptor!r} of {checkpoint} has no features, which a teacher must give")
+        super().__init__(
+            model,
+            image_size=resolve_image_size(image_size, model.preferred_resolution[0], model.min_resolution_step),
+            patch_size=model.patch_size,
+            summary_dim=summary_dim,
+            feature_dim=feature_dim,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            dtype=dtype,
+        )
+        self.adaptor = adaptor
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        if self.adaptor is None:
+            output = self.model(pixel_values, adaptors=[])
+        else:
+            output = self.model(pixel_values, adaptors=[self.adaptor]).adaptors[self.adaptor]
+        return TeacherOutput(output.summary, output.features, grid_of(output.features))
+
+
+BY_MODEL_TYPE: dict[str, Callable[..., Teacher]] = {
+    "clip": ClipTeacher,
+    "clip_vision_model": ClipTeacher,
+    "dinov2": DinoTeacher,
+    "dinov2_with_registers": DinoTeacher,
+    "dinov3_vit": DinoTeacher,
+    "siglip": SiglipTeacher,
+    "siglip_vision_model": SiglipTeacher,
+    "siglip2": Siglip2Teacher,
+    "siglip2_vision_model": Siglip2Teacher,
+    "internvl_vision": InternVitTeacher,
+    "sam": SamTeacher,
+    "sam_vision_model": SamTeacher,
+    "radio": RadioTeacher,
+}
+
+
+def transformers_teacher(
+    checkpoint: str, image_size: int | None = None, dtype: str = "float32", **options: Any
+) -> Teacher:
+    """The teacher for a transformers checkpoint, chosen by its configuration's `model_type`.
+
+    Args:
+        checkpoint: Hub id or local folder (config, weights and preprocessor_config.json).
+        image_size: None for the configuration's own; otherwise the model interpolates its position embeddings itself.
+        dtype: of weights and activations.
+        options: `features` for SAM, `adaptor` for RADIO.
+
+    Raises:
+        ValueError: for a model_type without a teacher, unknown options, missing or unexpected weights, pickled code,
+            or a checkpoint that does not say how its images are normalised.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    model_type = config.get("model_type")
+    if model_type not in BY_MODEL_TYPE:
+        raise ValueError(
+            f"{checkpoint} has model_type {model_type!r}, but teachers exist for {', '.join(BY_MODEL_TYPE)}"
+        )
+    check_options(f"the {model_type} teacher", BY_MODEL_TYPE[model_type], options)
+    return BY_MODEL_TYPE[model_type](checkpoint, image_size, dtype, **options)
+
+
+def _load_pretrained(checkpoint: str, model_class: Any, dtype: str, unused: tuple[str, ...] = ()) -> Any:
+    """Load strictly: every parameter must come from the checkpoint, and its other keys must start with `unused`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    if isinstance(model_class, str):
+        model_class = getattr(require("transformers"), model_class)
+    try:
+        model, info = model_class.from_pretrained(checkpoint, dtype=DTYPES[dtype], output_loading_info=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(unsafe_file_message(checkpoint)) from error
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(
+        key for key in info["unexpected_keys"] if not key.startswith(unused) and not key.endswith("position_ids")
+    )
+    if missing or unexpected or info["mismatched_keys"]:
+        raise ValueError(
+            f"{checkpoint} does not fit {type(model).__name__}: missing keys {missing}, unexpected keys {unexpected}, "
+            f"other shapes {sorted(info['mismatched_keys'])}"
+        )
+    return model
+
+
+def _normalisation(checkpoint: str) -> dict[str, list[float]]:
+    """mean and std for images in [0, 1], from the checkpoint's image processor."""
+    from transformers import BaseImageProcessor
+
+    try:
+        processor, _ = BaseImageProcessor.get_image_processor_dict(checkpoint)
+    except OSError as error:
+        raise ValueError(
+            f"{checkpoint} has no preprocessor_config.json, so its normalisation is unknown: save its image processor "
+            "into the same folder (AutoImageProcessor ... .save_pretrained)"
+        ) from error
+    if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise ValueError(f"{checkpoint} rescales pixels by {processor['rescale_factor']}, but only 1/255 is supported")
+    if not processor.get("do_normalize", True):
+        return {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    if "image_mean" not in processor or "image_std" not in processor:
+        raise ValueError(f"the preprocessor_config.json of {checkpoint} names no image_mean and image_std")
+    return {"mean": processor["image_mean"], "std": processor["image_std"]}
