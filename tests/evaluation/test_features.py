@@ -31,18 +31,17 @@ def test_one_number_squeezes_into_a_square_as_torchvision_does():
     assert torch.equal(resize_image(image, 48), expected)
 
 
-@pytest.mark.parametrize("source_size", [(90, 120), (120, 90), (30, 40)])
+@pytest.mark.parametrize("source_size", [(96, 160), (200, 80), (24, 40)])
 def test_two_numbers_cover_and_crop_the_centre_as_torchvision_does(source_size):
     image = smooth_image(*source_size)
-    scale = max(48 / source_size[0], 40 / source_size[1])
-    covering = [round(side * scale) for side in source_size]
+    scale = max(48 / source_size[0], 40 / source_size[1])  # 0.5 or 2, so that no pixel lies between two
+    covering = [int(side * scale) for side in source_size]
     resized = v2.functional.resize(image, covering, v2.InterpolationMode.BICUBIC)
     expected = v2.functional.pil_to_tensor(v2.functional.center_crop(resized, [48, 40]))
-    result = resize_image(image, (48, 40))
-    assert result.shape == (3, 48, 40)
-    # torchvision crops at whole pixels, so the two may lie half a pixel apart.
-    assert (result.float() - expected.float()).abs().mean() < 3
-    assert (result.float() - resize_image(image.resize((40, 48)), (48, 40)).float()).abs().mean() > 6
+    difference = (resize_image(image, (48, 40)).int() - expected.int()).abs()
+    assert difference.shape == (3, 48, 40)
+    # torchvision's filter still sees the pixels beyond the cut; away from it the two agree.
+    assert difference[:, 4:-4, 4:-4].max() <= 1 and difference.max() < 25
 
 
 def test_class_folders_keep_names_and_count_the_broken_files(tmp_path, caplog):
@@ -57,7 +56,9 @@ def test_class_folders_keep_names_and_count_the_broken_files(tmp_path, caplog):
     loaded = load_labelled_images(tmp_path, "validation", 16)
     assert loaded.class_names == ["ant", "bee"]
     assert loaded.images.dtype == torch.uint8 and loaded.images.shape == (4, 3, 16, 16)
-    colours = sorted((label, *image[:2, 0, 0].tolist()) for image, label in zip(loaded.images, loaded.labels.tolist()))
+    colours = sorted(
+        (label, *image[:2, 0, 0].tolist()) for image, label in zip(loaded.images, loaded.labels.tolist(), strict=True)
+    )
     assert colours == [(0, 0, 0), (0, 0, 10), (1, 100, 0), (1, 100, 20)]
     assert sum(loaded.skipped.values()) == 2
     assert "skipped 2 of 6 images" in caplog.text

@@ -1,4 +1,4 @@
-"""Throughput of callables whose speed is known, and the order in which they run."""
+"""Throughput under a clock that the test turns, and under the real one."""
 
 import time
 
@@ -9,33 +9,31 @@ from torch import nn
 from transformers_radio.evaluation import throughput, throughput_conditions
 
 
-def test_median_images_per_second_of_known_sleeps():
+def test_median_over_interleaved_rounds_without_the_warmup(monkeypatch):
+    now = 0.0
     calls = []
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
 
-    def slow(images):
-        calls.append("slow")
-        time.sleep(0.5 if len(calls) == 5 else 0.02)  # one hiccup in a timed round, which the median must not see
+    def model(name, seconds):
+        def forward(images):
+            nonlocal now
+            round_number = calls.count(name)
+            calls.append(name)
+            assert not torch.is_grad_enabled()
+            now += 100 if round_number in (0, 3) else seconds  # a slow first call, and one hiccup later
 
-    def slower(images):
-        calls.append("slower")
-        time.sleep(0.06)
+        return forward
 
-    inputs = {"slow": torch.zeros(4, 3, 8, 8), "slower": torch.zeros(2, 3, 8, 8)}
-    result = throughput({"slow": slow, "slower": slower}, inputs, repeats=5, warmup=1)
-    assert calls == ["slow", "slower"] * 6  # interleaved, warm-up included
-    assert result["slow"] == pytest.approx(4 / 0.02, rel=0.3)
-    assert result["slower"] == pytest.approx(2 / 0.06, rel=0.3)
+    inputs = {"a": torch.zeros(4, 3, 8, 8), "b": torch.zeros(2, 3, 8, 8)}
+    result = throughput({"a": model("a", 0.5), "b": model("b", 0.125)}, inputs, repeats=5, warmup=1)
+    assert calls == ["a", "b"] * 6
+    assert result == {"a": 8, "b": 16}
+    assert throughput({"a": model("c", 0.5)}, {"a": inputs["a"]}, repeats=1, warmup=0) == {"a": 0.04}
 
 
-def test_warmup_is_not_timed_and_no_gradient_is_kept():
-    seen = []
-
-    def model(images):
-        seen.append(torch.is_grad_enabled())
-        time.sleep(0.3 if len(seen) == 1 else 0.01)
-
-    result = throughput({"m": model}, {"m": torch.zeros(1, 3, 8, 8)}, repeats=1, warmup=1)
-    assert result["m"] > 1 / 0.1 and seen == [False, False]
+def test_real_time_is_measured():
+    result = throughput({"m": lambda images: time.sleep(0.05)}, {"m": torch.zeros(3, 3, 8, 8)}, repeats=3, warmup=0)
+    assert 20 < result["m"] <= 3 / 0.05
 
 
 def test_conditions_state_batch_resolution_dtype_and_threads():
