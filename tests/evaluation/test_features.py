@@ -60,7 +60,7 @@ def test_class_folders_keep_names_and_count_the_broken_files(tmp_path, caplog):
         (label, *image[:2, 0, 0].tolist()) for image, label in zip(loaded.images, loaded.labels.tolist(), strict=True)
     )
     assert colours == [(0, 0, 0), (0, 0, 10), (1, 100, 0), (1, 100, 20)]
-    assert sum(loaded.skipped.values()) == 2
+    assert loaded.skipped == {"truncated": 1, "undecodable": 1}
     assert "skipped 2 of 6 images" in caplog.text
 
 
@@ -79,6 +79,7 @@ def test_webdataset_tars_with_cls(tmp_path):
     assert loaded.labels.tolist() == [0, 1, 0] and loaded.skipped == {}
     assert loaded.images[:, 0, 8, 8].tolist() == pytest.approx([0, 30, 60], abs=2)
     assert len(load_labelled_images(tmp_path, "train", 16).labels) == 5
+    assert load_labelled_images(tmp_path, "train", 16, limit=2).labels.tolist() == [0, 1]
 
 
 def test_parquet_with_named_columns_and_refused_sources(tmp_path):
@@ -94,6 +95,8 @@ def test_parquet_with_named_columns_and_refused_sources(tmp_path):
         load_labelled_images(tmp_path, "train", 8, image_column="photo", label_column="blank")
     with pytest.raises(ValueError, match="no readable image.*missing"):
         load_labelled_images(tmp_path, "train", 8, image_column="empty", label_column="kind")
+    with pytest.raises(ValueError, match="limit is 0"):
+        load_labelled_images(tmp_path, "train", 8, limit=0)
     with pytest.raises(ValueError, match="image_size is 0"):
         load_labelled_images(tmp_path, "train", 0)
 

@@ -47,6 +47,10 @@ def test_json_keeps_full_precision_and_missing_values(table):
     assert loaded["rows"][2]["throughput"] is None and loaded["rows"][2]["metrics"]["Zero-shot"] is None
 
 
+def test_json_reads_back_as_the_same_table(table):
+    assert Table.from_json(table.to_json()) == table
+
+
 def test_terminal_shows_every_cell_and_treats_brackets_as_text(table):
     console = Console(file=io.StringIO(), width=120)
     console.print(table.to_rich())

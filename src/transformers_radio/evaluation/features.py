@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from transformers_radio.data.images import SkippedImage, decode_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,11 @@ class LabelledImages:
 
 
 def resize_image(image: Image.Image, image_size: int | tuple[int, int]) -> torch.Tensor:
-    """Resize with bicubic interpolation and return uint8 (3, H, W).
+    """Resize an RGB image with bicubic interpolation and return uint8 (3, H, W).
 
     `image_size` is (H, W) to scale the image until it covers H x W and cut out the centre (the aspect ratio stays),
     or one number for exactly that square (the aspect ratio goes).
     """
-    image = image.convert("RGB")
     if isinstance(image_size, int):
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     else:
@@ -51,8 +53,9 @@ def load_labelled_images(
     name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    limit: int | None = None,
 ) -> LabelledImages:
-    """Read one split of a classification set into memory.
+    """Read one split of a classification set into memory, decoded as training decodes.
 
     Args:
         source: a folder or a Hub id that `datasets.load_dataset` understands: class folders of images, WebDataset tars
@@ -61,12 +64,15 @@ def load_labelled_images(
         image_size: see `resize_image`. A split takes N * 3 * H * W bytes of memory.
         name: the configuration of a Hub dataset that has several.
         image_column, label_column: found among the usual names unless given.
+        limit: read only the first samples. Class folders come class by class, so there it means the first classes.
 
     Raises:
-        ValueError: no image or label column; a label that is not a class index; no readable image at all.
+        ValueError: no image or label column, a label that is not a class index, no readable image at all.
     """
-    sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) > 2 or min(sides) < 1:
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
+    if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"image_size is {image_size!r}; give one side or (height, width), in pixels, at least 1.")
     stream = datasets.load_dataset(str(source), name, split=split, streaming=True)
     columns = list(stream.features or next(iter(stream)))
@@ -76,32 +82,43 @@ def load_labelled_images(
     # Undecoded, so that one broken file is one skipped image and not the end of the run.
     stream = stream.select_columns([image_column, label_column])
     stream = stream.cast_column(image_column, datasets.Image(decode=False))
-    decoder = datasets.Image(mode="RGB")
+    if limit is not None:
+        stream = stream.take(limit)
 
     images, labels, skipped = [], [], Counter[str]()
-    for sample in tqdm(stream, desc=f"{source} {split}", unit=" images"):
+    for sample in tqdm(stream, desc=f"{source} {split}", unit=" images", total=limit):
         label = sample[label_column]
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
             raise ValueError(
                 f"{label!r} in column {label_column!r} of {source} ({split}) is no class index; expected an integer "
                 "from 0. Choose another label_column, or a split with labels."
             )
-        if sample[image_column] is None:
-            skipped["missing"] += 1
-            continue
         try:
-            image = decoder.decode_example(sample[image_column])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            skipped[f"unreadable ({type(error).__name__})"] += 1
+            images.append(resize_image(decode_rgb(_read(sample[image_column])), image_size))
+        except SkippedImage as error:
+            skipped[error.reason] += 1
             continue
-        images.append(resize_image(image, image_size))
         labels.append(label)
     if not images:
-        raise ValueError(f"{source} ({split}) holds no readable image in column {image_column!r}; skipped: {skipped}.")
+        raise ValueError(
+            f"{source} ({split}) holds no readable image in column {image_column!r}; skipped: {dict(skipped)}."
+        )
     if skipped:
         total = sum(skipped.values())
-        logger.warning("%s (%s): skipped %d of %d images: %s", source, split, total, total + len(images), skipped)
+        logger.warning(
+            "%s (%s): skipped %d of %d images: %s", source, split, total, total + len(images), dict(skipped)
+        )
     return LabelledImages(torch.stack(images), torch.tensor(labels), class_names, dict(skipped))
+
+
+def _read(image: dict | None) -> bytes:
+    """The file of an undecoded `datasets` image, which carries its bytes or says where they are; b"" for none."""
+    if image is None:
+        return b""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with fsspec.open(image["path"], "rb") as file:
+        return file.read()
 
 
 def _find_column(given: str | None, usual: Sequence[str], columns: list[str], kind: str, source: str) -> str:

@@ -67,6 +67,16 @@ class Table:
         """Every value at full precision: title, rows (the fields of `Row`), notes, lower_is_better."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "Table":
+        """The table that `to_json` wrote."""
+        fields = json.loads(text)
+        for row in fields["rows"]:
+            if isinstance(row["resolution"], list):  # JSON has no tuples
+                row["resolution"] = tuple(row["resolution"])
+        fields["rows"] = [Row(**row) for row in fields["rows"]]
+        return cls(**fields)
+
     def to_rich(self) -> rich.table.Table:
         """For `rich.console.Console().print`."""
         table = rich.table.Table(title=Text(self.title), caption_justify="left")
