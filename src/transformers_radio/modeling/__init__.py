@@ -1,0 +1,29 @@
+"""The model family: needs torch and transformers alone; its files are the remote code of a Hub repository."""
+
+from importlib import import_module
+
+_MODULES = {
+    "RadioConfig": "configuration_radio",
+    "RadioModel": "modeling_radio",
+    "RadioModelOutput": "modeling_radio",
+    "RadioPreTrainedModel": "modeling_radio",
+    "AdaptorOutput": "adaptors_radio",
+    "RadioForImageClassification": "modeling_radio_heads",
+    "RadioForSemanticSegmentation": "modeling_radio_heads",
+    "RadioBackbone": "modeling_radio_heads",
+    "RadioImageProcessor": "image_processing_radio",
+    "RadioVisionTowerConfig": "configuration_radio_tower",
+    "RadioVisionTower": "modeling_radio_tower",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    # torch is imported with the first name that needs it
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_MODULES])

@@ -1,0 +1,257 @@
+"""Configuration of the RADIO vision transformer, a superset of the configuration that transformers ships."""
+
+import re
+from dataclasses import field
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import RadioConfig as NativeRadioConfig
+
+# width, depth, heads, MLP width; patch 16 throughout
+_SIZES = {
+    "vit-ti-16": (192, 12, 3, 768),
+    "vit-s-16": (384, 12, 6, 1536),
+    "vit-b-16": (768, 12, 12, 3072),
+    "vit-l-16": (1024, 24, 16, 4096),
+    "vit-h-16": (1280, 32, 16, 5120),
+    "vit-so400m-16": (1152, 27, 16, 4304),
+    "vit-g-16": (1536, 40, 24, 6144),
+}
+_ADAPTOR_REQUIRED = ("summary_dim", "feature_dim", "hidden_dim")
+_ADAPTOR_OPTIONAL = {
+    "summary_token": 0,
+    "teacher": "",
+    "mlp_version": "v2",
+    "mlp_num_inner": 0,
+    "spatial_mlp_version": None,
+    "upsample_factor": 1,
+}
+
+
+@strict
+class RadioConfig(NativeRadioConfig):
+    """Configuration of a [`RadioModel`]; all fields of `transformers.RadioConfig` keep their meaning and default.
+
+    Args:
+        adaptors (`dict[str, dict]`): One entry per teacher, `name -> {"summary_dim": int | None, "feature_dim": int |
+            None, "hidden_dim": int, "summary_token": int, "teacher": str}`. `summary_token` is the CLS token that the
+            summary head reads (0 with one shared CLS token or average pooling); `teacher` says where the targets
+            came from. Optional keys describe the heads of released checkpoints: `mlp_version` ("v2", the paper's head
+            (Sec. 3.3), or "v1"), `mlp_num_inner` (inner blocks, 0 in the paper), `spatial_mlp_version` ("v1", "v2" or
+            "attn"; the feature head, as `mlp_version` when missing), `upsample_factor` (finer feature grid).
+        summary_type (`"cls"` or `"mean"`): Summary from the CLS tokens `summary_idxs`, or the average of the features
+            (Table 5). `summary_idxs` defaults to the CLS tokens that the adaptors' summary heads read.
+        final_norm (`bool`): LayerNorm after the last block (the released `model_norm`).
+        mlp_norm (`bool`): LayerNorm inside each MLP, between activation and `fc2` (the released `mlpnorm` variant).
+        window_size (`int`, *optional*): Side, in patches, of the ViTDet windows used by default; `None` is global
+            attention in every block. A call may choose another one.
+        window_num_global (`int`): Number of global blocks when windows are used; every `depth // window_num_global`-th
+            block is global, and the last one always.
+        window_num_windowed (`int`, *optional*): Windowed blocks before each global one, instead of
+            `window_num_global` (v2 and v2.1 have 5).
+        window_prefix (`"bypass"` or `"average"`): CLS and register tokens skip windowed blocks unchanged, or are
+            copied into every window and averaged when the windows are joined again.
+        train_window_sizes (`list[int]`, *optional*): Sizes drawn from while training (appendix "ViTDet as
+            augmentation"); a size that does not divide the grid, or covers it whole, is left out of the draw.
+        train_window_probability (`float`): Probability that a training forward uses a window at all.
+        cpe_sampling (`bool`): Cropped position embedding: random crops of the position table while training.
+        cpe_scale (`list[float]`): Smallest and largest share of the table's area that a crop covers.
+        pos_dropout (`float`): Probability, per training image, of no position embedding (0.1 in released code).
+        preferred_resolution (`int`, *optional*): Image side the model is best at; 432 (rounded to the patch size and
+            at most `max_img_size`) when missing.
+
+    Raises:
+        ValueError: A value is out of range or contradicts another one; the message names both and the fix.
+    """
+
+    model_type = "radio"
+
+    # `to_dict` writes a sentence into this field when transformers' own class would misread the checkpoint: it is
+    # typed `int | None` there, so that class stops and prints the sentence. Ours never has another value than None.
+    video_temporal_patch_size: int | str | None = None
+
+    adaptors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summary_type: Literal["cls", "mean"] = "cls"
+    final_norm: bool = False
+    mlp_norm: bool = False
+    window_size: int | None = None
+    window_num_global: int = 4
+    window_num_windowed: int | None = None
+    window_prefix: Literal["bypass", "average"] = "bypass"
+    train_window_sizes: list[int] | None = None
+    train_window_probability: float | int = 0.5
+    cpe_sampling: bool = True
+    cpe_scale: list[float] | tuple[float, ...] = (0.1, 1.0)
+    pos_dropout: float | int = 0.0
+    preferred_resolution: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.video_temporal_patch_size, str):
+            self.video_temporal_patch_size = None
+        if not isinstance(self.adaptors, dict) or not all(isinstance(a, dict) for a in self.adaptors.values()):
+            raise ValueError(
+                f"adaptors must map a name to a dict of {list(_ADAPTOR_REQUIRED)}, got {self.adaptors!r}."
+            )
+        self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
+        if self.summary_idxs is None:
+            tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
+            # without adaptors: the first two tokens, as transformers does
+            self.summary_idxs = sorted(tokens) or list(range(min(2, self.num_cls_tokens)))
+        if self.preferred_resolution is None:
+            self.preferred_resolution = min(432, self.max_img_size) // self.patch_size * self.patch_size
+        self.cpe_scale = list(self.cpe_scale)
+        super().__post_init__(**kwargs)
+        self.validate_radio()  # `@strict` runs it again, but would hide the ValueError behind its own type
+
+    def validate_radio(self):
+        """Check what the types alone cannot say (called by `@strict` after construction and before saving)."""
+        for name, ok, expected in (
+            ("video_temporal_patch_size", self.video_temporal_patch_size is None, "None: images only"),
+            ("use_swiglu_ffn", not self.use_swiglu_ffn, "False: this model has the plain MLP"),
+            ("num_attention_heads", self.hidden_size % self.num_attention_heads == 0, "a divisor of hidden_size"),
+            ("max_img_size", self.max_img_size % self.patch_size == 0, f"a multiple of patch_size {self.patch_size}"),
+            (
+                "preferred_resolution",
+                0 < self.preferred_resolution and self.preferred_resolution % self.patch_size == 0,
+                f"a positive multiple of patch_size {self.patch_size}",
+            ),
+            ("num_registers", self.num_registers >= 0, "0 or more"),
+            (
+                "num_cls_tokens",
+                self.num_cls_tokens >= (1 if self.summary_type == "cls" else 0),
+                '1 or more (0 with summary_type="mean")',
+            ),
+            (
+                "summary_idxs",
+                self.summary_type == "mean"
+                or (self.summary_idxs and all(0 <= i < self.num_cls_tokens for i in self.summary_idxs)),
+                f"a non-empty list of CLS tokens below num_cls_tokens {self.num_cls_tokens}",
+            ),
+            ("window_size", self.window_size is None or self.window_size > 0, "a positive number of patches or None"),
+            (
+                "window_num_global",
+                1 <= self.window_num_global <= self.num_hidden_layers,
+                f"between 1 and num_hidden_layers {self.num_hidden_layers}",
+            ),
+            (
+                "window_num_windowed",
+                self.window_num_windowed is None or self.window_num_windowed >= 0,
+                "0 or more, or None",
+            ),
+            (
+                "train_window_sizes",
+                self.train_window_sizes is None or all(size > 0 for size in self.train_window_sizes),
+                "positive numbers of patches",
+            ),
+            ("train_window_probability", 0 <= self.train_window_probability <= 1, "between 0 and 1"),
+            ("pos_dropout", 0 <= self.pos_dropout < 1, "in [0, 1)"),
+            (
+                "cpe_scale",
+                len(self.cpe_scale) == 2 and 0 < self.cpe_scale[0] <= self.cpe_scale[1] <= 1,
+                "[smallest, largest] with 0 < smallest <= largest <= 1",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"RadioConfig: {name} is {getattr(self, name)!r}, expected {expected}.")
+        for name, adaptor in self.adaptors.items():
+            self._validate_adaptor(name, adaptor)
+
+    def _validate_adaptor(self, name: str, adaptor: dict[str, Any]):
+        where = f"RadioConfig: adaptor {name!r}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"{where}: use letters, digits, `_` and `-` only, the name is part of the weights' keys.")
+        missing = [key for key in _ADAPTOR_REQUIRED if key not in adaptor]
+        unknown = sorted(set(adaptor) - set(_ADAPTOR_REQUIRED) - set(_ADAPTOR_OPTIONAL))
+        if missing or unknown:
+            allowed = [*_ADAPTOR_REQUIRED, *_ADAPTOR_OPTIONAL]
+            raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}; the keys are {allowed}.")
+        if adaptor["summary_dim"] is None and adaptor["feature_dim"] is None:
+            raise ValueError(f"{where}: summary_dim and feature_dim are both None, give at least one.")
+        for key, smallest in (
+            ("summary_dim", 1),
+            ("feature_dim", 1),
+            ("hidden_dim", 1),
+            ("mlp_num_inner", 0),
+            ("upsample_factor", 1),
+        ):
+            value = adaptor[key]
+            if value is None and key in ("summary_dim", "feature_dim"):
+                continue
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{where}: {key} is {value!r}, expected an integer of at least {smallest}.")
+        tokens = self.num_cls_tokens if self.summary_type == "cls" else 1
+        token = adaptor["summary_token"]
+        if not isinstance(token, int) or not 0 <= token < max(tokens, 1):
+            raise ValueError(f"{where}: summary_token is {token!r}, but the summary has {tokens} token(s), from 0 on.")
+        if adaptor["mlp_version"] not in ("v1", "v2"):
+            raise ValueError(f'{where}: mlp_version is {adaptor["mlp_version"]!r}, expected "v1" or "v2".')
+        if adaptor["spatial_mlp_version"] not in (None, "v1", "v2", "attn"):
+            version = adaptor["spatial_mlp_version"]
+            raise ValueError(f'{where}: spatial_mlp_version is {version!r}, expected "v1", "v2", "attn" or None.')
+
+    @property
+    def global_blocks(self) -> list[int]:
+        """Indices of the blocks with global attention when windows are used (the rule of the released models)."""
+        if self.window_num_windowed is not None:
+            period = self.window_num_windowed + 1
+        else:
+            period = self.num_hidden_layers // self.window_num_global
+        last = self.num_hidden_layers - 1
+        return [i for i in range(self.num_hidden_layers) if i % period == period - 1 or i == last]
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of `RadioModelOutput.summary`."""
+        return self.hidden_size * (len(self.summary_idxs or ()) if self.summary_type == "cls" else 1)
+
+    @staticmethod
+    def sizes() -> dict[str, dict[str, Any]]:
+        """The named sizes that `from_size` knows, with their fields."""
+        return {
+            name: {
+                "hidden_size": width,
+                "num_hidden_layers": depth,
+                "num_attention_heads": heads,
+                "mlp_ratio": mlp / width,
+                "patch_size": 16,
+            }
+            for name, (width, depth, heads, mlp) in _SIZES.items()
+        }
+
+    @classmethod
+    def from_size(cls, size: str, **overrides) -> "RadioConfig":
+        """Configuration of a named size, e.g. `RadioConfig.from_size("vit-b-16", num_cls_tokens=1)`.
+
+        Raises:
+            ValueError: `size` is not one of `RadioConfig.sizes()`.
+        """
+        sizes = cls.sizes()
+        if size not in sizes:
+            raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(sizes)}.")
+        return cls(**{**sizes[size], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with a refusal for its own RADIO class where that would give other features."""
+        output = super().to_dict()
+        unreadable = [
+            f"{name}={getattr(self, name)!r}"
+            for name, native in (
+                ("summary_type", "cls"),
+                ("final_norm", False),
+                ("mlp_norm", False),
+                ("window_size", None),
+            )
+            if getattr(self, name) != native
+        ]
+        if unreadable:
+            output["video_temporal_patch_size"] = (
+                f"This checkpoint has {', '.join(unreadable)}, which transformers' own RADIO class does not know. Load "
+                "it with AutoModel.from_pretrained(..., trust_remote_code=True), or `pip install transformers_radio` "
+                "and use transformers_radio.RadioModel.from_pretrained(...)."
+            )
+        return output
+
+
+RadioConfig.register_for_auto_class()
+
+__all__ = ["RadioConfig"]

@@ -1,0 +1,64 @@
+"""Checks of what a RADIO model is called with; all raise ValueError with the value and the fix."""
+
+import torch
+
+
+def check_images(pixel_values: torch.Tensor, num_channels: int, step: int):
+    """Floats `(batch, num_channels, height, width)`, sides multiples of `step` pixels."""
+    check_floats(pixel_values)
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {num_channels}, height, width); "
+            "add a batch axis, move the channels first, convert grey or RGBA images to RGB."
+        )
+    height, width = pixel_values.shape[-2:]
+    if height % step or width % step or not height or not width:
+        nearest = [max(round(side / step), 1) * step for side in (height, width)]
+        raise ValueError(
+            f"pixel_values are {height}x{width} pixels, but sides must be multiples of {step}; resize to "
+            f"{nearest[0]}x{nearest[1]} (model.get_nearest_supported_resolution)."
+        )
+
+
+def check_packed(pixel_values: torch.Tensor, image_grid_hw: torch.Tensor, patch_dim: int) -> list[tuple[int, int]]:
+    """Floats `(total patches, patch_dim)` that fit the grids `(images, 2)`; returns the grids."""
+    check_floats(pixel_values)
+    if image_grid_hw.ndim != 2 or image_grid_hw.shape[1] != 2 or image_grid_hw.is_floating_point():
+        raise ValueError(
+            f"image_grid_hw has shape {tuple(image_grid_hw.shape)} and dtype {image_grid_hw.dtype}, expected integers "
+            "(images, 2): rows and columns of patches of each image."
+        )
+    grids = [(rows, cols) for rows, cols in image_grid_hw.tolist()]
+    total = sum(rows * cols for rows, cols in grids)
+    if tuple(pixel_values.shape) != (total, patch_dim) or any(side < 1 for grid in grids for side in grid):
+        raise ValueError(
+            f"packed pixel_values have shape {tuple(pixel_values.shape)}, but the grids {grids} need "
+            f"({total}, {patch_dim}): all patches of all images, each flattened channel by channel."
+        )
+    return grids
+
+
+def check_floats(pixel_values: torch.Tensor):
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values are {pixel_values.dtype}, expected floats in [0, 1]; for integers in [0, 255] divide by "
+            "255 (pixel_values / 255)."
+        )
+
+
+def can_read_values(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at: not while compiling or tracing, not on the meta device."""
+    return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and not tensor.is_meta
+
+
+def describe_range_error(pixel_values: torch.Tensor) -> str | None:
+    """A sentence if values are plainly outside [0, 1]; resizing may overshoot a little, so there is a margin."""
+    low, high = (bound.item() for bound in pixel_values.detach().aminmax())
+    if -0.5 <= low and high <= 1.5:
+        return None
+    guess = (
+        "they look like [0, 255]: divide by 255"
+        if low >= 0
+        else "they look normalized already: leave mean and std to the model, or call make_preprocessor_external()"
+    )
+    return f"pixel_values lie in [{low:.2f}, {high:.2f}] but the model expects [0, 1]; {guess}."

@@ -1,0 +1,489 @@
+"""The RADIO vision transformer: one backbone, one summary, dense features, and a pair of heads per teacher."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .adaptors_radio import AdaptorOutput, RadioAdaptor, RadioAdaptorLayerScale
+from .configuration_radio import RadioConfig
+from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
+from .inputs_radio import can_read_values, check_images, check_packed, describe_range_error
+from .windows_radio import RadioWindows
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RadioModelOutput(ModelOutput):
+    """Output of [`RadioModel`]; for packed inputs the images' tokens follow each other, without a batch axis.
+
+    Args:
+        summary (`torch.Tensor` of shape `(batch, n_summary_idxs * hidden)`): The selected CLS tokens side by side, or
+            `(batch, hidden)`, the average of the features, with `summary_type="mean"`.
+        features (`torch.Tensor` of shape `(batch, h * w, hidden)`): Row-major patch tokens.
+        last_hidden_state (`torch.Tensor` of shape `(batch, prefix + h * w, hidden)`): CLS, registers, patches.
+        hidden_states (`tuple[torch.Tensor]`): The embeddings and each block's output, before a final norm.
+        attentions (`tuple[torch.Tensor]`): Each block's probabilities `(batch, heads, length, length)`; of a
+            windowed block `(batch * windows, heads, window length, window length)`.
+        adaptors (`dict[str, AdaptorOutput]`): Per adaptor that ran, its `summary` and `features`.
+    """
+
+    summary: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    adaptors: dict[str, AdaptorOutput] | None = None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.dropout(weights.softmax(dim=-1), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class RadioAttention(nn.Module):
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, lengths: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`lengths`: of the images packed into one sequence; tokens attend within their image."""
+        # (B, L, D) -> (B, L, heads, D/heads) -> (B, heads, L, D/heads)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        implementation = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        options = {"attention_mask": None, "scaling": self.scaling, "dropout": dropout}
+        if lengths is None:
+            output, weights = attend(self, query, key, value, **options)
+        elif "flash" in implementation:
+            ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+            options |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+            options |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+            output, weights = attend(self, query, key, value, **options)
+        else:
+            parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+            outputs, blocks = zip(*(attend(self, *part, **options) for part in parts), strict=True)
+            output, weights = torch.cat(outputs, dim=1), None
+            if blocks[0] is not None:
+                weights = torch.stack(
+                    [torch.block_diag(*heads) for heads in zip(*(b[0] for b in blocks), strict=True)]
+                )
+                weights = weights.unsqueeze(0)
+        # (B, L, heads, D/heads) -> (B, L, D)
+        return self.o_proj(output.flatten(2).contiguous()), weights
+
+
+class RadioMLP(nn.Module):
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        width = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, width)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.mlp_norm else nn.Identity()
+        self.fc2 = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.norm(self.activation_fn(self.fc1(hidden_states))))
+
+
+class RadioLayerScale(nn.Module):
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(config.layerscale_value * torch.ones(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.lambda1
+
+
+class RadioDropPath(nn.Module):
+    """Leaves a residual branch out, per sample, with probability `config.drop_path_rate` while training."""
+
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        self.rate = config.drop_path_rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0 or not self.training:
+            return hidden_states
+        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.rate
+        return hidden_states * keep / (1 - self.rate)
+
+
+class RadioLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = RadioAttention(config)
+        self.layer_scale1 = RadioLayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = RadioMLP(config)
+        self.layer_scale2 = RadioLayerScale(config)
+        self.drop_path = RadioDropPath(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, lengths: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention, weights = self.attention(self.norm1(hidden_states), lengths)
+        hidden_states = self.drop_path(self.layer_scale1(attention)) + hidden_states
+        hidden_states = self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
+        return hidden_states, weights
+
+
+class RadioEncoder(nn.Module):
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        self.global_blocks = config.global_blocks
+        self.layer = nn.ModuleList([RadioLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        windows: RadioWindows | None,
+        lengths: list[int] | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, tuple | None, tuple | None]:
+        all_hidden_states, all_attentions = [hidden_states], []
+        if windows is not None:
+            hidden_states = windows.sort(hidden_states)
+        windowed = False
+        for index, layer in enumerate(self.layer):
+            was_windowed, windowed = windowed, windows is not None and index not in self.global_blocks
+            if windowed and not was_windowed:
+                hidden_states = windows.enter(hidden_states)
+            elif was_windowed and not windowed:
+                hidden_states = windows.leave(hidden_states)
+            hidden_states, weights = layer(hidden_states, lengths)
+            if output_hidden_states:
+                tokens = windows.leave(hidden_states) if windowed else hidden_states
+                all_hidden_states.append(tokens if windows is None else windows.unsort(tokens))
+            if output_attentions:
+                unsort = windows is not None and not windowed
+                all_attentions.append(windows.unsort_attention(weights) if unsort else weights)
+        if windows is not None:  # the last block is always global, so the windows are joined already
+            hidden_states = windows.unsort(hidden_states)
+        return (
+            hidden_states,
+            tuple(all_hidden_states) if output_hidden_states else None,
+            tuple(all_attentions) if output_attentions else None,
+        )
+
+
+class RadioPreTrainedModel(PreTrainedModel):
+    config_class = RadioConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RadioLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # functions of `transformers.initialization` leave parameters that were loaded alone
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            super()._init_weights(module)
+        elif isinstance(module, RadioPatchEmbeddings):
+            init.normal_(module.position_embedding, std=self.config.hidden_size**-0.5)
+            init.normal_(module.cls_register_token, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, RadioLayerScale):
+            init.constant_(module.lambda1, self.config.layerscale_value)
+        elif isinstance(module, RadioAdaptorLayerScale):
+            init.constant_(module.gamma, 1e-5)
+        elif isinstance(module, RadioInputConditioner):
+            init.copy_(module.norm_mean, torch.tensor(self.config.norm_mean).view(-1, 1, 1))
+            init.copy_(module.norm_std, torch.tensor(self.config.norm_std).view(-1, 1, 1))
+        elif isinstance(module, RadioModel):
+            init.copy_(module.summary_idxs, torch.tensor(self.config.summary_idxs, dtype=torch.long))
+
+    @classmethod
+    def from_pretrained(cls, *args, allow_missing: Sequence[str] = (), output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a weight that the checkpoint lacks is an error instead of a random tensor.
+
+        Args:
+            allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialisation, e.g.
+                `["classifier"]` to put a new head on a backbone.
+
+        Raises:
+            ValueError: The checkpoint lacks other weights of this model, or contradicts `config.summary_idxs`.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(allow_missing)))
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            if any(key.startswith("radio_model.") for key in info["unexpected_keys"]):
+                fix = (
+                    "It has the layout of NVIDIA's releases: open it with transformers.RadioModel.from_pretrained and "
+                    "write it with save_pretrained(folder, save_original_format=False), then load that folder"
+                )
+            else:
+                heads = sorted({key.split(".")[0] for key in missing})
+                fix = f"Check the checkpoint and the config, or pass allow_missing={heads} to train these weights"
+            raise ValueError(
+                f"{cls.__name__}: the checkpoint lacks {len(missing)} weights, which would be random: {shown}. {fix}."
+            )
+        backbone = model.base_model
+        if isinstance(backbone, RadioModel) and backbone.summary_idxs.tolist() != model.config.summary_idxs:
+            raise ValueError(
+                f"config.summary_idxs is {model.config.summary_idxs}, but the checkpoint's summary_idxs are "
+                f"{backbone.summary_idxs.tolist()}. Load without summary_idxs, then select from last_hidden_state."
+            )
+        return (model, info) if output_loading_info else model
+
+
+class RadioModel(RadioPreTrainedModel):
+    """The RADIO vision transformer (paper Sec. 3) with the adaptors of `config.adaptors`.
+
+    Backbone weights have the names and shapes of `transformers.RadioModel`. `eval()` reuses the resized position
+    table per resolution; it notices optimizer steps, loading, moves and casts, but after writing weights through
+    `.data` call `eval()` again.
+    """
+
+    def __init__(self, config: RadioConfig):
+        super().__init__(config)
+        config.validate()  # fields may have been set after construction
+        self.input_conditioner = RadioInputConditioner(config)
+        self.embeddings = RadioPatchEmbeddings(config)
+        self.encoder = RadioEncoder(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.summary_idxs = nn.Buffer(torch.tensor(config.summary_idxs, dtype=torch.long))
+        self.adaptors = nn.ModuleDict(
+            {name: RadioAdaptor(config.hidden_size, adaptor) for name, adaptor in config.adaptors.items()}
+        )
+        self._range_checked = False
+        self.post_init()
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
+    @property
+    def min_resolution_step(self) -> int:
+        """Image sides must be multiples of this many pixels (patch size, times the default window if there is one)."""
+        return self.config.patch_size * (self.config.window_size or 1)
+
+    @property
+    def max_resolution(self) -> int:
+        """Image side in pixels up to which the position table is not stretched; larger images do run."""
+        return self.config.max_img_size
+
+    @property
+    def preferred_resolution(self) -> int:
+        """Image side in pixels at which the model is best."""
+        return self.config.preferred_resolution
+
+    def get_nearest_supported_resolution(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest `(height, width)` in pixels that the model takes."""
+        step = self.min_resolution_step
+        return max(round(height / step), 1) * step, max(round(width / step), 1) * step
+
+    def features_to_grid(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """`(B, h*w, C)` features of images of `height` x `width` pixels -> `(B, C, h, w)`.
+
+        Also takes adaptor features on a grid that is finer by an integer factor.
+
+        Raises:
+            ValueError: The number of features does not fit the image size.
+        """
+        rows, cols = height // self.patch_size, width // self.patch_size
+        factor = math.isqrt(features.shape[1] // max(rows * cols, 1))
+        if features.shape[1] != rows * cols * factor**2 or factor == 0:
+            raise ValueError(
+                f"{features.shape[1]} features do not fit {height}x{width} pixels, which have {rows}x{cols} patches; "
+                "pass the height and width of the images that the features come from."
+            )
+        # (B, h*w, C) -> (B, h, w, C) -> (B, C, h, w)
+        return features.unflatten(1, (rows * factor, cols * factor)).permute(0, 3, 1, 2)
+
+    def make_preprocessor_external(self) -> nn.Module:
+        """Hand the input conditioner over, e.g. to a data pipeline: from now on `model(conditioner(pixel_values))`.
+
+        This lasts as long as the object: the statistics stay in the state dict, so a saved checkpoint is complete
+        and, loaded again, takes images in [0, 1].
+        """
+        if isinstance(self.input_conditioner, nn.Identity):
+            raise ValueError("The input conditioner is external already; use the module that the first call returned.")
+        conditioner, self.input_conditioner = self.input_conditioner, nn.Identity()
+        for name, statistic in conditioner.named_buffers():
+            self.input_conditioner.register_buffer(name, statistic.clone())
+        return conditioner
+
+    def sample_window_size(self, height: int, width: int, generator: torch.Generator | None = None) -> int:
+        """Draw the window of one training forward for images of `height` x `width` pixels.
+
+        With probability `config.train_window_probability`, one of `config.train_window_sizes` that divides the patch
+        grid and does not cover it whole; otherwise 0, attention without windows.
+
+        Args:
+            generator (`torch.Generator`, *optional*): On the CPU; equally seeded ones give all ranks the same
+                windows. Missing: torch's default CPU generator, as in a forward without `window_size`.
+        """
+        rows, cols = height // self.patch_size, width // self.patch_size
+        sizes = [
+            size
+            for size in self.config.train_window_sizes or []
+            if rows % size == 0 and cols % size == 0 and (size < rows or size < cols)
+        ]
+        draw, choice = torch.rand(2, generator=generator).tolist()
+        return sizes[int(choice * len(sizes))] if sizes and draw < self.config.train_window_probability else 0
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        adaptors: list[str] | None = None,
+        window_size: int | None = None,
+        image_grid_hw: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> RadioModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Floats in [0, 1]; sides are
+                multiples of `min_resolution_step`. With `image_grid_hw`: the flattened patches of images of
+                different sizes, `(total patches, channels * patch_size**2)`, each patch channel by channel.
+            adaptors (`list[str]`, *optional*): Adaptors to run; all when missing, none with `[]`.
+            window_size (`int`, *optional*): ViTDet window side in patches; 0 is global attention throughout. Missing:
+                `config.window_size`, or while training a draw from `config.train_window_sizes` if there are any.
+            image_grid_hw (`torch.Tensor` of shape `(images, 2)`, *optional*): Patch grid of each packed image.
+            output_hidden_states (`bool`, *optional*): Return the embeddings and the output of every block.
+            output_attentions (`bool`, *optional*): Return every block's probabilities; needs eager attention.
+
+        Raises:
+            ValueError: Not floats, a wrong number of channels or dimensions, a side that is no multiple of the patch
+                (times the window), an unknown adaptor, packed patches that do not fit their grids.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        # not `bool(...)`: callers that select one layer may pass its index, 0 included
+        output_hidden_states = output_hidden_states is not None and output_hidden_states is not False
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs eager attention, this model has {config._attn_implementation!r}; load it "
+                'with attn_implementation="eager" or call model.set_attn_implementation("eager").'
+            )
+        names = self._check_adaptors(adaptors)
+        self._warn_about_range(pixel_values)
+        dtype = self.embeddings.patch_projection.weight.dtype
+        num_prefix = config.num_summary_tokens
+        windows, lengths = None, None
+
+        if image_grid_hw is None:
+            check_images(pixel_values, config.num_channels, self.patch_size)
+            rows, cols = (side // self.patch_size for side in pixel_values.shape[-2:])
+            grids = [(rows, cols)]
+            window_size = self._check_window(window_size, rows, cols)
+            if window_size:
+                windows = RadioWindows(grids[0], window_size, num_prefix, average=config.window_prefix == "average")
+            hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(dtype))
+        else:
+            grids = check_packed(pixel_values, image_grid_hw, config.patch_dim)
+            if window_size or (window_size is None and config.window_size):
+                raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
+            lengths = [num_prefix + rows * cols for rows, cols in grids]
+            # (total, C*p*p) -> (total, C, p, p) -> (total, C*p*p)
+            patches = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
+            patches = self.input_conditioner(patches).to(dtype).flatten(1)
+            hidden_states = self.embeddings.forward_packed(patches, grids)
+
+        hidden_states, all_hidden_states, attentions = self.encoder(
+            hidden_states, windows, lengths, output_hidden_states, output_attentions
+        )
+        hidden_states = self.norm(hidden_states)
+
+        # (B, prefix + h*w, D) -> (B, prefix, D) and (B, h*w, D); packed: one image after the other, B is 1
+        images = [hidden_states] if lengths is None else hidden_states.split(lengths, dim=1)
+        prefix = torch.cat([image[:, :num_prefix] for image in images])
+        features = torch.cat([image[:, num_prefix:] for image in images], dim=1)
+        if config.summary_type == "cls":
+            summary_tokens = prefix[:, : config.num_cls_tokens]
+            # (B, n, D) -> (B, n*D)
+            summary = summary_tokens[:, self.summary_idxs].flatten(1)
+        else:
+            summary = torch.cat([image[:, num_prefix:].mean(1) for image in images])
+            summary_tokens = summary.unsqueeze(1)
+        heads = {name: self.adaptors[name](summary_tokens, features, grids) for name in names}
+
+        if lengths is not None:  # packed outputs have no batch axis
+            hidden_states, features = hidden_states[0], features[0]
+            for head in heads.values():
+                head.features = None if head.features is None else head.features[0]
+        return RadioModelOutput(
+            summary=summary,
+            features=features,
+            last_hidden_state=hidden_states,
+            hidden_states=all_hidden_states,
+            attentions=attentions,
+            adaptors=heads,
+        )
+
+    def _check_adaptors(self, adaptors: list[str] | None) -> list[str]:
+        if adaptors is None:
+            return list(self.adaptors)
+        unknown = [name for name in adaptors if name not in self.adaptors]
+        if isinstance(adaptors, str) or unknown:
+            raise ValueError(
+                f"adaptors is {adaptors!r}, expected a list out of {list(self.adaptors)}; None runs all, [] none."
+            )
+        return list(adaptors)
+
+    def _check_window(self, window_size: int | None, rows: int, cols: int) -> int:
+        if window_size is None and self.training and self.config.train_window_sizes:
+            return self.sample_window_size(rows * self.patch_size, cols * self.patch_size)
+        if window_size is None:
+            window_size = self.config.window_size or 0
+        if window_size < 0 or (window_size and (rows % window_size or cols % window_size)):
+            step = self.patch_size * abs(window_size)
+            nearest = [max(round(side * self.patch_size / step), 1) * step for side in (rows, cols)]
+            raise ValueError(
+                f"window_size {window_size} does not divide the {rows}x{cols} patch grid; resize the images to "
+                f"{nearest[0]}x{nearest[1]} pixels, choose a divisor of both sides, or 0 for global attention."
+            )
+        return window_size
+
+    def _warn_about_range(self, pixel_values: torch.Tensor):
+        if self._range_checked or isinstance(self.input_conditioner, nn.Identity) or not can_read_values(pixel_values):
+            return
+        error = describe_range_error(pixel_values)
+        if error is not None:
+            logger.warning(error)
+        # reading values makes an accelerator wait, so there only the first batch is looked at
+        self._range_checked = error is not None or pixel_values.device.type != "cpu"
+
+
+RadioModel.register_for_auto_class("AutoModel")
+
+__all__ = ["RadioModel", "RadioModelOutput", "RadioPreTrainedModel"]
