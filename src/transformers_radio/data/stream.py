@@ -1,0 +1,390 @@
+"""An endless stream of training batches whose order can be recomputed, so that a stopped run resumes exactly.
+
+The source is dealt out to `lanes`, and batch j of the run (counted over all ranks) comes from lane j mod lanes. Each
+lane reads its own part of every epoch in an order that is a function of (seed, epoch, position) alone. Ranks and workers
+only share out the lanes: neither their number nor their timing changes which images a batch holds. What a lane has
+consumed is a handful of numbers; they travel with each batch, and saving the latest ones saves the stream.
+"""
+
+import copy
+import itertools
+import logging
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from .images import SkippedImage, load_crops
+from .source import DataConfig, Source, read_image
+
+logger = logging.getLogger(__name__)
+
+# The share of skipped images says nothing yet about the first few; before this many only the end of an epoch counts.
+MIN_SEEN_FOR_SHARE = 200
+# Images that are named in messages and in the state, per lane.
+MAX_OFFENDERS = 5
+# With fewer shards per lane than this, shards are split so that the lanes' shares of an epoch do not differ by much.
+MIN_SHARDS_PER_LANE = 8
+# First number of the key of every random draw, so that no two purposes share one.
+SHARD_ORDER, WINDOW_ORDER, CROP = 0, 1, 2
+
+
+@dataclass
+class Batch:
+    """One micro-batch of a rank.
+
+    Attributes:
+        images: resolution r -> uint8 (B, 3, r, r), RGB; the same crops at every resolution.
+        keys: name of each image: the file relative to the folder, `file.tar/key` or `file.parquet/row`.
+        epochs: the pass over the source that each image belongs to, from 0.
+        seen: images that this rank has looked at since the start, skipped ones included.
+        skipped: reason -> images that this rank could not use since the start.
+    """
+
+    images: dict[int, Tensor]
+    keys: list[str]
+    epochs: list[int]
+    seen: int
+    skipped: dict[str, int]
+
+
+class ImageStream:
+    """Endless iterator of `Batch`, resumable to the bit.
+
+    Every image of the source is used exactly once per epoch over all lanes. A batch is filled from one lane and may
+    reach into its next epoch; nothing is dropped or padded.
+
+    The random crop of an image is drawn once and resized from the image's own pixels to each of `resolutions`, so that
+    the student and all teachers see the same picture. Images that cannot be used are skipped and counted per reason.
+
+    Args:
+        config: what to read.
+        resolutions: sides r of the square outputs, in pixels.
+        batch_size: images per batch (per rank).
+        seed: decides order and crops.
+        rank, world_size: this process and how many share the stream. All ranks have to take equally many batches.
+
+    Raises:
+        FileNotFoundError, ValueError: the source cannot be opened, or an argument is out of range.
+        RuntimeError: while iterating, when more than `config.max_skipped_share` of the images were skipped (looked at
+            from the 200th image on, and at the end of every epoch), or a shard cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        resolutions: list[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        config.validate()
+        if not resolutions or min(resolutions) < 1:
+            raise ValueError(f"resolutions={resolutions!r}: expected at least one side in pixels.")
+        if batch_size < 1 or seed < 0:
+            raise ValueError(f"batch_size={batch_size}, seed={seed}: expected 1 or more and 0 or more.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}, world_size={world_size}: expected 0 <= rank < world_size.")
+        self.config = config
+        self.resolutions = sorted(set(resolutions))
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.source = Source(config)
+        self._start(config.lanes or max(1, config.num_workers) * world_size, next_batch=0, saved_lanes=None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start the workers at the current position. Only batches that were taken count as consumed."""
+        loader = DataLoader(
+            _LaneBatches(self),
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_init_worker,
+            prefetch_factor=2 if self.config.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # without its own, the loader would draw from the global random state
+        )
+        for images, keys, epochs, lane, position in loader:
+            self._count(lane, position)
+            self._next_batch += self.world_size
+            yield Batch(images, keys, epochs, self.seen, self.skipped)
+
+    @property
+    def seen(self) -> int:
+        """Images this rank has looked at since the start, skipped ones included."""
+        return sum(position["seen"] for position in self._lanes.values())
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Reason -> number of images this rank has skipped since the start."""
+        return dict(sum((Counter(position["skipped"]) for position in self._lanes.values()), Counter()))
+
+    def check(self) -> None:
+        """Read a little of the source before long work starts.
+
+        Raises:
+            ValueError: none of the first images can be decoded, or there are too few for one batch of all ranks.
+        """
+        names, first, generator = [], Counter[str](), np.random.default_rng(0)
+        needed = max(self.batch_size * self.world_size, self.lanes)
+        records = itertools.chain.from_iterable(map(self.source.records, range(len(self.source.shards))))
+        count, decoded = 0, False
+        for count, (key, image) in enumerate(records, start=1):
+            if not decoded and count <= MIN_SEEN_FOR_SHARE:
+                try:
+                    load_crops(read_image(image), [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
+                    decoded = True
+                except SkippedImage as error:
+                    first[error.reason] += 1
+                    names.append(key)
+            if count >= needed and (decoded or count >= MIN_SEEN_FOR_SHARE):
+                break
+        if not decoded:
+            raise ValueError(
+                f"data.path={self.config.path!r}: none of the first {len(names)} images can be used"
+                f" ({_counts(first)}): {', '.join(names[:MAX_OFFENDERS])}. Does the column"
+                f" {self.source.image_column!r} hold images, and is data.min_side={self.config.min_side} right?"
+            )
+        if count < needed:
+            raise ValueError(
+                f"data.path={self.config.path!r} holds {count} images; a batch of {self.batch_size} on each of"
+                f" {self.world_size} ranks over {self.lanes} lanes needs {needed}. Lower the batch size,"
+                " data.num_workers or data.lanes."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch taken, as plain JSON types. Holds the lanes of this rank only;
+        `merge_states` joins those of all ranks."""
+        return {
+            "order": self._order(),
+            "lanes": self.lanes,
+            "next_batch": self._next_batch,
+            "positions": {str(lane): copy.deepcopy(position) for lane, position in sorted(self._lanes.items())},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was saved. Workers, ranks, resolutions and batch size may differ from then.
+
+        Raises:
+            ValueError: the source, the seed or a setting that decides the order is not the same, or the state lacks
+                lanes that this rank has to read.
+        """
+        now = self._order()
+        changed = [
+            f"{field}: {state['order'].get(field)!r} when saved, {now[field]!r} now"
+            for field in now
+            if state["order"].get(field) != now[field]
+        ]
+        if changed:
+            raise ValueError(
+                f"The saved position in {self.config.path!r} does not fit, as the order of the images has changed"
+                f" ({'; '.join(changed)}). Restore these, or start a new run."
+            )
+        lanes = self.config.lanes or state["lanes"]
+        if lanes != state["lanes"]:
+            raise ValueError(f"The state was saved with data.lanes={state['lanes']}; it cannot continue with {lanes}.")
+        self._start(lanes, state["next_batch"], state["positions"])
+
+    def _start(self, lanes: int, next_batch: int, saved_lanes: dict[str, Any] | None) -> None:
+        readers = self.world_size * max(1, self.config.num_workers)
+        if lanes % readers:
+            raise ValueError(
+                f"data.lanes={lanes} cannot be shared out to {self.world_size} ranks with {self.config.num_workers} workers"
+                f" each: it must be a multiple of {readers}. Set data.lanes={-(-lanes // readers) * readers} for a new run;"
+                f" to resume one, set data.num_workers to a number whose product with the ranks divides {lanes}."
+            )
+        # This rank takes batches next_batch + rank, next_batch + rank + world_size, ...
+        own = sorted({(next_batch + self.rank + i * self.world_size) % lanes for i in range(lanes // self.world_size)})
+        if saved_lanes is None:
+            start = {"epoch": 0, "unit": 0, "consumed": 0, "seen": 0, "skipped": {}, "offenders": []}
+            saved_lanes = {str(lane): start for lane in own}
+        missing = [lane for lane in own if str(lane) not in saved_lanes]
+        if missing:
+            raise ValueError(
+                f"The state holds lanes {', '.join(saved_lanes)} but this rank reads {own}: it was saved by one of"
+                " several ranks. Join the states of all ranks with transformers_radio.data.merge_states first."
+            )
+        self.lanes = lanes
+        self._next_batch = next_batch
+        self._lanes = {lane: copy.deepcopy(saved_lanes[str(lane)]) for lane in own}
+
+    def _order(self) -> dict[str, Any]:
+        """Everything that decides which image comes next in a lane."""
+        config = self.config
+        return {
+            "seed": self.seed,
+            "shards": len(self.source.shards),
+            "files": self.source.fingerprint,
+            "shuffle_window": config.shuffle_window,
+            "crop_scale": list(config.crop_scale),
+            "crop_ratio": list(config.crop_ratio),
+            "horizontal_flip": config.horizontal_flip,
+            "min_side": config.min_side,
+        }
+
+    def _count(self, lane: int, position: dict[str, Any]) -> None:
+        before = self._lanes[lane]
+        for offender in position["offenders"][len(before["offenders"]) :]:
+            logger.warning("Skipped image %s", offender)
+        finished = min(other["epoch"] for other in self._lanes.values())
+        self._lanes[lane] = position
+        epoch_ended = min(other["epoch"] for other in self._lanes.values()) > finished
+        if self.seen < MIN_SEEN_FOR_SHARE and not epoch_ended:
+            return
+        skipped = sum(self.skipped.values())
+        if skipped > self.config.max_skipped_share * self.seen:
+            offenders = [offender for other in self._lanes.values() for offender in other["offenders"]]
+            raise RuntimeError(
+                f"{skipped} of {self.seen} images of {self.config.path} could not be used ({_counts(self.skipped)}),"
+                f" more than data.max_skipped_share={self.config.max_skipped_share} allows. The first:"
+                f" {'; '.join(offenders[:10])}. Repair the source, or raise data.max_skipped_share."
+            )
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the `state_dict` of every rank into one from which any number of ranks can resume.
+
+    Raises:
+        ValueError: the states are not of the same run and step.
+    """
+    for state in states:
+        for field in ("order", "lanes", "next_batch"):
+            if state[field] != states[0][field]:
+                raise ValueError(
+                    f"The states of the ranks differ in {field!r} ({states[0][field]} and {state[field]}): they were"
+                    " not saved at the same step of one run."
+                )
+    positions = {lane: position for state in states for lane, position in state["positions"].items()}
+    return {**states[0], "positions": positions}
+
+
+class _LaneBatches(IterableDataset):
+    """The batches of one rank from its current position; within a DataLoader worker, every num_workers-th of them."""
+
+    def __init__(self, stream: ImageStream):
+        self.source = stream.source
+        self.config = stream.config
+        self.resolutions = stream.resolutions
+        self.batch_size = stream.batch_size
+        self.seed = stream.seed
+        self.lanes = stream.lanes
+        self.positions = copy.deepcopy(stream._lanes)
+        self.first = stream._next_batch + stream.rank
+        self.step = stream.world_size
+        shards = len(self.source.shards)
+        # Into how many interleaved parts each shard is split: none when there are plenty.
+        self.split = next(
+            n
+            for n in itertools.count(1)
+            if shards * n % self.lanes == 0 or shards * n >= MIN_SHARDS_PER_LANE * self.lanes
+        )
+
+    def __iter__(self) -> Iterator[tuple[dict[int, Tensor], list[str], list[int], int, dict[str, Any]]]:
+        worker = get_worker_info()
+        first, step = self.first, self.step
+        if worker is not None:  # the loader takes from its workers in turn
+            first, step = first + worker.id * step, step * worker.num_workers
+        samples: dict[int, Iterator[tuple[int, str, dict[int, Tensor]]]] = {}
+        for batch in itertools.count(first, step):
+            lane = batch % self.lanes
+            if lane not in samples:
+                samples[lane] = self._samples(lane, self.positions[lane])
+            images = {r: torch.empty(self.batch_size, 3, r, r, dtype=torch.uint8) for r in self.resolutions}
+            keys, epochs = [], []
+            for i, (epoch, key, crops) in enumerate(itertools.islice(samples[lane], self.batch_size)):
+                for r in self.resolutions:
+                    images[r][i] = crops[r]
+                keys.append(key)
+                epochs.append(epoch)
+            yield images, keys, epochs, lane, copy.deepcopy(self.positions[lane])
+
+    def _samples(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
+        """Decode the images of a lane from `position` on, and keep `position` just behind the one yielded."""
+        config = self.config
+        used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: give it the benefit
+        for key, image, random_key in self._records(lane, position):
+            if random_key is None:  # the end of an epoch
+                if not used_in_epoch:
+                    raise RuntimeError(
+                        f"Lane {lane} of {self.lanes} found no usable image in a whole pass over its part of"
+                        f" {config.path} (skipped: {_counts(position['skipped']) or 'none'}; {'; '.join(position['offenders'])})."
+                        " Lower data.num_workers or data.lanes for a small source."
+                    )
+                used_in_epoch = False
+                continue
+            position["consumed"] += 1
+            position["seen"] += 1
+            generator = np.random.default_rng([self.seed, CROP, *random_key])
+            try:
+                crops = load_crops(
+                    read_image(image),
+                    self.resolutions,
+                    generator,
+                    config.crop_scale,
+                    config.crop_ratio,
+                    config.horizontal_flip,
+                    config.min_side,
+                )
+            except SkippedImage as error:
+                position["skipped"][error.reason] = position["skipped"].get(error.reason, 0) + 1
+                if len(position["offenders"]) < MAX_OFFENDERS:
+                    position["offenders"].append(f"{key} ({error.reason})")
+                continue
+            used_in_epoch = True
+            yield position["epoch"], key, crops
+
+    def _records(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[int, int, int] | None]]:
+        """Yield (key, undecoded image, (epoch, shard, record)) for ever, and ("", None, None) after each epoch.
+
+        Skips what `position` says is consumed without decoding it, and moves its epoch and unit on.
+        """
+        window_size = self.config.shuffle_window
+        while True:
+            epoch = position["epoch"]
+            generator = np.random.default_rng([self.seed, SHARD_ORDER, epoch])
+            order = generator.permutation(len(self.source.shards) * self.split)
+            units = order[lane :: self.lanes].tolist()
+            while position["unit"] < len(units):
+                unit = units[position["unit"]]
+                shard, offset = divmod(unit, self.split)
+                window, inside = divmod(position["consumed"], window_size)
+                first = offset + window * window_size * self.split
+                records = itertools.islice(enumerate(self.source.records(shard)), first, None, self.split)
+                while samples := list(itertools.islice(records, window_size)):
+                    generator = np.random.default_rng([self.seed, WINDOW_ORDER, epoch, unit, window])
+                    for i in generator.permutation(len(samples))[inside:]:
+                        index, (key, image) = samples[i]
+                        yield key, image, (epoch, shard, index)
+                    window, inside = window + 1, 0
+                position["unit"] += 1
+                position["consumed"] = 0
+            yield "", None, None
+            position["epoch"] += 1
+            position["unit"] = 0
+
+
+def _init_worker(worker_id: int) -> None:
+    import fsspec
+
+    torch.set_num_threads(1)  # one core per worker: the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops its workers
+    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, once per image
+    fsspec.asyn.reset_lock()  # a lock of remote file systems does not survive the fork
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _counts(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
