@@ -1,0 +1,72 @@
+"""Configuration of the vision tower that LLaVA builds."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_radio import RadioConfig
+
+
+@strict
+class RadioVisionTowerConfig(PreTrainedConfig):
+    """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
+
+    It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`.
+
+    Args:
+        radio_config: the student's [`RadioConfig`], or its fields as a dict. The tower has no adaptors.
+        image_size: nominal side of the input in pixels; the student's `preferred_resolution` when missing.
+
+    Raises:
+        ValueError: when `image_size` is no multiple of the patch size.
+    """
+
+    model_type = "radio_vision_tower"
+    sub_configs_defaults = {"radio_config": SubConfigSpec(config_class=RadioConfig)}
+
+    radio_config: Any = None
+    image_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.radio_config, PreTrainedConfig):
+            self.radio_config = self.radio_config.to_dict()
+        super().__post_init__(**kwargs)  # makes it a RadioConfig of our own
+        self.radio_config.adaptors = {}
+        if self.image_size is None:
+            self.image_size = self.radio_config.preferred_resolution
+        if self.image_size < 1 or self.image_size % self.patch_size:
+            raise ValueError(f"image_size is {self.image_size}, expected a multiple of patch_size {self.patch_size}")
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == RadioConfig.model_type:
+            config_dict = {"model_type": cls.model_type, "radio_config": config_dict}
+        return config_dict, kwargs
+
+    # what LLaVA and the loading of weights read from a vision config
+    @property
+    def hidden_size(self) -> int:
+        return self.radio_config.hidden_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.radio_config.patch_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.radio_config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.radio_config.num_attention_heads
+
+    @property
+    def summary_idxs(self) -> list[int]:
+        return self.radio_config.summary_idxs
+
+
+RadioVisionTowerConfig.register_for_auto_class()
+AutoConfig.register("radio_vision_tower", RadioVisionTowerConfig, exist_ok=True)

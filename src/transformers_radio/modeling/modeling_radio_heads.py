@@ -1,0 +1,200 @@
+"""Task heads on a RADIO student: image classification, semantic segmentation, and a backbone for dense models."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoBackbone
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_radio_backbone import RadioBackboneConfig
+from .modeling_radio import RadioModel, RadioPreTrainedModel
+
+
+class RadioHeadModel(RadioPreTrainedModel):
+    """A RADIO student without adaptors at `self.model`, below the head that a subclass adds.
+
+    Adaptors are neither built nor saved (`config.adaptors` is empty); those of a loaded checkpoint are reported as
+    unexpected weights. A student that is frozen as a whole (`model.model.requires_grad_(False)`) stays in eval mode
+    while the head trains: its features must not vary with the random position crops of training.
+    """
+
+    accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
+
+    def __init__(self, config):
+        config = copy.deepcopy(config)
+        config.adaptors = {}
+        super().__init__(config)
+        self.model = RadioModel(config)
+
+    @classmethod
+    def from_pretrained(
+        cls, *args, allow_missing: Sequence[str] = ("summary_norm.", "batch_norm.", "classifier."), **kwargs
+    ):
+        """As [`RadioModel.from_pretrained`]; only the head may be missing, and transformers then reports it as new."""
+        return super().from_pretrained(*args, allow_missing=allow_missing, **kwargs)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.model.eval()
+        return self
+
+
+class RadioForImageClassification(RadioHeadModel):
+    """LayerNorm and a linear layer on the summary; the norm because RADIO has none and its scale is arbitrary.
+
+    Trains with `transformers.Trainer`. The loss follows `config.problem_type`, or what `config.num_labels` and the
+    type of the labels say, as in all of transformers.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.summary_norm = nn.LayerNorm(config.summary_dim, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(config.summary_dim, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
+            labels: class indices (batch_size,) int64; or float targets (batch_size, num_labels) for several labels
+                per image; or float targets (batch_size,) or (batch_size, num_labels) for a regression.
+
+        Returns:
+            `logits` (batch_size, num_labels) and, with labels, their mean `loss`.
+        """
+        if labels is not None and len(labels) != len(pixel_values):
+            raise ValueError(f"got {len(labels)} labels for {len(pixel_values)} images; give one label per image")
+        outputs = self.model(
+            pixel_values,
+            adaptors=[],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        logits = self.classifier(self.summary_norm(outputs.summary))
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RadioForSemanticSegmentation(RadioHeadModel):
+    """The paper's linear probe: batch norm and a 1x1 convolution on the features (AM-RADIO, section 5.3).
+
+    The paper freezes the student: `model.model.requires_grad_(False)`. Labels of `config.semantic_loss_ignore_index`
+    (255 unless set) do not count.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.batch_norm = nn.BatchNorm2d(config.hidden_size)
+        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
+            labels (batch_size, label_height, label_width): int64 class of each pixel, at any size.
+
+        Returns:
+            `logits` (batch_size, num_labels, height / patch_size, width / patch_size) and, with labels, the mean
+            cross-entropy `loss` of the logits resized bilinearly to the labels.
+        """
+        if labels is not None and (labels.ndim != 3 or len(labels) != len(pixel_values)):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected one map per image: "
+                f"({len(pixel_values)}, label_height, label_width)"
+            )
+        outputs = self.model(
+            pixel_values,
+            adaptors=[],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        features = self.model.features_to_grid(outputs.features, *pixel_values.shape[-2:])  # (B, hidden, h, w)
+        logits = self.classifier(self.batch_norm(features))
+
+        loss = None
+        if labels is not None:
+            ignore_index = getattr(self.config, "semantic_loss_ignore_index", 255)
+            scores = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="sum")
+            loss = loss / (labels != ignore_index).sum().clamp(min=1)  # a batch without any label has loss 0, not NaN
+        return SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RadioBackbone(BackboneMixin, RadioHeadModel):
+    """Feature maps for transformers' detectors and segmenters, by `backbone_config=RadioBackboneConfig(...)`.
+
+    All maps have the stride of the patches. The input is in [0, 1], not normalised, with sides that are multiples of
+    `min_resolution_step`: use [`RadioImageProcessor`], whose `pixel_mask` such models take as well.
+    """
+
+    config_class = RadioBackboneConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
+
+        Returns:
+            `feature_maps`, one (batch_size, hidden_size, height / patch_size, width / patch_size) per `out_features`;
+            `hidden_states` on request: the whole sequences (batch_size, prefix + patches, hidden_size).
+        """
+        outputs = self.model(pixel_values, adaptors=[], output_hidden_states=True, output_attentions=output_attentions)
+        height, width = pixel_values.shape[-2:]
+        # the final norm of the variant that has one (an identity otherwise), so that the last map is `features`
+        feature_maps = tuple(
+            self.model.features_to_grid(self.model.norm(tokens)[:, self.config.num_summary_tokens :], height, width)
+            for stage, tokens in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if stage in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+RadioForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+RadioForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+RadioBackbone.register_for_auto_class("AutoBackbone")
+AutoBackbone.register(RadioBackboneConfig, RadioBackbone, exist_ok=True)
