@@ -128,11 +128,7 @@ class RadioConfig(NativeRadioConfig):
                 f"a non-empty list of CLS tokens below num_cls_tokens {self.num_cls_tokens}",
             ),
             ("window_size", self.window_size is None or self.window_size > 0, "a positive number of patches or None"),
-            (
-                "window_num_global",
-                1 <= self.window_num_global <= self.num_hidden_layers,
-                f"between 1 and num_hidden_layers {self.num_hidden_layers}",
-            ),
+            ("window_num_global", self.window_num_global >= 1, "1 or more"),
             (
                 "window_num_windowed",
                 self.window_num_windowed is None or self.window_num_windowed >= 0,
@@ -195,7 +191,7 @@ class RadioConfig(NativeRadioConfig):
         if self.window_num_windowed is not None:
             period = self.window_num_windowed + 1
         else:
-            period = self.num_hidden_layers // self.window_num_global
+            period = max(self.num_hidden_layers // self.window_num_global, 1)
         last = self.num_hidden_layers - 1
         return [i for i in range(self.num_hidden_layers) if i % period == period - 1 or i == last]
 
