@@ -5,7 +5,7 @@ from importlib import import_module
 _MODULES = {
     "RadioConfig": "configuration_radio",
     "RadioModel": "modeling_radio",
-    "RadioModelOutput": "modeling_radio",
+    "RadioModelOutput": "student_radio",
     "RadioPreTrainedModel": "modeling_radio",
     "AdaptorOutput": "adaptors_radio",
     "RadioForImageClassification": "modeling_radio_heads",

@@ -141,7 +141,8 @@ class RadioAdaptor(nn.Module):
         self.upsample_factor = adaptor["upsample_factor"]
         mlps = {"v1": RadioAdaptorMLPV1, "v2": RadioAdaptorMLP}
         hidden, inner, version = adaptor["hidden_dim"], adaptor["mlp_num_inner"], adaptor["mlp_version"]
-        self.summary_head, self.feature_head = None, None
+        self.summary_head: nn.Module | None = None
+        self.feature_head: nn.Module | None = None
         if adaptor["summary_dim"] is not None:
             self.summary_head = mlps[version](width, hidden, adaptor["summary_dim"], inner)
         if adaptor["feature_dim"] is not None:
@@ -167,8 +168,8 @@ class RadioAdaptor(nn.Module):
         if self.summary_head is not None:
             summary = self.summary_head(summary_tokens[:, self.summary_token]).float()
         if self.feature_head is not None:
-            images = features.split([rows * cols for rows, cols in grids], dim=1)
-            dense = torch.cat([self._upsample(self.feature_head(x), grid) for x, grid in zip(images, grids)], dim=1)
+            images = zip(features.split([rows * cols for rows, cols in grids], dim=1), grids, strict=True)
+            dense = torch.cat([self._upsample(self.feature_head(image), grid) for image, grid in images], dim=1)
             dense = dense.float()
         return AdaptorOutput(summary=summary, features=dense)
 

@@ -68,7 +68,7 @@ class RadioConfig(NativeRadioConfig):
 
     # `to_dict` writes a sentence into this field when transformers' own class would misread the checkpoint: it is
     # typed `int | None` there, so that class stops and prints the sentence. Ours never has another value than None.
-    video_temporal_patch_size: int | str | None = None
+    video_temporal_patch_size: int | str | None = None  # type: ignore[assignment]
 
     adaptors: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary_type: Literal["cls", "mean"] = "cls"
@@ -86,6 +86,11 @@ class RadioConfig(NativeRadioConfig):
     preferred_resolution: int | None = None
 
     def __post_init__(self, **kwargs):
+        if self.patch_size < 1 or self.num_attention_heads < 1:
+            raise ValueError(
+                f"RadioConfig: patch_size is {self.patch_size} and num_attention_heads {self.num_attention_heads}, "
+                "expected positive numbers."
+            )
         if isinstance(self.video_temporal_patch_size, str):
             self.video_temporal_patch_size = None
         if not isinstance(self.adaptors, dict) or not all(isinstance(a, dict) for a in self.adaptors.values()):
@@ -229,21 +234,13 @@ class RadioConfig(NativeRadioConfig):
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with a refusal for its own RADIO class where that would give other features."""
         output = super().to_dict()
-        unreadable = [
-            f"{name}={getattr(self, name)!r}"
-            for name, native in (
-                ("summary_type", "cls"),
-                ("final_norm", False),
-                ("mlp_norm", False),
-                ("window_size", None),
-            )
-            if getattr(self, name) != native
-        ]
-        if unreadable:
+        native = {"summary_type": "cls", "final_norm": False, "mlp_norm": False, "window_size": None}
+        ours = [f"{name}={getattr(self, name)!r}" for name in native if getattr(self, name) != native[name]]
+        if ours:
             output["video_temporal_patch_size"] = (
-                f"This checkpoint has {', '.join(unreadable)}, which transformers' own RADIO class does not know. Load "
-                "it with AutoModel.from_pretrained(..., trust_remote_code=True), or `pip install transformers_radio` "
-                "and use transformers_radio.RadioModel.from_pretrained(...)."
+                f"transformers' own RADIO class cannot read this checkpoint ({', '.join(ours)}): load it with "
+                "AutoModel.from_pretrained(..., trust_remote_code=True), or `pip install transformers_radio` and use "
+                "transformers_radio.RadioModel.from_pretrained(...)"
             )
         return output
 

@@ -60,7 +60,8 @@ class RadioPatchEmbeddings(nn.Module):
         """`(total patches, C*p*p)` -> `(1, total length, hidden)`: prefix and patches of the images one by one."""
         patches = self.patch_projection(pixel_values)
         tokens = []
-        for (rows, cols), image in zip(grids, patches.split([rows * cols for rows, cols in grids])):
+        images = patches.split([rows * cols for rows, cols in grids])
+        for (rows, cols), image in zip(grids, images, strict=True):
             tokens += [self.cls_register_token, image + self.positions(1, rows, cols, image.dtype)[0]]
         return torch.cat(tokens).unsqueeze(0)
 

@@ -13,10 +13,10 @@ def check_images(pixel_values: torch.Tensor, num_channels: int, step: int):
         )
     height, width = pixel_values.shape[-2:]
     if height % step or width % step or not height or not width:
-        nearest = [max(round(side / step), 1) * step for side in (height, width)]
         raise ValueError(
             f"pixel_values are {height}x{width} pixels, but sides must be multiples of {step}; resize to "
-            f"{nearest[0]}x{nearest[1]} (model.get_nearest_supported_resolution)."
+            f"{nearest_multiple(height, step)}x{nearest_multiple(width, step)} "
+            "(see model.get_nearest_supported_resolution)."
         )
 
 
@@ -46,6 +46,27 @@ def check_floats(pixel_values: torch.Tensor):
         )
 
 
+def check_window(window_size: int, rows: int, cols: int, patch_size: int):
+    """A window side in patches, 0 for none, must divide the patch grid."""
+    if window_size < 0:
+        raise ValueError(f"window_size is {window_size}, expected a number of patches, or 0 for global attention.")
+    if window_size and (rows % window_size or cols % window_size):
+        height, width = (nearest_multiple(side, window_size) * patch_size for side in (rows, cols))
+        raise ValueError(
+            f"window_size {window_size} does not divide the {rows}x{cols} patch grid; resize the images to "
+            f"{height}x{width} pixels, choose a divisor of both sides, or 0 for global attention."
+        )
+
+
+def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str]:
+    """The adaptors to run: all of them for `None`."""
+    if adaptors is None:
+        return available
+    if isinstance(adaptors, str) or any(name not in available for name in adaptors):
+        raise ValueError(f"adaptors is {adaptors!r}, expected a list out of {available}; None runs all, [] none.")
+    return list(adaptors)
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether values may be looked at: not while compiling or tracing, not on the meta device."""
     return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and not tensor.is_meta
@@ -62,3 +83,8 @@ def describe_range_error(pixel_values: torch.Tensor) -> str | None:
         else "they look normalized already: leave mean and std to the model, or call make_preprocessor_external()"
     )
     return f"pixel_values lie in [{low:.2f}, {high:.2f}] but the model expects [0, 1]; {guess}."
+
+
+def nearest_multiple(value: int, step: int) -> int:
+    """The multiple of `step` nearest to `value`, and at least one `step`."""
+    return max(round(value / step), 1) * step

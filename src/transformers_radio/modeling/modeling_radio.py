@@ -1,8 +1,7 @@
 """The RADIO vision transformer: one backbone, one summary, dense features, and a pair of heads per teacher."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,38 +10,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
-from .adaptors_radio import AdaptorOutput, RadioAdaptor, RadioAdaptorLayerScale
+from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
 from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
-from .inputs_radio import can_read_values, check_images, check_packed, describe_range_error
+from .inputs_radio import check_adaptors, check_images, check_packed, check_window
+from .student_radio import RadioModelOutput, RadioStudentMixin
 from .windows_radio import RadioWindows
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class RadioModelOutput(ModelOutput):
-    """Output of [`RadioModel`]; for packed inputs the images' tokens follow each other, without a batch axis.
-
-    Args:
-        summary (`torch.Tensor` of shape `(batch, n_summary_idxs * hidden)`): The selected CLS tokens side by side, or
-            `(batch, hidden)`, the average of the features, with `summary_type="mean"`.
-        features (`torch.Tensor` of shape `(batch, h * w, hidden)`): Row-major patch tokens.
-        last_hidden_state (`torch.Tensor` of shape `(batch, prefix + h * w, hidden)`): CLS, registers, patches.
-        hidden_states (`tuple[torch.Tensor]`): The embeddings and each block's output, before a final norm.
-        attentions (`tuple[torch.Tensor]`): Each block's probabilities `(batch, heads, length, length)`; of a
-            windowed block `(batch * windows, heads, window length, window length)`.
-        adaptors (`dict[str, AdaptorOutput]`): Per adaptor that ran, its `summary` and `features`.
-    """
-
-    summary: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    adaptors: dict[str, AdaptorOutput] | None = None
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -171,24 +146,16 @@ class RadioEncoder(nn.Module):
         all_hidden_states, all_attentions = [hidden_states], []
         if windows is not None:
             hidden_states = windows.sort(hidden_states)
-        windowed = False
         for index, layer in enumerate(self.layer):
-            was_windowed, windowed = windowed, windows is not None and index not in self.global_blocks
-            if windowed and not was_windowed:
-                hidden_states = windows.enter(hidden_states)
-            elif was_windowed and not windowed:
-                hidden_states = windows.leave(hidden_states)
+            if windows is not None:
+                hidden_states = windows.arrange(hidden_states, windowed=index not in self.global_blocks)
             hidden_states, weights = layer(hidden_states, lengths)
             if output_hidden_states:
-                tokens = windows.leave(hidden_states) if windowed else hidden_states
-                all_hidden_states.append(tokens if windows is None else windows.unsort(tokens))
+                all_hidden_states.append(hidden_states if windows is None else windows.to_image(hidden_states))
             if output_attentions:
-                unsort = windows is not None and not windowed
-                all_attentions.append(windows.unsort_attention(weights) if unsort else weights)
-        if windows is not None:  # the last block is always global, so the windows are joined already
-            hidden_states = windows.unsort(hidden_states)
+                all_attentions.append(weights if windows is None else windows.unsort_attention(weights))
         return (
-            hidden_states,
+            hidden_states if windows is None else windows.to_image(hidden_states),
             tuple(all_hidden_states) if output_hidden_states else None,
             tuple(all_attentions) if output_attentions else None,
         )
@@ -198,7 +165,6 @@ class RadioPreTrainedModel(PreTrainedModel):
     config_class = RadioConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RadioLayer"]
     _supports_sdpa = True
@@ -211,8 +177,6 @@ class RadioPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-            super()._init_weights(module)
         elif isinstance(module, RadioPatchEmbeddings):
             init.normal_(module.position_embedding, std=self.config.hidden_size**-0.5)
             init.normal_(module.cls_register_token, std=self.config.hidden_size**-0.5)
@@ -225,6 +189,8 @@ class RadioPreTrainedModel(PreTrainedModel):
             init.copy_(module.norm_std, torch.tensor(self.config.norm_std).view(-1, 1, 1))
         elif isinstance(module, RadioModel):
             init.copy_(module.summary_idxs, torch.tensor(self.config.summary_idxs, dtype=torch.long))
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, *args, allow_missing: Sequence[str] = (), output_loading_info: bool = False, **kwargs):
@@ -237,10 +203,10 @@ class RadioPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: The checkpoint lacks other weights of this model, or contradicts `config.summary_idxs`.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(allow_missing)))
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             if any(key.startswith("radio_model.") for key in info["unexpected_keys"]):
                 fix = (
                     "It has the layout of NVIDIA's releases: open it with transformers.RadioModel.from_pretrained and "
@@ -248,20 +214,27 @@ class RadioPreTrainedModel(PreTrainedModel):
                 )
             else:
                 heads = sorted({key.split(".")[0] for key in missing})
-                fix = f"Check the checkpoint and the config, or pass allow_missing={heads} to train these weights"
+                fix = f"Check the checkpoint and its config, or pass allow_missing={heads} to train these from scratch"
             raise ValueError(
-                f"{cls.__name__}: the checkpoint lacks {len(missing)} weights, which would be random: {shown}. {fix}."
+                f"{cls.__name__}: {len(missing)} weights are not in the checkpoint and would be random: "
+                f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}. {fix}."
             )
         backbone = model.base_model
-        if isinstance(backbone, RadioModel) and backbone.summary_idxs.tolist() != model.config.summary_idxs:
+        if isinstance(backbone, RadioModel) and backbone.summary_idxs.tolist() != backbone.config.summary_idxs:
             raise ValueError(
-                f"config.summary_idxs is {model.config.summary_idxs}, but the checkpoint's summary_idxs are "
+                f"config.summary_idxs is {backbone.config.summary_idxs}, but the checkpoint's summary_idxs are "
                 f"{backbone.summary_idxs.tolist()}. Load without summary_idxs, then select from last_hidden_state."
             )
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the folder carries this code, and one with a head opens as a bare backbone too."""
+        if self.config.model_type == RadioConfig.model_type:
+            self.config.auto_map = {"AutoModel": f"modeling_radio.{RadioModel.__name__}"}
+        super().save_pretrained(save_directory, **kwargs)
 
-class RadioModel(RadioPreTrainedModel):
+
+class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
     """The RADIO vision transformer (paper Sec. 3) with the adaptors of `config.adaptors`.
 
     Backbone weights have the names and shapes of `transformers.RadioModel`. `eval()` reuses the resized position
@@ -272,7 +245,7 @@ class RadioModel(RadioPreTrainedModel):
     def __init__(self, config: RadioConfig):
         super().__init__(config)
         config.validate()  # fields may have been set after construction
-        self.input_conditioner = RadioInputConditioner(config)
+        self.input_conditioner: nn.Module = RadioInputConditioner(config)
         self.embeddings = RadioPatchEmbeddings(config)
         self.encoder = RadioEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
@@ -280,64 +253,7 @@ class RadioModel(RadioPreTrainedModel):
         self.adaptors = nn.ModuleDict(
             {name: RadioAdaptor(config.hidden_size, adaptor) for name, adaptor in config.adaptors.items()}
         )
-        self._range_checked = False
         self.post_init()
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.config.patch_size
-
-    @property
-    def min_resolution_step(self) -> int:
-        """Image sides must be multiples of this many pixels (patch size, times the default window if there is one)."""
-        return self.config.patch_size * (self.config.window_size or 1)
-
-    @property
-    def max_resolution(self) -> int:
-        """Image side in pixels up to which the position table is not stretched; larger images do run."""
-        return self.config.max_img_size
-
-    @property
-    def preferred_resolution(self) -> int:
-        """Image side in pixels at which the model is best."""
-        return self.config.preferred_resolution
-
-    def get_nearest_supported_resolution(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest `(height, width)` in pixels that the model takes."""
-        step = self.min_resolution_step
-        return max(round(height / step), 1) * step, max(round(width / step), 1) * step
-
-    def features_to_grid(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """`(B, h*w, C)` features of images of `height` x `width` pixels -> `(B, C, h, w)`.
-
-        Also takes adaptor features on a grid that is finer by an integer factor.
-
-        Raises:
-            ValueError: The number of features does not fit the image size.
-        """
-        rows, cols = height // self.patch_size, width // self.patch_size
-        factor = math.isqrt(features.shape[1] // max(rows * cols, 1))
-        if features.shape[1] != rows * cols * factor**2 or factor == 0:
-            raise ValueError(
-                f"{features.shape[1]} features do not fit {height}x{width} pixels, which have {rows}x{cols} patches; "
-                "pass the height and width of the images that the features come from."
-            )
-        # (B, h*w, C) -> (B, h, w, C) -> (B, C, h, w)
-        return features.unflatten(1, (rows * factor, cols * factor)).permute(0, 3, 1, 2)
-
-    def make_preprocessor_external(self) -> nn.Module:
-        """Hand the input conditioner over, e.g. to a data pipeline: from now on `model(conditioner(pixel_values))`.
-
-        This lasts as long as the object: the statistics stay in the state dict, so a saved checkpoint is complete
-        and, loaded again, takes images in [0, 1].
-        """
-        if isinstance(self.input_conditioner, nn.Identity):
-            raise ValueError("The input conditioner is external already; use the module that the first call returned.")
-        conditioner, self.input_conditioner = self.input_conditioner, nn.Identity()
-        for name, statistic in conditioner.named_buffers():
-            self.input_conditioner.register_buffer(name, statistic.clone())
-        return conditioner
 
     def sample_window_size(self, height: int, width: int, generator: torch.Generator | None = None) -> int:
         """Draw the window of one training forward for images of `height` x `width` pixels.
@@ -395,7 +311,7 @@ class RadioModel(RadioPreTrainedModel):
                 f"output_attentions needs eager attention, this model has {config._attn_implementation!r}; load it "
                 'with attn_implementation="eager" or call model.set_attn_implementation("eager").'
             )
-        names = self._check_adaptors(adaptors)
+        names = check_adaptors(adaptors, list(self.adaptors))
         self._warn_about_range(pixel_values)
         dtype = self.embeddings.patch_projection.weight.dtype
         num_prefix = config.num_summary_tokens
@@ -405,9 +321,13 @@ class RadioModel(RadioPreTrainedModel):
             check_images(pixel_values, config.num_channels, self.patch_size)
             rows, cols = (side // self.patch_size for side in pixel_values.shape[-2:])
             grids = [(rows, cols)]
-            window_size = self._check_window(window_size, rows, cols)
+            if window_size is None and self.training and config.train_window_sizes:
+                window_size = self.sample_window_size(*pixel_values.shape[-2:])
+            elif window_size is None:
+                window_size = config.window_size or 0
+            check_window(window_size, rows, cols, self.patch_size)
             if window_size:
-                windows = RadioWindows(grids[0], window_size, num_prefix, average=config.window_prefix == "average")
+                windows = RadioWindows((rows, cols), window_size, num_prefix, config.window_prefix == "average")
             hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(dtype))
         else:
             grids = check_packed(pixel_values, image_grid_hw, config.patch_dim)
@@ -424,16 +344,21 @@ class RadioModel(RadioPreTrainedModel):
         )
         hidden_states = self.norm(hidden_states)
 
-        # (B, prefix + h*w, D) -> (B, prefix, D) and (B, h*w, D); packed: one image after the other, B is 1
-        images = [hidden_states] if lengths is None else hidden_states.split(lengths, dim=1)
-        prefix = torch.cat([image[:, :num_prefix] for image in images])
-        features = torch.cat([image[:, num_prefix:] for image in images], dim=1)
+        if lengths is None:
+            # (B, prefix + h*w, D) -> (B, prefix, D) and (B, h*w, D)
+            prefix, features = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
+        else:
+            # (1, total length, D) -> per image (1, prefix + h*w, D) -> (N, prefix, D) and (1, total patches, D)
+            images = hidden_states.split(lengths, dim=1)
+            prefix = torch.cat([image[:, :num_prefix] for image in images])
+            features = torch.cat([image[:, num_prefix:] for image in images], dim=1)
         if config.summary_type == "cls":
             summary_tokens = prefix[:, : config.num_cls_tokens]
             # (B, n, D) -> (B, n*D)
             summary = summary_tokens[:, self.summary_idxs].flatten(1)
         else:
-            summary = torch.cat([image[:, num_prefix:].mean(1) for image in images])
+            sizes = [features.shape[1]] if lengths is None else [rows * cols for rows, cols in grids]
+            summary = torch.cat([image.mean(1) for image in features.split(sizes, dim=1)])
             summary_tokens = summary.unsqueeze(1)
         heads = {name: self.adaptors[name](summary_tokens, features, grids) for name in names}
 
@@ -449,39 +374,6 @@ class RadioModel(RadioPreTrainedModel):
             attentions=attentions,
             adaptors=heads,
         )
-
-    def _check_adaptors(self, adaptors: list[str] | None) -> list[str]:
-        if adaptors is None:
-            return list(self.adaptors)
-        unknown = [name for name in adaptors if name not in self.adaptors]
-        if isinstance(adaptors, str) or unknown:
-            raise ValueError(
-                f"adaptors is {adaptors!r}, expected a list out of {list(self.adaptors)}; None runs all, [] none."
-            )
-        return list(adaptors)
-
-    def _check_window(self, window_size: int | None, rows: int, cols: int) -> int:
-        if window_size is None and self.training and self.config.train_window_sizes:
-            return self.sample_window_size(rows * self.patch_size, cols * self.patch_size)
-        if window_size is None:
-            window_size = self.config.window_size or 0
-        if window_size < 0 or (window_size and (rows % window_size or cols % window_size)):
-            step = self.patch_size * abs(window_size)
-            nearest = [max(round(side * self.patch_size / step), 1) * step for side in (rows, cols)]
-            raise ValueError(
-                f"window_size {window_size} does not divide the {rows}x{cols} patch grid; resize the images to "
-                f"{nearest[0]}x{nearest[1]} pixels, choose a divisor of both sides, or 0 for global attention."
-            )
-        return window_size
-
-    def _warn_about_range(self, pixel_values: torch.Tensor):
-        if self._range_checked or isinstance(self.input_conditioner, nn.Identity) or not can_read_values(pixel_values):
-            return
-        error = describe_range_error(pixel_values)
-        if error is not None:
-            logger.warning(error)
-        # reading values makes an accelerator wait, so there only the first batch is looked at
-        self._range_checked = error is not None or pixel_values.device.type != "cpu"
 
 
 RadioModel.register_for_auto_class("AutoModel")

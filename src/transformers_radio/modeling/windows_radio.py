@@ -18,7 +18,8 @@ class RadioWindows:
     def __init__(self, grid: tuple[int, int], size: int, num_prefix: int, average: bool):
         self.rows, self.cols, self.size = grid[0] // size, grid[1] // size, size
         self.num_prefix, self.average = num_prefix, average
-        self.bypassing: torch.Tensor | None = None
+        self.is_split = False
+        self.bypassing = torch.empty(0)
 
     def sort(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, prefix + h*w, D)`, patches row by row -> the same, patches window by window."""
@@ -35,12 +36,14 @@ class RadioWindows:
         return torch.cat([prefix, patches], dim=1)
 
     def unsort_attention(self, weights: torch.Tensor) -> torch.Tensor:
-        """Attention of a global block `(B, heads, L, L)` in the order of the image."""
+        """Weights of a global block, `(B, heads, L, L)`, in the order of the image; of a windowed block unchanged."""
+        if self.is_split:
+            return weights
         # (L,) -> (1, L, 1) -> (L,): where each token of the image sits among the sorted ones
         index = self.unsort(torch.arange(weights.shape[-1], device=weights.device)[None, :, None])[0, :, 0]
         return weights[:, :, index][..., index]
 
-    def enter(self, tokens: torch.Tensor) -> torch.Tensor:
+    def split(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, prefix + h*w, D)`, sorted -> `(B * windows, [prefix +] W*W, D)`."""
         prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
         # (B, h*w, D) -> (B, windows, W*W, D)
@@ -54,8 +57,8 @@ class RadioWindows:
         # (B, windows, L, D) -> (B*windows, L, D)
         return windows.flatten(0, 1)
 
-    def leave(self, windows: torch.Tensor) -> torch.Tensor:
-        """The inverse of `enter`."""
+    def join(self, windows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`."""
         # (B*windows, L, D) -> (B, windows, L, D)
         windows = windows.unflatten(0, (-1, self.rows * self.cols))
         if self.average:
@@ -64,3 +67,14 @@ class RadioWindows:
             prefix = self.bypassing
         # (B, windows, W*W, D) -> (B, h*w, D)
         return torch.cat([prefix, windows.flatten(1, 2)], dim=1)
+
+    def arrange(self, tokens: torch.Tensor, windowed: bool) -> torch.Tensor:
+        """Sorted tokens as the next block needs them, split or joined."""
+        if windowed != self.is_split:
+            tokens = self.split(tokens) if windowed else self.join(tokens)
+            self.is_split = windowed
+        return tokens
+
+    def to_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens between two blocks, split or joined -> `(B, prefix + h*w, D)`, row by row."""
+        return self.unsort(self.join(tokens) if self.is_split else tokens)
