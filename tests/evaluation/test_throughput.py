@@ -29,6 +29,7 @@ def test_median_over_interleaved_rounds_without_the_warmup(monkeypatch):
     assert calls == ["a", "b"] * 6
     assert result == {"a": 8, "b": 16}
     assert throughput({"a": model("c", 0.5)}, {"a": inputs["a"]}, repeats=1, warmup=0) == {"a": 0.04}
+    assert throughput({"a": model("d", 0.5)}, {"a": inputs["a"]}, repeats=1, warmup=1) == {"a": 8}
 
 
 def test_real_time_is_measured():

@@ -1,4 +1,4 @@
-"""k-NN top-1 accuracy over summaries (paper, Section 3.1 and Table 1; the protocol is DINO's)."""
+"""k-NN top-1 accuracy over summaries (paper, Section 3.1 and Table 1; k and temperature as in DINO)."""
 
 import torch
 import torch.nn.functional as F
