@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from .images import EXTENSIONS
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,8 @@ class DataConfig:
     """Which images are read, and how they are cropped and shuffled.
 
     Attributes:
-        path: A folder of images (nested as it likes), a webdataset tar, a parquet file, a folder or glob pattern of
-            either, a URL of such files, or the id of a dataset on the Hugging Face Hub.
+        path: A folder of images (nested as it likes), a webdataset tar or a parquet file, a folder of such files, a
+            glob pattern of any of these, the URL of a tar or parquet file, or the id of a dataset on the Hugging Face Hub.
         split: Of a Hub dataset, its split. Of a local folder: the sub-folder of this name if there is one; else the
             tar or parquet files whose names start with it; else, for `train`, everything.
         name: The configuration of a Hub dataset that has several.
@@ -47,14 +49,14 @@ class DataConfig:
             are workers over all ranks. The order of the images depends on it, and on neither ranks nor workers.
     """
 
-    path: str
+    path: str = MISSING
     split: str = "train"
     name: str | None = None
     image_column: str | None = None
     num_workers: int = 2
     shuffle_window: int = 1000
-    # The paper (Sec. 4, General) applies "random scale + cropping" and gives no ranges: these are ours. Half of the area
-    # or more keeps most crops a picture of the same scene, at scales that the teachers know.
+    # The paper (section 4, "General") applies "random scale + cropping" and gives no ranges: these are ours. Half of
+    # the area or more keeps a crop a picture of the same scene, at scales that the teachers know.
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: bool = False  # not in the paper; mirrored text would be a wrong target for CLIP
@@ -65,7 +67,7 @@ class DataConfig:
     def validate(self) -> None:
         """Raises ValueError that names the first field out of range."""
         checks = {
-            "path": (bool(self.path), "a folder, file, pattern or Hub dataset id"),
+            "path": (self.path not in ("", MISSING), "a folder, file, pattern or Hub dataset id"),
             "num_workers": (self.num_workers >= 0, "0 or more"),
             "shuffle_window": (self.shuffle_window >= 1, "1 (no shuffling within a shard) or more"),
             "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "shares 0 < smallest <= largest <= 1"),
@@ -94,18 +96,18 @@ class Source:
     def __init__(self, config: DataConfig):
         self.path = config.path
         self.key_column: str | None
-        kind, files = _find_files(config.path, config.split)
+        kind, folder, files = _find_files(os.path.expanduser(config.path), config.split)
         if kind == "imagefolder":
-            names = sorted(files)
+            names = [os.path.relpath(file, folder) for file in files]
             self.shards = [f"part {i}" for i in range(-(-len(names) // FILES_PER_FOLDER_SHARD))]
-            self.dataset, self.image_column, self.key_column = _image_files(config.path, names), "image", "key"
+            self.dataset, self.image_column, self.key_column = _image_files(folder, names), "image", "key"
         else:
             self.dataset, names = _open_dataset(kind, files, config)
-            self.shards = [os.path.basename(name) for name in names]
+            count = self.dataset.num_shards  # with images in a folder on the Hub, a shard is no file
+            self.shards = names if len(names) == count else [f"shard {i}" for i in range(count)]
             self.image_column = _choose_image_column(self.dataset, config)
             self.key_column = "__key__" if "__key__" in self.dataset.features else None
             self.dataset = _without_decoding(self.dataset, self.image_column, self.key_column)
-            names = self.shards
         self.fingerprint = hashlib.sha256("\n".join([self.image_column, *names]).encode()).hexdigest()[:16]
         logger.info("%s: %d shards, images in column %r", config.path, len(self.shards), self.image_column)
 
@@ -148,59 +150,46 @@ def read_image(value: Any) -> bytes:
     return value or b""
 
 
-def _find_files(path: str, split: str) -> tuple[str | None, list[str]]:
-    """-> (builder of `datasets`: "imagefolder", "webdataset", "parquet" or None for a Hub dataset, files).
-
-    Files of a local image folder are relative to it.
-    """
+def _find_files(path: str, split: str) -> tuple[str | None, str, list[str]]:
+    """-> (builder of `datasets`: "imagefolder", "webdataset", "parquet" or None for the Hub; folder; its files)."""
     if "://" in path:
         kind = _kind_of(path)
         if kind not in ("webdataset", "parquet"):
             raise ValueError(f"data.path={path!r}: a URL must end in one of {', '.join(TAR + PARQUET)}.")
-        return kind, [path]
+        return kind, os.path.dirname(path), [path]
     if os.path.isdir(path):
-        return _find_in_folder(path, split)
-    files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-    if files:
-        kinds = {_kind_of(file) for file in files}
-        if kinds not in ({"webdataset"}, {"parquet"}):
-            raise ValueError(
-                f"data.path={path!r} matches {len(files)} files such as {files[0]!r}: expected only tar or only"
-                " parquet files. For loose images give their folder."
-            )
-        return kinds.pop(), [os.path.abspath(file) for file in files]
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        return None, []
-    raise FileNotFoundError(
-        f"data.path={path!r} is neither a folder, file or pattern that matches any file, nor a Hub id."
-    )
-
-
-def _find_in_folder(path: str, split: str) -> tuple[str, list[str]]:
-    base = os.path.join(path, split) if split and os.path.isdir(os.path.join(path, split)) else path
-    files: dict[str | None, list[str]] = {}
-    for folder, _, names in os.walk(base, followlinks=True):
-        for name in names:
-            if not name.startswith("."):
-                files.setdefault(_kind_of(name), []).append(os.path.join(folder, name))
-    other = len(files.pop(None, []))
+        base = os.path.join(path, split) if os.path.isdir(os.path.join(path, split)) else path
+        found = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(base, followlinks=True)
+            for name in names
+            if not name.startswith(".")
+        ]
+    else:
+        base, found = path, [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+        if os.path.isfile(path):  # also when its name has brackets
+            found = [path]
+        elif not found and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+            return None, "", []
+    files: dict[str, list[str]] = {}
+    for file in sorted(map(os.path.abspath, found)):
+        kind = _kind_of(file)
+        if kind is not None:
+            files.setdefault(kind, []).append(file)
     if not files:
-        raise FileNotFoundError(
-            f"data.path={path!r} holds no images (nor tar or parquet files)"
-            + (f" among {other} files." if other else ".")
-        )
+        other = f"{len(found)} other files, but " if found else ""
+        raise FileNotFoundError(f"data.path={path!r}: found {other}no images, tar or parquet files there.")
     if len(files) > 1:
-        found = ", ".join(f"{len(paths)} for {kind} ({paths[0]})" for kind, paths in files.items())
+        counts = ", ".join(f"{len(paths)} for {kind} such as {paths[0]}" for kind, paths in files.items())
         raise ValueError(
-            f"data.path={path!r} holds several kinds of files: {found}. Give a pattern such as .../*.tar."
+            f"data.path={path!r} holds several kinds of files: {counts}. Give a pattern such as /data/*.tar."
         )
     kind, paths = next(iter(files.items()))
-    assert kind is not None
+    if not os.path.isdir(path):
+        return kind, os.path.commonpath([os.path.dirname(file) for file in paths]), paths
     if base == path:
         paths = _select_split(path, paths, split, by_name=kind != "imagefolder")
-    if kind == "imagefolder":
-        return kind, [os.path.relpath(file, path) for file in paths]
-    return kind, sorted(os.path.abspath(file) for file in paths)
+    return kind, os.path.abspath(path), paths
 
 
 def _select_split(path: str, paths: list[str], split: str, by_name: bool) -> list[str]:
@@ -223,14 +212,15 @@ def _kind_of(name: str) -> str | None:
     return "imagefolder" if lower.endswith(EXTENSIONS) else None
 
 
-def _image_files(path: str, names: list[str]):
+def _image_files(folder: str, names: list[str]):
     """A stream of the files of a folder. Not load_dataset("imagefolder"): that looks at every file first (150 s for a
     million) and reads them in sorted order as one shard, that is class by class."""
     import datasets
 
     features = datasets.Features({"key": datasets.Value("string"), "image": datasets.Image(decode=False)})
-    arguments = {"folder": os.path.abspath(path), "names": names}
-    return datasets.IterableDataset.from_generator(_yield_files, features=features, gen_kwargs=arguments)
+    return datasets.IterableDataset.from_generator(
+        _yield_files, features=features, gen_kwargs={"folder": folder, "names": names}
+    )
 
 
 def _yield_files(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -239,7 +229,7 @@ def _yield_files(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _open_dataset(kind: str | None, files: list[str], config: DataConfig):
-    """-> (datasets.IterableDataset, one name per shard)."""
+    """-> (datasets.IterableDataset, the names of its files)."""
     import datasets
 
     try:
@@ -255,10 +245,7 @@ def _open_dataset(kind: str | None, files: list[str], config: DataConfig):
             f"data.path={config.path!r} could not be opened {what}, split {config.split!r}, name {config.name!r}:"
             f" {error}"
         ) from error
-    names = [str(file) for file in (builder.config.data_files or {}).get(config.split, [])]
-    if len(names) != dataset.num_shards:
-        names = [f"shard {i}" for i in range(dataset.num_shards)]
-    return dataset, names
+    return dataset, [os.path.basename(file) for file in (builder.config.data_files or {}).get(config.split, [])]
 
 
 def _choose_image_column(dataset, config: DataConfig) -> str:
@@ -267,7 +254,7 @@ def _choose_image_column(dataset, config: DataConfig) -> str:
     features = dataset.features
     if features is None:
         raise ValueError(f"data.path={config.path!r} does not tell the types of its columns; convert it to parquet.")
-    columns = ", ".join(f"{name}" for name in features)
+    columns = ", ".join(features)
     if config.image_column is not None:
         if config.image_column not in features:
             raise ValueError(f"data.image_column={config.image_column!r}: {config.path} has the columns {columns}.")

@@ -1,18 +1,21 @@
 """An endless stream of training batches whose order can be recomputed, so that a stopped run resumes exactly.
 
 The source is dealt out to `lanes`, and batch j of the run (counted over all ranks) comes from lane j mod lanes. Each
-lane reads its own part of every epoch in an order that is a function of (seed, epoch, position) alone. Ranks and workers
-only share out the lanes: neither their number nor their timing changes which images a batch holds. What a lane has
-consumed is a handful of numbers; they travel with each batch, and saving the latest ones saves the stream.
+lane reads its own part of every epoch in an order that is a function of (seed, epoch, position) alone. Ranks and
+workers only share out the lanes: neither their number nor their timing changes which images a batch holds. What a lane
+has consumed is a handful of numbers; they travel with each batch, and saving the latest ones saves the stream.
 """
 
 import copy
 import itertools
 import logging
+import os
 import signal
+import threading
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +103,24 @@ class ImageStream:
         self.rank = rank
         self.world_size = world_size
         self.source = Source(config)
+        # Weak, as the generator refers to the stream: workers have to end as soon as nobody holds it.
+        self._batches: weakref.ref[Generator[Batch]] | None = None
         self._start(config.lanes or max(1, config.num_workers) * world_size, next_batch=0, saved_lanes=None)
 
     def __iter__(self) -> Iterator[Batch]:
         """Start the workers at the current position. Only batches that were taken count as consumed."""
+        self.close()
+        batches = self._iterate()
+        self._batches = weakref.ref(batches)
+        return batches
+
+    def close(self) -> None:
+        """Stop the workers. The position stays, and `iter(stream)` goes on from it."""
+        batches = self._batches() if self._batches else None
+        if batches is not None:
+            batches.close()
+
+    def _iterate(self) -> Generator[Batch]:
         loader = DataLoader(
             _LaneBatches(self),
             batch_size=None,
@@ -167,9 +184,9 @@ class ImageStream:
         `merge_states` joins those of all ranks."""
         return {
             "order": self._order(),
-            "lanes": self.lanes,
+            "lane_count": self.lanes,
             "next_batch": self._next_batch,
-            "positions": {str(lane): copy.deepcopy(position) for lane, position in sorted(self._lanes.items())},
+            "lanes": {str(lane): copy.deepcopy(position) for lane, position in sorted(self._lanes.items())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -190,18 +207,23 @@ class ImageStream:
                 f"The saved position in {self.config.path!r} does not fit, as the order of the images has changed"
                 f" ({'; '.join(changed)}). Restore these, or start a new run."
             )
-        lanes = self.config.lanes or state["lanes"]
-        if lanes != state["lanes"]:
-            raise ValueError(f"The state was saved with data.lanes={state['lanes']}; it cannot continue with {lanes}.")
-        self._start(lanes, state["next_batch"], state["positions"])
+        lanes = self.config.lanes or state["lane_count"]
+        if lanes != state["lane_count"]:
+            raise ValueError(
+                f"The position was saved with data.lanes={state['lane_count']} and cannot continue with {lanes}:"
+                f" set data.lanes={state['lane_count']}."
+            )
+        self.close()
+        self._start(lanes, state["next_batch"], state["lanes"])
 
     def _start(self, lanes: int, next_batch: int, saved_lanes: dict[str, Any] | None) -> None:
         readers = self.world_size * max(1, self.config.num_workers)
         if lanes % readers:
             raise ValueError(
-                f"data.lanes={lanes} cannot be shared out to {self.world_size} ranks with {self.config.num_workers} workers"
-                f" each: it must be a multiple of {readers}. Set data.lanes={-(-lanes // readers) * readers} for a new run;"
-                f" to resume one, set data.num_workers to a number whose product with the ranks divides {lanes}."
+                f"data.lanes={lanes} cannot be shared out to {self.world_size} ranks with {self.config.num_workers}"
+                f" workers each: it must be a multiple of {readers}. For a new run set"
+                f" data.lanes={-(-lanes // readers) * readers}; to resume one, set data.num_workers so that its product"
+                f" with the ranks divides {lanes}."
             )
         # This rank takes batches next_batch + rank, next_batch + rank + world_size, ...
         own = sorted({(next_batch + self.rank + i * self.world_size) % lanes for i in range(lanes // self.world_size)})
@@ -258,14 +280,14 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         ValueError: the states are not of the same run and step.
     """
     for state in states:
-        for field in ("order", "lanes", "next_batch"):
+        for field in ("order", "lane_count", "next_batch"):
             if state[field] != states[0][field]:
                 raise ValueError(
                     f"The states of the ranks differ in {field!r} ({states[0][field]} and {state[field]}): they were"
                     " not saved at the same step of one run."
                 )
-    positions = {lane: position for state in states for lane, position in state["positions"].items()}
-    return {**states[0], "positions": positions}
+    lanes = {lane: position for state in states for lane, position in state["lanes"].items()}
+    return {**states[0], "lanes": lanes}
 
 
 class _LaneBatches(IterableDataset):
@@ -317,8 +339,9 @@ class _LaneBatches(IterableDataset):
                 if not used_in_epoch:
                     raise RuntimeError(
                         f"Lane {lane} of {self.lanes} found no usable image in a whole pass over its part of"
-                        f" {config.path} (skipped: {_counts(position['skipped']) or 'none'}; {'; '.join(position['offenders'])})."
-                        " Lower data.num_workers or data.lanes for a small source."
+                        f" {config.path} (skipped: {_counts(position['skipped']) or 'none'}"
+                        f" {'; '.join(position['offenders'])}). If the source is small, lower data.num_workers or"
+                        " data.lanes."
                     )
                 used_in_epoch = False
                 continue
@@ -377,9 +400,20 @@ def _init_worker(worker_id: int) -> None:
     import fsspec
 
     torch.set_num_threads(1)  # one core per worker: the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops its workers
+    # Ctrl-C, and the SIGTERM of a cluster that wants the job to end, reach the workers too. They have to live on, for
+    # the main process to finish its step and save. Only the main process itself may terminate them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_exit_when_terminated_by, args=[os.getppid()], daemon=True).start()
     warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, once per image
     fsspec.asyn.reset_lock()  # a lock of remote file systems does not survive the fork
+
+
+def _exit_when_terminated_by(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _unchanged(item: Any) -> Any:
