@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from transformers_radio.data.images import SkippedImage, decode_rgb
+from transformers_radio.data.source import read_image
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def load_labelled_images(
                 "from 0. Choose another label_column, or a split with labels."
             )
         try:
-            images.append(resize_image(decode_rgb(_read(sample[image_column])), image_size))
+            images.append(resize_image(decode_rgb(read_image(sample[image_column])), image_size))
         except SkippedImage as error:
             skipped[error.reason] += 1
             continue
@@ -109,16 +109,6 @@ def load_labelled_images(
             "%s (%s): skipped %d of %d images: %s", source, split, total, total + len(images), dict(skipped)
         )
     return LabelledImages(torch.stack(images), torch.tensor(labels), class_names, dict(skipped))
-
-
-def _read(image: dict | None) -> bytes:
-    """The file of an undecoded `datasets` image, which carries its bytes or says where they are; b"" for none."""
-    if image is None:
-        return b""
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()
 
 
 def _find_column(given: str | None, usual: Sequence[str], columns: list[str], kind: str, source: str) -> str:
