@@ -17,7 +17,9 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers.utils import logging as transformers_logging
 
+from transformers_radio.data import merge_states
 from transformers_radio.modeling import RadioImageProcessor
 
 from .recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
@@ -81,10 +83,8 @@ def save_checkpoint(
     streams = gather_object([stream])
     write_student(accelerator, student, temporary)
     if accelerator.is_main_process:
-        state = {**state, "step": step, "stream": merge_streams(streams)}
+        state = {**state, "step": step, "stream": merge_states(streams)}
         (temporary / "training_state" / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        if path.exists():  # the same step, saved again after a signal
-            shutil.rmtree(path)
         os.replace(temporary, path)
         for old in find_checkpoints(output_dir)[:-keep]:
             doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
@@ -99,7 +99,9 @@ def write_student(accelerator: Accelerator, student: Any, folder: Path) -> None:
     state_dict = accelerator.get_state_dict(student)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(student)
+        transformers_logging.disable_progress_bar()  # it would break the training's own into pieces
         model.save_pretrained(folder, state_dict=state_dict)
+        transformers_logging.enable_progress_bar()
         RadioImageProcessor(
             size={"height": model.config.image_size, "width": model.config.image_size}
         ).save_pretrained(folder)
@@ -125,13 +127,6 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     state = json.loads((path / "training_state" / "state.json").read_text(encoding="utf-8"))
     accelerator.load_state(str(path / "training_state"))
     return state
-
-
-def merge_streams(streams: list[dict]) -> dict:
-    """One data position from every process's: each knows the lanes that it serves."""
-    merged = dict(streams[0])
-    merged["lanes"] = {lane: position for stream in streams for lane, position in stream["lanes"].items()}
-    return merged
 
 
 def truncate_metrics(path: Path, step: int) -> None:

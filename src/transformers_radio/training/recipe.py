@@ -85,8 +85,8 @@ class Recipe:
     output_dir: str = MISSING
     teachers: dict[str, TeacherRecipe] = MISSING
     stages: dict[str, StageRecipe] = MISSING  # run in the order written
+    data: DataConfig = MISSING
     student: StudentRecipe = field(default_factory=StudentRecipe)
-    data: DataConfig = field(default_factory=DataConfig)  # type: ignore[arg-type]
     loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -98,7 +98,7 @@ class Recipe:
 
 
 # `${package:quickstart/teachers/clip}` is a path inside the installed package.
-OmegaConf.register_new_resolver(
+OmegaConf.register_resolver(
     "package", lambda path: str(resources.files("transformers_radio").joinpath(path)), replace=True
 )
 

@@ -184,7 +184,7 @@ def _run_stage(
             )
         if stopped:
             break
-    stream.close()
+    batches.close()
     return state
 
 
