@@ -1,5 +1,7 @@
 """Shared by the teacher tests: images, and one set of assertions that every teacher has to pass."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -60,3 +62,22 @@ def randomize():
         return model.eval()
 
     return fill
+
+
+@pytest.fixture
+def malicious_file(tmp_path):
+    """`malicious_file(path)` writes a torch file whose unpickling would create the returned file; it really would."""
+    proof = tmp_path / "proof"
+
+    class Payload:
+        def __reduce__(self):
+            return open, (str(proof), "w")
+
+    def write(path):
+        pickle.loads(pickle.dumps(Payload())).close()
+        assert proof.exists()
+        proof.unlink()
+        torch.save({"weight": torch.zeros(1), "payload": Payload()}, path)
+        return proof
+
+    return write

@@ -83,6 +83,8 @@ class OpenClipTextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> torch.Tensor:
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts must be a list of at least one string, got {texts!r}")
         device = self.model.logit_scale.device
         embeddings = []
         for start in range(0, len(texts), TEXT_BATCH):

@@ -103,7 +103,10 @@ def load_sam(checkpoint: str) -> Any:
     if checkpoint.startswith("hf-hub:"):
         from huggingface_hub import hf_hub_download
 
-        owner, name, filename = checkpoint.removeprefix("hf-hub:").split("/", 2)
+        owner, _, rest = checkpoint.removeprefix("hf-hub:").partition("/")
+        name, _, filename = rest.partition("/")
+        if not filename:
+            raise ValueError(f"{checkpoint} names no file: write hf-hub:OWNER/NAME/FILE")
         checkpoint = hf_hub_download(f"{owner}/{name}", filename)
     weights = load_weights(checkpoint)
     shape = {name: tuple(tensor.shape) for name, tensor in weights.items()}

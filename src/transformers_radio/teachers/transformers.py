@@ -13,7 +13,6 @@ from transformers_radio.teachers.base import (
     check_options,
     flatten_grid,
     grid_of,
-    require,
     resolve_image_size,
     unsafe_file_message,
 )
@@ -27,12 +26,13 @@ class ClipTeacher(Teacher):
     """
 
     def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
-        model = _load_pretrained(
-            checkpoint,
-            "CLIPVisionModelWithProjection",
-            dtype,
-            unused=("text_model.", "text_projection.", "logit_scale"),
-        )
+        from transformers import CLIPVisionConfig
+
+        config = CLIPVisionConfig.from_pretrained(checkpoint)
+        # A full CLIP keeps the width of its projections outside the vision part of its configuration.
+        config.projection_dim = _config_dict(checkpoint).get("projection_dim", config.projection_dim)
+        unused = ("text_model.", "text_projection.", "logit_scale")
+        model = _load_pretrained(checkpoint, "CLIPVisionModelWithProjection", dtype, unused, config)
         super().__init__(
             model,
             image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
@@ -124,9 +124,8 @@ class Siglip2Teacher(Teacher):
         batch, _, height, width = pixel_values.shape
         h, w = height // p, width // p
         # (B, C, h*p, w*p) -> (B, C, h, p, w, p) -> (B, h, w, p, p, C) -> (B, h*w, p*p*C): pixels before channels
-        patches = (
-            pixel_values.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
-        )
+        patches = pixel_values.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 3, 5, 1)
+        patches = patches.flatten(1, 2).flatten(2)
         output = self.model(
             patches,
             pixel_attention_mask=torch.ones(batch, h * w, dtype=torch.int64, device=patches.device),
@@ -211,7 +210,7 @@ class RadioTeacher(Teacher):
 
         model = _load_pretrained(checkpoint, RadioModel, dtype)
         config = model.config
-        summary_dim: int | None = len(config.summary_idxs) * config.hidden_size
+        summary_dim: int | None = config.summary_dim
         feature_dim = config.hidden_size
         if adaptor is not None:
             if adaptor not in config.adaptors:
@@ -224,7 +223,7 @@ class RadioTeacher(Teacher):
                 raise ValueError(f"adaptor {adaptor!r} of {checkpoint} has no features, which a teacher must give")
         super().__init__(
             model,
-            image_size=resolve_image_size(image_size, model.preferred_resolution[0], model.min_resolution_step),
+            image_size=resolve_image_size(image_size, config.preferred_resolution, model.min_resolution_step),
             patch_size=model.patch_size,
             summary_dim=summary_dim,
             feature_dim=feature_dim,
@@ -274,10 +273,7 @@ def transformers_teacher(
         ValueError: for a model_type without a teacher, unknown options, missing or unexpected weights, pickled code,
             or a checkpoint that does not say how its images are normalised.
     """
-    from transformers import PretrainedConfig
-
-    config, _ = PretrainedConfig.get_config_dict(checkpoint)
-    model_type = config.get("model_type")
+    model_type = _config_dict(checkpoint).get("model_type")
     if model_type not in BY_MODEL_TYPE:
         raise ValueError(
             f"{checkpoint} has model_type {model_type!r}, but teachers exist for {', '.join(BY_MODEL_TYPE)}"
@@ -286,24 +282,42 @@ def transformers_teacher(
     return BY_MODEL_TYPE[model_type](checkpoint, image_size, dtype, **options)
 
 
-def _load_pretrained(checkpoint: str, model_class: Any, dtype: str, unused: tuple[str, ...] = ()) -> Any:
+def _config_dict(checkpoint: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(checkpoint)[0]
+
+
+def _load_pretrained(
+    checkpoint: str, model_class: Any, dtype: str, unused: tuple[str, ...] = (), config: Any = None
+) -> Any:
     """Load strictly: every parameter must come from the checkpoint, and its other keys must start with `unused`."""
+    import transformers
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     if isinstance(model_class, str):
-        model_class = getattr(require("transformers"), model_class)
+        model_class = getattr(transformers, model_class)
+    # Its own report would warn of the text tower, which is left out on purpose; what is wrong is raised below.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     try:
-        model, info = model_class.from_pretrained(checkpoint, dtype=DTYPES[dtype], output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            checkpoint, config=config, dtype=DTYPES[dtype], ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except pickle.UnpicklingError as error:
         raise ValueError(unsafe_file_message(checkpoint)) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(entry) for entry in info["mismatched_keys"])
     unexpected = sorted(
         key for key in info["unexpected_keys"] if not key.startswith(unused) and not key.endswith("position_ids")
     )
-    if missing or unexpected or info["mismatched_keys"]:
+    if missing or unexpected or mismatched:
         raise ValueError(
             f"{checkpoint} does not fit {type(model).__name__}: missing keys {missing}, unexpected keys {unexpected}, "
-            f"other shapes {sorted(info['mismatched_keys'])}"
+            f"keys of other shapes {mismatched}"
         )
     return model
 
