@@ -287,11 +287,11 @@ class _Placed:
         return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
     def border(self) -> np.ndarray:
-        """The thin line along the shape's outline, half of it outside. Returns (128, 128) float32 in [0, 1]."""
+        """The line along the shape's outline, half of it outside. Returns (128, 128) float32 in [0, 1]."""
         canvas = Image.new("L", (SIDE * SUPERSAMPLING, SIDE * SUPERSAMPLING))
         for outline in self._outlines():
             closed = [*outline, *outline[:2]]
-            ImageDraw.Draw(canvas).line(closed, fill=255, width=3 * SUPERSAMPLING, joint="curve")
+            ImageDraw.Draw(canvas).line(closed, fill=255, width=7 * SUPERSAMPLING, joint="curve")
         return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
@@ -325,9 +325,11 @@ def draw_scene(split: str, seed: int, index: int) -> Scene:
     main_class = main_class_of(split, seed, index)
 
     # Place from front to back. Each object behind keeps a visible part and stays clearly smaller than the main one.
-    radius = rng.uniform(0.3, 0.42) * SIDE
+    radius = rng.uniform(0.34, 0.42) * SIDE
+    margin = min(0.08 * SIDE, SIDE / 2 - radius)  # the main object stays whole, and near the middle
+    centre = SIDE / 2 + rng.uniform(-margin, margin, 2)
     shape, material = SHAPES[main_class // len(MATERIALS)], MATERIALS[main_class % len(MATERIALS)]
-    placed = [_Placed(shape, material, rng.uniform(radius, SIDE - radius, 2), radius, rng.uniform(-0.3, 0.3))]
+    placed = [_Placed(shape, material, centre, radius, rng.uniform(-0.2, 0.2))]
     coverages = [placed[0].coverage()]
     hidden = coverages[0] >= 0.5
     main_area = np.count_nonzero(hidden)
@@ -352,7 +354,7 @@ def draw_scene(split: str, seed: int, index: int) -> Scene:
         shadow = Image.fromarray((coverage * 128).astype(np.uint8)).filter(ImageFilter.BoxBlur(4))
         image *= (1 - np.asarray(shadow, dtype=np.float32) / 255)[:, :, None]
         surface = _surface(placed[position].material, split, seed, rng)
-        surface += (0.75 * placed[position].border())[:, :, None] * (245 - surface)
+        surface += (0.9 * placed[position].border())[:, :, None] * (245 - surface)
         image += coverage[:, :, None] * (surface - image)
         instances[coverage >= 0.5] = position + 1
 
