@@ -36,7 +36,6 @@ def register() -> None:
     while ours refuse them (see `RadioModel.from_pretrained`).
     """
     from transformers import (
-        AutoBackbone,
         AutoConfig,
         AutoImageProcessor,
         AutoModel,
@@ -50,7 +49,6 @@ def register() -> None:
         (AutoModel, modeling.RadioModel),
         (AutoModelForImageClassification, modeling.RadioForImageClassification),
         (AutoModelForSemanticSegmentation, modeling.RadioForSemanticSegmentation),
-        (AutoBackbone, modeling.RadioBackbone),
     ):
         auto.register(modeling.RadioConfig, model, exist_ok=True)
     AutoImageProcessor.register(modeling.RadioConfig, modeling.RadioImageProcessor, exist_ok=True)

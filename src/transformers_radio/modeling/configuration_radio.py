@@ -93,10 +93,6 @@ class RadioConfig(NativeRadioConfig):
             )
         if isinstance(self.video_temporal_patch_size, str):
             self.video_temporal_patch_size = None
-        if not isinstance(self.adaptors, dict) or not all(isinstance(a, dict) for a in self.adaptors.values()):
-            raise ValueError(
-                f"adaptors must map a name to a dict of {list(_ADAPTOR_REQUIRED)}, got {self.adaptors!r}."
-            )
         self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
         if self.summary_idxs is None:
             tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
@@ -110,6 +106,8 @@ class RadioConfig(NativeRadioConfig):
 
     def validate_radio(self):
         """Check what the types alone cannot say (called by `@strict` after construction and before saving)."""
+        for name, adaptor in self.adaptors.items():
+            self._validate_adaptor(name, adaptor)
         for name, ok, expected in (
             ("video_temporal_patch_size", self.video_temporal_patch_size is None, "None: images only"),
             ("use_swiglu_ffn", not self.use_swiglu_ffn, "False: this model has the plain MLP"),
@@ -154,8 +152,6 @@ class RadioConfig(NativeRadioConfig):
         ):
             if not ok:
                 raise ValueError(f"RadioConfig: {name} is {getattr(self, name)!r}, expected {expected}.")
-        for name, adaptor in self.adaptors.items():
-            self._validate_adaptor(name, adaptor)
 
     def _validate_adaptor(self, name: str, adaptor: dict[str, Any]):
         where = f"RadioConfig: adaptor {name!r}"

@@ -1,0 +1,281 @@
+"""One checkpoint, three loaders; and what must not load."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from transformers_radio import RadioConfig, RadioForImageClassification, RadioModel
+
+TINY = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_img_size=256, num_cls_tokens=2, num_registers=1
+)
+ADAPTORS = {
+    "clip": {"summary_dim": 12, "feature_dim": 10, "hidden_dim": 16, "summary_token": 0, "teacher": "clip"},
+    "sam": {
+        "summary_dim": None,
+        "feature_dim": 6,
+        "hidden_dim": 16,
+        "mlp_num_inner": 1,
+        "spatial_mlp_version": "attn",
+        "upsample_factor": 2,
+    },
+}
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    model = RadioModel(RadioConfig(**{**TINY, "summary_idxs": [0, 1], "adaptors": ADAPTORS, **fields})).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+VARIANTS = {
+    "final_norm": {"final_norm": True},
+    "mlp_norm": {"mlp_norm": True},
+    "mean": {"summary_type": "mean"},
+    "window": {"window_size": 2},
+}
+DTYPES = ("float32", "bfloat16")
+
+
+@torch.no_grad()
+def outputs(model, images):
+    for parameter in model.parameters():
+        # weights mapped from a file may start at odd addresses, which changes the last bit of a matrix product
+        parameter.data = parameter.data.clone()
+    out = model(images.to(model.dtype))
+    tensors = {"summary": out.summary, "features": out.features}
+    for name, adaptor in (getattr(out, "adaptors", None) or {}).items():
+        tensors.update({f"{name}.{kind}": value for kind, value in adaptor.items() if value is not None})
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+COMMON = f"""
+import torch
+from safetensors.torch import load_file, save_file
+
+{inspect.getsource(outputs)}
+"""
+
+PROCESS = """
+import importlib.util, json, sys
+assert (importlib.util.find_spec("transformers_radio") is None) == (sys.argv[1] == "blocked")
+import transformers
+from transformers import AutoConfig, AutoModel
+images = load_file("images.safetensors")["images"]
+report = {}
+"""
+
+BLOCKED = """
+def error(call):
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+
+for name in ("float32", "bfloat16"):
+    options = {"dtype": getattr(torch, name)}
+    model = AutoModel.from_pretrained(name, trust_remote_code=True, **options)
+    report[name] = [type(model).__module__, str(model.dtype)]
+    save_file(outputs(model, images), name + ".remote")
+    native, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+    assert type(native) is transformers.RadioModel and native.dtype == options["dtype"]
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert info["unexpected_keys"] and all(key.startswith("adaptors.") for key in info["unexpected_keys"])
+    save_file(outputs(native, images), name + ".native")
+model.save_pretrained("again")
+
+for name in ("final_norm", "mlp_norm", "mean", "window", "head"):
+    model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    report[name] = [type(model).__module__, str(model.dtype)]
+    save_file(outputs(model, images), name + ".remote")
+    report[name + " errors"] = [
+        error(lambda: AutoModel.from_pretrained(name)),
+        error(lambda: transformers.RadioModel.from_pretrained(name)),
+        error(lambda: AutoConfig.from_pretrained(name)),
+    ]
+json.dump(report, open("report.json", "w"))
+"""
+
+INSTALLED = """
+from transformers_radio import RadioModel, register
+for name in ("float32", "bfloat16"):
+    save_file(outputs(RadioModel.from_pretrained(name, dtype=getattr(torch, name)), images), name + ".ours")
+    assert type(AutoModel.from_pretrained(name)) is transformers.RadioModel  # importing took nobody's place
+register()
+model = AutoModel.from_pretrained("float32")
+assert type(model) is RadioModel and list(model.adaptors) == ["clip", "sam"], type(model)
+"""
+
+
+def run(code, folder, blocked):
+    """`code` in a new process; `blocked`: where this package cannot be imported (no .pth files are read)."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+    env |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMMON + PROCESS + code, "blocked" if blocked else "installed"]
+    if blocked:
+        env["PYTHONPATH"] = sysconfig.get_paths()["purelib"]
+        command.insert(1, "-S")
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Checkpoints in shards, what their models say, and what two other processes read out of them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    images = torch.rand(2, 3, 64, 96)
+    save_file({"images": images}, root / "images.safetensors")
+    for name in DTYPES:
+        model = build().to(getattr(torch, name))
+        model.save_pretrained(root / name, max_shard_size="100KB")
+        assert len(list((root / name).glob("*.safetensors"))) > 1
+        save_file(outputs(model, images), root / f"{name}.expected")
+    for name, fields in VARIANTS.items():
+        model = build(**fields)
+        model.save_pretrained(root / name)
+        save_file(outputs(model, images), root / f"{name}.expected")
+    head = RadioForImageClassification(build(summary_type="mean").config).eval()
+    head.save_pretrained(root / "head")
+    save_file(outputs(head.model, images), root / "head.expected")
+    run(BLOCKED, root, blocked=True)
+    run(INSTALLED, root, blocked=False)
+    return root
+
+
+def assert_same(root, name, tag, adaptors=True):
+    expected, found = load_file(root / f"{name}.expected"), load_file(root / f"{name}.{tag}")
+    if not adaptors:
+        expected = {key: expected[key] for key in ("summary", "features")}
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert tensor.dtype == found[key].dtype and torch.equal(tensor, found[key]), (name, key)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_our_package_loads_a_checkpoint(root, name):
+    assert_same(root, name, "ours")
+    assert load_file(root / f"{name}.expected").keys() == {
+        "summary",
+        "features",
+        "clip.summary",
+        "clip.features",
+        "sam.features",
+    }
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_auto_model_with_remote_code_loads_it_without_our_package(root, name):
+    assert_same(root, name, "remote")
+    module, dtype = json.loads((root / "report.json").read_text())[name]
+    assert module.startswith("transformers_modules.") and dtype == f"torch.{name}"
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_plain_auto_model_loads_the_backbone(root, name):
+    assert_same(root, name, "native", adaptors=False)
+
+
+def test_a_checkpoint_saved_by_the_remote_code_is_whole(root):
+    assert {p.name for p in (root / "again").glob("*.py")} == {p.name for p in (root / "bfloat16").glob("*.py")}
+    again = outputs(
+        RadioModel.from_pretrained(root / "again", dtype=torch.bfloat16),
+        load_file(root / "images.safetensors")["images"],
+    )
+    for key, tensor in load_file(root / "bfloat16.expected").items():
+        assert torch.equal(tensor, again[key])
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "head"])
+def test_what_native_would_misread_loads_with_our_code_only(root, name):
+    assert_same(root, name, "remote")
+    report = json.loads((root / "report.json").read_text())
+    assert report[name][0].startswith("transformers_modules.")
+    for message in report[f"{name} errors"]:
+        assert "trust_remote_code=True" in message and "pip install transformers_radio" in message
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, transformers_radio; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_save_load_save_is_stable(variant, tmp_path):
+    images = torch.rand(1, 3, 64, 64)
+    model = build(**VARIANTS[variant])
+    model.save_pretrained(tmp_path / "a")
+    again = RadioModel.from_pretrained(tmp_path / "a")
+    again.save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    expected, found = outputs(model, images), outputs(again, images)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+# ---------------------------------------------------------------- loading never lies
+
+
+def remove_weights(folder: Path, prefix: str):
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["adaptors.clip.summary_head.", "encoder.layer.1.mlp.", "input_conditioner."])
+def test_a_weight_that_is_not_in_the_file_is_an_error(tmp_path, prefix):
+    model = build()
+    model.save_pretrained(tmp_path)
+    remove_weights(tmp_path, prefix)
+    with pytest.raises(ValueError) as error:
+        RadioModel.from_pretrained(tmp_path)
+    assert prefix in str(error.value) and "allow_missing" in str(error.value)
+
+
+def test_new_weights_are_allowed_by_name_only(tmp_path):
+    model = build(adaptors={})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adaptors.clip"):
+        RadioModel.from_pretrained(tmp_path, adaptors=build().config.adaptors)
+    loaded, info = RadioModel.from_pretrained(
+        tmp_path, adaptors=build().config.adaptors, allow_missing=["adaptors."], output_loading_info=True
+    )
+    assert info["missing_keys"] and all(key.startswith("adaptors.") for key in info["missing_keys"])
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded(images).features, model(images).features)
+    remove_weights(tmp_path, "embeddings.position_embedding")
+    with pytest.raises(ValueError, match="embeddings.position_embedding"):
+        RadioModel.from_pretrained(tmp_path, adaptors=build().config.adaptors, allow_missing=["adaptors."])
+
+
+def test_nvidia_layout_is_refused_and_the_advice_works(tmp_path):
+    native = transformers.RadioModel(transformers.RadioConfig(**TINY, summary_idxs=[0, 1])).eval()
+    native.save_pretrained(tmp_path / "released")  # transformers writes the released names by default
+    assert any(key.startswith("radio_model.") for key in load_file(tmp_path / "released/model.safetensors"))
+    with pytest.raises(ValueError, match="save_original_format=False"):
+        RadioModel.from_pretrained(tmp_path / "released")
+    opened = transformers.RadioModel.from_pretrained(tmp_path / "released")
+    opened.save_pretrained(tmp_path / "converted", save_original_format=False)
+    ours = RadioModel.from_pretrained(tmp_path / "converted")
+    images = torch.rand(1, 3, 64, 48)
+    with torch.no_grad():
+        assert torch.equal(ours(images).summary, native(images).summary)
+        assert torch.equal(ours(images).features, native(images).features)
+
+
+def test_a_summary_selection_that_the_file_contradicts_is_an_error(tmp_path):
+    build(adaptors={}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\[1, 0\].*\[0, 1\]"):
+        RadioModel.from_pretrained(tmp_path, summary_idxs=[1, 0])
