@@ -2,7 +2,15 @@ from setuptools import find_packages, setup
 
 # The first transformers with a native RADIO is 5.13; torch and torchvision must come from the same release.
 MODELING = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.13,<6", "safetensors>=0.5", "numpy", "pillow>=10"]
-TRAINING = ["accelerate>=1.10", "datasets>=4.0", "omegaconf>=2.4", "typer>=0.15", "rich>=13", "tqdm", "matplotlib>=3.8"]
+TRAINING = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "omegaconf>=2.4",
+    "typer>=0.15",
+    "rich>=13",
+    "tqdm",
+    "matplotlib>=3.8",
+]
 TEACHERS = ["open_clip_torch>=2.30", "segment-anything>=1.0", "timm>=1.0.15"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4", "tensorboard>=2.16"]
 DEV = [

@@ -66,7 +66,6 @@ def plain_seconds(recipe: Recipe) -> float:
         optimizer.zero_grad()
         if step >= UNTIMED:
             seconds.append(time.perf_counter() - started)
-    batches.close()
     return statistics.median(seconds)
 
 
@@ -93,7 +92,10 @@ def main() -> None:
                 framework = framework_seconds(recipe)
                 plain = plain_seconds(recipe)
             pairs.append((framework, plain))
-            print(f"round {number + 1}: train {framework * 1e3:.0f} ms a step, plain loop {plain * 1e3:.0f} ms", flush=True)
+            print(
+                f"round {number + 1}: train {framework * 1e3:.0f} ms a step, plain loop {plain * 1e3:.0f} ms",
+                flush=True,
+            )
         framework, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(framework / plain for framework, plain in pairs)
         print(f"median: train {framework * 1e3:.0f} ms a step, plain loop {plain * 1e3:.0f} ms; ratio {ratio:.3f}")

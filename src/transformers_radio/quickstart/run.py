@@ -1,4 +1,4 @@
-"""`transformers-radio quickstart`: made images -> distillation -> evaluation beside the teachers -> table and picture."""
+"""`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table and a picture."""
 
 import os
 from dataclasses import dataclass
@@ -56,8 +56,9 @@ class Encoder:
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """float (B, 3, image_size, image_size) -> (B, h*w, D) and the grid (h, w)."""
         if self.adaptor is not None:
-            side = self.image_size // self.network.patch_size
-            return self.network(images, adaptors=[]).features, (side, side)
+            features = self.network(images, adaptors=[]).features
+            side = round(features.shape[1] ** 0.5)
+            return features, (side, side)
         output = self.network(images)
         return output.features, output.grid
 

@@ -103,7 +103,7 @@ def distillation_losses(
     terms = {}
     for name, target in targets.items():
         head = output.adaptors[name]
-        if head.summary is not None:
+        if head.summary is not None and target.summary is not None:
             terms[f"{name}/summary"] = cosine_loss(head.summary, target.summary)
         if head.features is not None:
             grid = larger_grid(student_grid, target.grid)

@@ -11,7 +11,8 @@ UNDECAYED = ("cls_register_token", "position_embedding")
 
 def build_optimizer(student: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: none on tokens, position table, norms and biases."""
-    decayed, undecayed = [], []
+    decayed: list[torch.nn.Parameter] = []
+    undecayed: list[torch.nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             bare = parameter.ndim < 2 or name.endswith(UNDECAYED)

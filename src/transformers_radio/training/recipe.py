@@ -152,11 +152,11 @@ def _check_names(written: Any, schema: Any, prefix: str) -> None:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"unknown recipe field {prefix}{key}; {hint}")
-            _check_names(value, known[key], f"{prefix}{key}.")
+                raise ValueError(f"unknown recipe field {prefix}{key!s}; {hint}")
+            _check_names(value, known[key], f"{prefix}{key!s}.")
     elif isinstance(written, DictConfig) and get_args(schema) and is_dataclass(get_args(schema)[-1]):
         for key, value in written.items_ex(resolve=False):
-            _check_names(value, get_args(schema)[-1], f"{prefix}{key}.")
+            _check_names(value, get_args(schema)[-1], f"{prefix}{key!s}.")
 
 
 def validate(recipe: Recipe) -> None:

@@ -169,7 +169,7 @@ def _run_stage(
         progress.update()
         last = step == first_step + stage.steps
         if step % recipe.log_every_steps == 0 or last:
-            log.write(step, stage_name, schedule.get_last_lr()[0], grad_norm, batch.skipped, progress)
+            log.write(step, stage_name, float(schedule.get_last_lr()[0]), grad_norm, batch.skipped, progress)
         stopped = stop.agreed(accelerator)
         if step % recipe.checkpoints.every_steps == 0 or last or stopped:
             state = {"step": step, "stage": stage_name, "skipped": batch.skipped, "schedule": schedule.state_dict()}
@@ -184,7 +184,6 @@ def _run_stage(
             )
         if stopped:
             break
-    batches.close()
     return state
 
 
