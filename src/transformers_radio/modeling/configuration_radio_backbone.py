@@ -29,7 +29,6 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("stage_names", None)  # follows from the depth, also when a saved depth is overridden
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -41,6 +40,7 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") == RadioConfig.model_type:
             config_dict["model_type"] = cls.model_type  # the same fields, so no warning about another type
+            config_dict.pop("auto_map", None)  # names the classes of the student
         return config_dict, kwargs
 
 

@@ -12,9 +12,10 @@ from transformers.processing_utils import ImagesKwargs
 
 
 class RadioImageProcessorKwargs(ImagesKwargs, total=False):
-    """Adds the number that every output side is a multiple of (the model's `min_resolution_step`)."""
+    """Adds the multiple that output sides are of, and whether padded images come with a mask."""
 
     size_divisor: int | None
+    return_pixel_mask: bool | None
 
 
 class RadioImageProcessor(TorchvisionBackend):
@@ -37,6 +38,7 @@ class RadioImageProcessor(TorchvisionBackend):
 
     Args:
         size_divisor (int, defaults to 16): multiple that both sides must be of; the model's `min_resolution_step`.
+        return_pixel_mask (bool, defaults to True): set it to False for models that take no mask, as LLaVA.
 
     Raises:
         ValueError: for another kind of `size`; for `do_normalize`, `do_center_crop` or `do_pad`; for float images
@@ -48,6 +50,7 @@ class RadioImageProcessor(TorchvisionBackend):
     resample = PILImageResampling.BICUBIC
     size = {"height": 432, "width": 432}  # the paper's resolution (Table 1)
     size_divisor = 16
+    return_pixel_mask = True
     default_to_square = True
     do_resize = True
     do_rescale = True
@@ -114,7 +117,7 @@ class RadioImageProcessor(TorchvisionBackend):
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def _preprocess(  # type: ignore[override]
-        self, images, do_resize, size, size_divisor, resample, do_rescale, return_tensors, **kwargs
+        self, images, do_resize, size, size_divisor, resample, do_rescale, return_pixel_mask, return_tensors, **kwargs
     ) -> BatchFeature:
         processed = []
         for image in images:  # each (3, height, width)
@@ -135,7 +138,9 @@ class RadioImageProcessor(TorchvisionBackend):
             height = -(-max(image.shape[-2] for image in processed) // size_divisor) * size_divisor
             width = -(-max(image.shape[-1] for image in processed) // size_divisor) * size_divisor
             pad_size = type(size)(height=height, width=width)
-            data["pixel_values"], data["pixel_mask"] = self.pad(processed, pad_size=pad_size, return_mask=True)
+            data["pixel_values"], masks = self.pad(processed, pad_size=pad_size, return_mask=True)
+            if return_pixel_mask:
+                data["pixel_mask"] = masks
         shapes = sorted({tuple(image.shape) for image in data["pixel_values"]})
         if return_tensors is not None and len(shapes) > 1:
             raise ValueError(

@@ -17,8 +17,8 @@ class RadioVisionTower(RadioPreTrainedModel):
     the patches: "default" is the patches alone (what the paper feeds, section 5.4), "full" the summary token as well.
     The summary token is the first selected CLS token, or the average of the patches with average pooling.
 
-    `from_pretrained` also takes the folder of a student; `from_radio` a student in memory. Either goes into a LLaVA that
-    was built with `vision_config=tower.config` by `llava.model.vision_tower = tower`.
+    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. Put either into a LLaVA
+    that was built with `vision_config=tower.config`: `llava.model.vision_tower = tower`.
 
     The number of patches follows the input, height / patch_size * width / patch_size, square or not, and a text must
     hold as many image tokens. `LlavaProcessor` counts so with `patch_size=config.patch_size` and
@@ -63,8 +63,9 @@ class RadioVisionTower(RadioPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `patch_size`.
-            output_hidden_states: whether to return hidden states; LLaVA passes the layers that it will pick.
+            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `model.min_resolution_step`.
+            output_hidden_states: True for all hidden states, or the layers that are wanted (as LLaVA passes); the
+                others are then None.
 
         Returns:
             `last_hidden_state` and each of `hidden_states` (the embeddings, then every block): (batch_size,
@@ -80,11 +81,17 @@ class RadioVisionTower(RadioPreTrainedModel):
         outputs = self.model(pixel_values, adaptors=[], output_hidden_states=True, output_attentions=output_attentions)
         hidden_states = None
         if output_hidden_states is not None and output_hidden_states is not False:  # 0 is a layer
-            hidden_states = tuple(self._summary_and_patches(self.model.norm(h)) for h in outputs.hidden_states)
+            count = len(outputs.hidden_states)
+            layers = range(count) if output_hidden_states is True else output_hidden_states
+            wanted = {layer % count for layer in ([layers] if isinstance(layers, int) else layers)}
+            hidden_states = tuple(
+                self._summary_and_patches(self.model.norm(tokens)) if layer in wanted else None
+                for layer, tokens in enumerate(outputs.hidden_states)
+            )
         return BaseModelOutputWithPooling(
             last_hidden_state=self._summary_and_patches(outputs.last_hidden_state),
             pooler_output=outputs.summary,
-            hidden_states=hidden_states,
+            hidden_states=hidden_states,  # type: ignore[arg-type]
             attentions=outputs.attentions,
         )
 
