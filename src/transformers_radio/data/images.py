@@ -118,7 +118,7 @@ def load_crops(
     crop = F.pil_to_tensor(_load_rgb(image).crop(box))  # (3, h, w)
     if flip:
         crop = crop.flip(2)
-    # torchvision's resize of uint8 has the values of Pillow's (antialiased, within one level) at a third of its time.
+    # torchvision's antialiased resize of uint8 returns what Pillow's does (up to rounding) in a third of the time.
     return {r: F.resize(crop, [r, r], InterpolationMode.BICUBIC, antialias=True) for r in resolutions}
 
 

@@ -4,11 +4,14 @@ Everything goes through a streaming `datasets.IterableDataset`. The image column
 handed over as bytes, so that a broken file can be skipped and a JPEG decoded at a fraction of its size.
 """
 
+import contextlib
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 # Files are dealt out to the shards of a folder one by one like cards, so a shard is a fair mix of all sub-folders.
 FILES_PER_FOLDER_SHARD = 1000
+# Samples of a tar that are looked at to learn which extension is the image's.
+SAMPLES_LOOKED_AT = 20
 OTHER_SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval)([^a-zA-Z0-9]|$)")
 
 
@@ -32,7 +37,7 @@ class DataConfig:
 
     Attributes:
         path: A folder of images (nested as it likes), a webdataset tar or a parquet file, a folder of such files, a
-            glob pattern of any of these, the URL of a tar or parquet file, or the id of a dataset on the Hugging Face Hub.
+            glob pattern of any of these, the URL of a tar or parquet file, or the id of a dataset on the Hub.
         split: Of a Hub dataset, its split. Of a local folder: the sub-folder of this name if there is one; else the
             tar or parquet files whose names start with it; else, for `train`, everything.
         name: The configuration of a Hub dataset that has several.
@@ -95,21 +100,21 @@ class Source:
 
     def __init__(self, config: DataConfig):
         self.path = config.path
-        self.key_column: str | None
         kind, folder, files = _find_files(os.path.expanduser(config.path), config.split)
-        if kind == "imagefolder":
-            names = [os.path.relpath(file, folder) for file in files]
-            self.shards = [f"part {i}" for i in range(-(-len(names) // FILES_PER_FOLDER_SHARD))]
-            self.dataset, self.image_column, self.key_column = _image_files(folder, names), "image", "key"
+        names = [Path(file[len(folder) :].lstrip(os.sep)).as_posix() for file in files]
+        self.is_folder = kind == "imagefolder"
+        if self.is_folder:
+            count = -(-len(names) // FILES_PER_FOLDER_SHARD)
+            self.shards = [f"part {i}" for i in range(count)]
+            self.dataset = _image_files(folder, [names[i::count] for i in range(count)])
+            self.image_columns = ["image"]
         else:
-            self.dataset, names = _open_dataset(kind, files, config)
+            self.dataset, self.image_columns, hub_names = _open_dataset(kind, files, config)
+            names = names or hub_names
             count = self.dataset.num_shards  # with images in a folder on the Hub, a shard is no file
             self.shards = names if len(names) == count else [f"shard {i}" for i in range(count)]
-            self.image_column = _choose_image_column(self.dataset, config)
-            self.key_column = "__key__" if "__key__" in self.dataset.features else None
-            self.dataset = _without_decoding(self.dataset, self.image_column, self.key_column)
-        self.fingerprint = hashlib.sha256("\n".join([self.image_column, *names]).encode()).hexdigest()[:16]
-        logger.info("%s: %d shards, images in column %r", config.path, len(self.shards), self.image_column)
+        self.fingerprint = hashlib.sha256("\n".join([*self.image_columns, *names]).encode()).hexdigest()[:16]
+        logger.info("%s: %d shards, images in %s", config.path, len(self.shards), ", ".join(self.image_columns))
 
     def records(self, shard: int) -> Iterator[tuple[str, Any]]:
         """Yield (key, image) of one shard in its stored order; `read_image` turns the image into bytes.
@@ -121,11 +126,9 @@ class Source:
         name = self.shards[shard]
         try:
             for row, batch in enumerate(batches):
-                image = batch[self.image_column][0]
-                if self.key_column == "key":
-                    yield batch["key"][0], image
-                else:
-                    yield f"{name}/{batch[self.key_column][0] if self.key_column else row}", image
+                image = next((batch[column][0] for column in self.image_columns if batch[column][0]), None)
+                key = batch["__key__"][0] if "__key__" in batch else str(row)
+                yield key if self.is_folder else f"{name}/{key}", image
         except Exception as error:
             raise RuntimeError(
                 f"Reading {name!r} of {self.path} failed: {type(error).__name__}: {error}. The file may be incomplete:"
@@ -157,39 +160,39 @@ def _find_files(path: str, split: str) -> tuple[str | None, str, list[str]]:
         if kind not in ("webdataset", "parquet"):
             raise ValueError(f"data.path={path!r}: a URL must end in one of {', '.join(TAR + PARQUET)}.")
         return kind, os.path.dirname(path), [path]
-    if os.path.isdir(path):
-        base = os.path.join(path, split) if os.path.isdir(os.path.join(path, split)) else path
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(base, followlinks=True)
-            for name in names
-            if not name.startswith(".")
-        ]
-    else:
-        base, found = path, [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
-        if os.path.isfile(path):  # also when its name has brackets
-            found = [path]
-        elif not found and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+    if not os.path.exists(path) and not glob.has_magic(path):
+        if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
             return None, "", []
+        raise FileNotFoundError(f"data.path={path!r} does not exist.")
+
+    folder = os.path.abspath(path)
+    in_split = os.path.isdir(os.path.join(folder, split))
+    if os.path.isdir(folder):
+        walk = os.walk(os.path.join(folder, split) if in_split else folder, followlinks=True)
+        found = [os.path.join(parent, name) for parent, _, names in walk for name in names if not name.startswith(".")]
+    elif os.path.isfile(folder):
+        found = [folder]
+    else:
+        found = [file for file in glob.glob(folder, recursive=True) if os.path.isfile(file)]
     files: dict[str, list[str]] = {}
-    for file in sorted(map(os.path.abspath, found)):
+    for file in sorted(found):
         kind = _kind_of(file)
         if kind is not None:
             files.setdefault(kind, []).append(file)
     if not files:
-        other = f"{len(found)} other files, but " if found else ""
-        raise FileNotFoundError(f"data.path={path!r}: found {other}no images, tar or parquet files there.")
+        other = f" among {len(found)} files" if found else ""
+        raise FileNotFoundError(f"data.path={path!r}: found no images, tar or parquet files{other} there.")
     if len(files) > 1:
         counts = ", ".join(f"{len(paths)} for {kind} such as {paths[0]}" for kind, paths in files.items())
         raise ValueError(
             f"data.path={path!r} holds several kinds of files: {counts}. Give a pattern such as /data/*.tar."
         )
     kind, paths = next(iter(files.items()))
-    if not os.path.isdir(path):
-        return kind, os.path.commonpath([os.path.dirname(file) for file in paths]), paths
-    if base == path:
+    if not os.path.isdir(folder):
+        folder = os.path.commonpath([os.path.dirname(file) for file in paths])
+    elif not in_split:
         paths = _select_split(path, paths, split, by_name=kind != "imagefolder")
-    return kind, os.path.abspath(path), paths
+    return kind, folder, paths
 
 
 def _select_split(path: str, paths: list[str], split: str, by_name: bool) -> list[str]:
@@ -212,75 +215,113 @@ def _kind_of(name: str) -> str | None:
     return "imagefolder" if lower.endswith(EXTENSIONS) else None
 
 
-def _image_files(folder: str, names: list[str]):
+def _image_files(folder: str, parts: list[list[str]]):
     """A stream of the files of a folder. Not load_dataset("imagefolder"): that looks at every file first (150 s for a
     million) and reads them in sorted order as one shard, that is class by class."""
     import datasets
 
-    features = datasets.Features({"key": datasets.Value("string"), "image": datasets.Image(decode=False)})
+    features = datasets.Features({"__key__": datasets.Value("string"), "image": datasets.Image(decode=False)})
     return datasets.IterableDataset.from_generator(
-        _yield_files, features=features, gen_kwargs={"folder": folder, "names": names}
+        _yield_files, features=features, gen_kwargs={"folder": folder, "parts": parts}
     )
 
 
-def _yield_files(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
-    for name in names:
-        yield {"key": Path(name).as_posix(), "image": {"path": os.path.join(folder, name), "bytes": None}}
+def _yield_files(folder: str, parts: list[list[str]]) -> Iterator[dict[str, Any]]:
+    for name in itertools.chain.from_iterable(parts):
+        yield {"__key__": name, "image": {"path": os.path.join(folder, name), "bytes": None}}
 
 
 def _open_dataset(kind: str | None, files: list[str], config: DataConfig):
-    """-> (datasets.IterableDataset, the names of its files)."""
+    """-> (datasets.IterableDataset, the columns of its images, the names of its files)."""
     import datasets
 
-    try:
+    with _explained(kind, config):
         if kind is None:
             builder = datasets.load_dataset_builder(config.path, config.name)
         else:
             data_files = {config.split: [glob.escape(file) for file in files]}
             builder = datasets.load_dataset_builder(kind, data_files=data_files)
+        names = [str(file) for file in (builder.config.data_files or {}).get(config.split, [])]
+        samples = _read_field_names(names[0]) if names and names[0].lower().endswith(TAR) else None
+    if samples is not None:
+        # Left to find the columns by itself, `datasets` gives up on tars with several image formats, or with JSON
+        # whose types vary.
+        images = [name for sample in samples for name in sample if f".{name}".lower().endswith(EXTENSIONS)]
+        columns = _choose_image_columns(samples, list(dict.fromkeys(images)), config)
+        features = {
+            "__key__": datasets.Value("string"),
+            **{column: datasets.Image(decode=False) for column in columns},
+        }
+        builder.info.features = datasets.Features(features)
+    with _explained(kind, config):
         dataset = builder.as_streaming_dataset(split=config.split)
+    if samples is None:
+        features = dataset.features
+        if features is None:
+            raise ValueError(
+                f"data.path={config.path!r} does not tell the types of its columns; convert it to parquet."
+            )
+        images = [
+            name
+            for name, feature in features.items()
+            if isinstance(feature, datasets.Image)
+            or (isinstance(feature, dict) and "bytes" in feature)
+            or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+        ]
+        columns = _choose_image_columns([list(features)], images, config)
+        if isinstance(features[columns[0]], datasets.Image):
+            dataset = dataset.cast_column(columns[0], datasets.Image(decode=False))
+    keys = [column for column in dataset.features if column == "__key__"]
+    return dataset.select_columns(columns + keys), columns, [os.path.basename(name) for name in names]
+
+
+@contextlib.contextmanager
+def _explained(kind: str | None, config: DataConfig) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         what = f"as the Hub dataset {config.path!r} (no such local path exists)" if kind is None else f"as {kind}"
         raise ValueError(
             f"data.path={config.path!r} could not be opened {what}, split {config.split!r}, name {config.name!r}:"
             f" {error}"
         ) from error
-    return dataset, [os.path.basename(file) for file in (builder.config.data_files or {}).get(config.split, [])]
 
 
-def _choose_image_column(dataset, config: DataConfig) -> str:
-    import datasets
+def _read_field_names(tar_path: str) -> list[list[str]]:
+    """The extensions that belong to each of the first samples of a tar."""
+    import fsspec
 
-    features = dataset.features
-    if features is None:
-        raise ValueError(f"data.path={config.path!r} does not tell the types of its columns; convert it to parquet.")
-    columns = ", ".join(features)
+    samples: dict[str, list[str]] = {}
+    try:
+        with fsspec.open(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, extension = name.partition(".")
+                if member.isfile() and key and extension:
+                    samples.setdefault(f"{folder}/{key}", []).append(extension)
+                if len(samples) > SAMPLES_LOOKED_AT:
+                    break
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar_path}: {error}") from error
+    return list(samples.values())
+
+
+def _choose_image_columns(samples: list[list[str]], images: list[str], config: DataConfig) -> list[str]:
+    """Choose among the columns `images`. Several can only be meant when no sample has two of them (jpg or png)."""
+    all_columns = ", ".join(dict.fromkeys(itertools.chain.from_iterable(samples)))
     if config.image_column is not None:
-        if config.image_column not in features:
-            raise ValueError(f"data.image_column={config.image_column!r}: {config.path} has the columns {columns}.")
-        return config.image_column
-    found = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and "bytes" in feature)
-        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
-    ]
-    if len(found) > 1:  # a tar with KEY.jpg and KEY.mask.png: the plain name is the image
+        if config.image_column not in all_columns.split(", "):
+            raise ValueError(
+                f"data.image_column={config.image_column!r}: {config.path} has the columns {all_columns}."
+            )
+        return [config.image_column]
+    if len(images) > 1:  # a tar with KEY.jpg and KEY.mask.png: the plain name is the image
         usual = ["image", "img", *(extension[1:] for extension in EXTENSIONS)]
-        found = [name for name in found if name.lower() in usual] or found
-    if len(found) != 1:
-        count = f"several ({', '.join(found)})" if found else "none"
+        images = [name for name in images if name.lower() in usual] or images
+    if not images or max(len(set(images) & set(sample)) for sample in samples) > 1:
+        found = f"several ({', '.join(images)})" if images else "none"
         raise ValueError(
-            f"data.path={config.path!r}: expected one column of images, found {count} among {columns}."
+            f"data.path={config.path!r}: expected one column of images, found {found} among {all_columns}."
             " Set data.image_column."
         )
-    return found[0]
-
-
-def _without_decoding(dataset, image_column: str, key_column: str | None):
-    import datasets
-
-    if isinstance(dataset.features[image_column], datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return dataset.select_columns([image_column, key_column] if key_column else [image_column])
+    return images

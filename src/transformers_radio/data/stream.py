@@ -6,6 +6,7 @@ workers only share out the lanes: neither their number nor their timing changes 
 has consumed is a handful of numbers; they travel with each batch, and saving the latest ones saves the stream.
 """
 
+import atexit
 import copy
 import itertools
 import logging
@@ -112,13 +113,13 @@ class ImageStream:
         self.close()
         batches = self._iterate()
         self._batches = weakref.ref(batches)
+        atexit.register(_close, self._batches)  # while the libraries that it reads with are still whole
         return batches
 
     def close(self) -> None:
         """Stop the workers. The position stays, and `iter(stream)` goes on from it."""
-        batches = self._batches() if self._batches else None
-        if batches is not None:
-            batches.close()
+        if self._batches is not None:
+            _close(self._batches)
 
     def _iterate(self) -> Generator[Batch]:
         loader = DataLoader(
@@ -170,7 +171,8 @@ class ImageStream:
             raise ValueError(
                 f"data.path={self.config.path!r}: none of the first {len(names)} images can be used"
                 f" ({_counts(first)}): {', '.join(names[:MAX_OFFENDERS])}. Does the column"
-                f" {self.source.image_column!r} hold images, and is data.min_side={self.config.min_side} right?"
+                f" {'/'.join(self.source.image_columns)!r} hold images, and is data.min_side={self.config.min_side}"
+                " right?"
             )
         if count < needed:
             raise ValueError(
@@ -222,8 +224,8 @@ class ImageStream:
             raise ValueError(
                 f"data.lanes={lanes} cannot be shared out to {self.world_size} ranks with {self.config.num_workers}"
                 f" workers each: it must be a multiple of {readers}. For a new run set"
-                f" data.lanes={-(-lanes // readers) * readers}; to resume one, set data.num_workers so that its product"
-                f" with the ranks divides {lanes}."
+                f" data.lanes={-(-lanes // readers) * readers}; to resume one, set data.num_workers so that its"
+                f" product with the ranks divides {lanes}."
             )
         # This rank takes batches next_batch + rank, next_batch + rank + world_size, ...
         own = sorted({(next_batch + self.rank + i * self.world_size) % lanes for i in range(lanes // self.world_size)})
@@ -414,6 +416,12 @@ def _exit_when_terminated_by(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _close(batches: "weakref.ref[Generator[Batch]]") -> None:
+    generator = batches()
+    if generator is not None:
+        generator.close()
 
 
 def _unchanged(item: Any) -> Any:

@@ -1,0 +1,299 @@
+"""What decoding and cropping return, against Pillow, torchvision, numpy and closed forms."""
+
+import io
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, JpegImagePlugin
+from sample_images import encode, picture
+from scipy.stats import ks_2samp
+from skimage.data import astronaut
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from transformers_radio.data import decode_rgb, random_crop
+from transformers_radio.data.images import SkippedImage, load_crops
+
+# The EXIF definition: what the stored rows and columns mean, as numpy operations on (H, W, 3).
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def whole(data: bytes, resolutions: list[int], width: int, height: int) -> dict[int, torch.Tensor]:
+    """load_crops with a crop that has no choice but the whole image."""
+    return load_crops(data, resolutions, generator(), (1.0, 1.0), (width / height, width / height))
+
+
+def with_exif(image: Image.Image, orientation: int, file_format: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, file_format, exif=exif, **({"quality": 95} if file_format == "JPEG" else {}))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation, file_format):
+    data = with_exif(picture(1, 60, 24), orientation, file_format)
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    expected = UPRIGHT[orientation](stored)
+    assert np.array_equal(np.asarray(decode_rgb(data)), expected)
+    height, width = expected.shape[:2]
+    crop = whole(data, [24], width, height)[24]
+    tensor = torch.from_numpy(expected.copy()).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    assert torch.equal(crop, F.resize(tensor, [24, 24], InterpolationMode.BICUBIC, antialias=True))
+
+
+def test_exif_orientation_of_a_photograph_decoded_at_a_fraction():
+    photo = Image.fromarray(astronaut()).resize((1600, 1200), Image.Resampling.BICUBIC)
+    crop = whole(with_exif(photo, 6, "JPEG"), [100], 1200, 1600)[100]
+    upright = np.rot90(np.asarray(photo), -1).copy()
+    expected = np.asarray(Image.fromarray(upright).resize((100, 100), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() < 2
+
+
+def white_behind(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    alpha = alpha[..., None] / 255
+    return colour * alpha + 255 * (1 - alpha)
+
+
+COLOUR = np.asarray(picture(2)).astype(int)  # (32, 40, 3)
+GREY = COLOUR[..., 0]
+ALPHA = np.tile(np.linspace(0, 255, 40).astype(int), (32, 1))
+
+
+def image_of(*channels: np.ndarray, mode: str) -> Image.Image:
+    return Image.merge(mode, [Image.fromarray(channel.astype(np.uint8)) for channel in channels])
+
+
+def three(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def palette_image() -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    indices = np.arange(32 * 40).reshape(32, 40) % 7
+    palette = np.random.default_rng(0).integers(0, 256, (7, 3))
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    return image, palette[indices], indices
+
+
+def cases() -> dict[str, tuple[bytes, np.ndarray, float]]:
+    """name -> (file, expected RGB, tolerance in levels)."""
+    palette, palette_rgb, indices = palette_image()
+    c, m, y, k = (COLOUR[..., 0], COLOUR[..., 1], COLOUR[..., 2], GREY // 2)
+    ink = np.stack([c, m, y], 2)
+    key_transparent = white_behind(COLOUR, np.where((COLOUR == COLOUR[0, 0]).all(2), 0, 255))
+    colour = image_of(*COLOUR.transpose(2, 0, 1), mode="RGB")
+    grey = Image.fromarray(GREY.astype(np.uint8))
+    rgba = image_of(*COLOUR.transpose(2, 0, 1), ALPHA, mode="RGBA")
+    deep = (GREY * 257).astype(np.uint16)
+    return {
+        "L png": (encode(grey, "PNG"), three(GREY), 0),
+        "L jpeg": (encode(grey, "JPEG", quality=100), three(GREY), 3),
+        "1 png": (encode(Image.fromarray(GREY > 128), "PNG"), three((GREY > 128) * 255), 0),
+        "LA png": (encode(image_of(GREY, ALPHA, mode="LA"), "PNG"), white_behind(three(GREY), ALPHA), 1),
+        "RGBA png": (encode(rgba, "PNG"), white_behind(COLOUR, ALPHA), 1),
+        "RGBA webp": (encode(rgba, "WEBP", lossless=True, exact=True), white_behind(COLOUR, ALPHA), 1),
+        "RGB png with a transparent colour": (
+            encode(colour, "PNG", transparency=tuple(COLOUR[0, 0].tolist())),
+            key_transparent,
+            0,
+        ),
+        "P png": (encode(palette, "PNG"), palette_rgb, 0),
+        "P gif": (encode(palette, "GIF"), palette_rgb, 0),
+        "P png with transparency": (
+            encode(palette, "PNG", transparency=bytes([0, 255, 128, 255, 255, 255, 255])),
+            white_behind(palette_rgb, np.array([0, 255, 128, 255, 255, 255, 255])[indices]),
+            1,
+        ),
+        "P gif with transparency": (
+            encode(palette, "GIF", transparency=3),
+            white_behind(palette_rgb, np.where(indices == 3, 0, 255)),
+            0,
+        ),
+        "CMYK jpeg": (
+            encode(image_of(c, m, y, k, mode="CMYK"), "JPEG", quality=100),
+            (255 - ink) * (255 - k[..., None]) / 255,
+            6,
+        ),
+        "CMYK tiff": (
+            encode(image_of(c, m, y, k, mode="CMYK"), "TIFF"),
+            (255 - ink) * (255 - k[..., None]) / 255,
+            1,
+        ),
+        "I;16 png": (encode(Image.fromarray(deep), "PNG"), three(GREY), 0),
+        "I;16 tiff": (encode(Image.fromarray(deep), "TIFF"), three(GREY), 0),
+        "I;16B tiff": (
+            encode(Image.frombytes("I;16B", (40, 32), deep.astype(">u2").tobytes()), "TIFF"),
+            three(GREY),
+            0,
+        ),
+        "webp": (encode(colour, "WEBP", lossless=True), COLOUR, 0),
+        "bmp": (encode(colour, "BMP"), COLOUR, 0),
+        "tiff": (encode(colour, "TIFF"), COLOUR, 0),
+        "ppm": (encode(colour, "PPM"), COLOUR, 0),
+        "progressive jpeg": (encode(colour, "JPEG", quality=100, subsampling=0, progressive=True), COLOUR, 4),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_mode_becomes_rgb(name):
+    data, expected, tolerance = cases()[name]
+    image = decode_rgb(data)
+    assert image.mode == "RGB" and image.size == (40, 32)
+    assert np.abs(np.asarray(image) - expected).max() <= tolerance
+    crop = whole(data, [32], 40, 32)[32]
+    assert torch.equal(crop, F.resize(F.pil_to_tensor(image), [32, 32], InterpolationMode.BICUBIC, antialias=True))
+
+
+def reason(data: bytes, min_side: int = 1) -> str:
+    with pytest.raises(SkippedImage) as error:
+        load_crops(data, [16], generator(), (1, 1), (1, 1), min_side=min_side)
+    return error.value.reason
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_half_a_file_is_skipped_even_when_pillow_is_told_to_be_lenient(file_format, monkeypatch):
+    data = encode(picture(3, 200, 160), file_format)
+    half = data[: len(data) // 2]
+    assert reason(half) in ("truncated", "undecodable")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert reason(half) in ("truncated", "undecodable")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True  # other users of Pillow keep their setting
+
+
+def test_reasons(monkeypatch):
+    jpeg = encode(picture(4, 200, 160))
+    assert reason(jpeg[:-200]) == "truncated"
+    assert reason(b"") == "missing"
+    assert reason(b"<html>") == "undecodable"
+    assert reason(jpeg[:20]) == "undecodable"
+    assert reason(encode(picture(4, 40, 15)), min_side=16) == "too small"
+    assert reason(encode(Image.new("F", (20, 20)), "TIFF")) == "unsupported mode F"
+    assert reason(encode(Image.fromarray(np.full((20, 20), 70000, np.int32)), "TIFF")) == "unsupported mode I"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert reason(jpeg) == "too large"
+
+
+def test_formats_that_run_programs_are_not_opened(monkeypatch):
+    def no_program(*args, **kwargs):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "check_call", no_program)
+    monkeypatch.setattr(subprocess, "Popen", no_program)
+    assert reason(encode(picture(5), "EPS")) == "undecodable"
+
+
+def test_a_damaged_exif_block_does_not_cost_the_image():
+    data = bytearray(with_exif(picture(6), 6, "JPEG"))
+    start = data.index(b"Exif\x00\x00") + 6
+    data[start : start + 8] = b"\xff" * 8
+    assert decode_rgb(bytes(data)).size == (40, 32)
+
+
+@pytest.mark.parametrize("resolutions", [[64], [48, 100, 300]])
+def test_crop_is_resized_from_the_original_pixels_to_every_resolution(resolutions):
+    photo = Image.fromarray(astronaut())  # 512 x 512
+    data = encode(photo, "PNG")
+    for seed in range(5):
+        crops = load_crops(data, resolutions, generator(seed), (0.3, 1.0), (3 / 4, 4 / 3))
+        left, top, right, bottom = random_crop((512, 512), generator(seed), (0.3, 1.0), (3 / 4, 4 / 3))
+        assert list(crops) == resolutions
+        for r, crop in crops.items():
+            assert crop.shape == (3, r, r) and crop.dtype == torch.uint8
+            pillow = np.asarray(photo.crop((left, top, right, bottom)).resize((r, r), Image.Resampling.BICUBIC))
+            difference = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - pillow.astype(int))
+            # Both round between the two passes, in another order; that tells only where an overshoot is cut off.
+            assert difference.mean() < 0.5 and (difference > 1).mean() < 0.002
+            tensor = F.resized_crop(
+                F.pil_to_tensor(photo).float(), top, left, bottom - top, right - left, [r, r],
+                InterpolationMode.BICUBIC, antialias=True,
+            )  # fmt: skip
+            assert (crop - tensor.clamp(0, 255)).abs().mean() < 0.5  # rounding
+
+
+def test_jpeg_is_decoded_at_a_fraction_but_never_below_the_largest_resolution(monkeypatch):
+    photo = Image.fromarray(astronaut()).resize((2000, 1500), Image.Resampling.BICUBIC)
+    data = encode(photo, "JPEG", quality=95)
+    decoded = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    factors, seen = [], []
+    draft = JpegImagePlugin.JpegImageFile.draft
+
+    def spy(self, mode, size):
+        result = draft(self, mode, size)
+        factors.append(2000 / self.size[0])
+        return result
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
+    for seed in range(12):
+        largest = (60, 150, 224, 500)[seed % 4]
+        factors.clear()
+        crops = load_crops(data, [32, largest], generator(seed), (0.1, 1.0), (3 / 4, 4 / 3))
+        left, top, right, bottom = random_crop((2000, 1500), generator(seed), (0.1, 1.0), (3 / 4, 4 / 3))
+        room = min(right - left, bottom - top) / largest
+        factor = factors[0] if factors else 1
+        assert factor <= max(room, 1) and (factor == 8 or 2 * factor > room)
+        # The box is rounded outwards to whole pixels of the smaller image.
+        f = round(factor)
+        assert abs(factor - f) < 0.02 and f in (1, 2, 4, 8)
+        used = decoded[top // f * f : -(-bottom // f) * f, left // f * f : -(-right // f) * f]
+        for r, crop in crops.items():
+            full = Image.fromarray(used).resize((r, r), Image.Resampling.BICUBIC)
+            difference = np.abs(crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(full).astype(int))
+            seen.append((f, r, round(float(difference.mean()), 2)))
+    assert max(mean for _, _, mean in seen) < 2
+    assert {f for f, _, _ in seen} == {1, 2, 4, 8}
+
+
+def test_random_crop_draws_what_torchvision_draws():
+    size, scale, ratio = (500, 375), (0.2, 0.9), (3 / 4, 4 / 3)
+    numbers = generator(0)
+    ours = np.array([random_crop(size, numbers, scale, ratio) for _ in range(3000)])
+    torch.manual_seed(0)
+    blank = torch.empty(3, 375, 500)
+    theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(3000)])
+    top, left, height, width = theirs.T
+    for mine, other in zip(ours.T, (left, top, left + width, top + height), strict=True):
+        assert ks_2samp(mine, other).pvalue > 0.001
+    width, height = ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]
+    assert ours.min() >= 0 and ours[:, 2].max() <= 500 and ours[:, 3].max() <= 375
+    area = width * height / (500 * 375)
+    assert area.min() > 0.19 and area.max() < 0.91
+    assert (width / height).min() > 0.74 and (width / height).max() < 1.35
+
+
+@pytest.mark.parametrize("size", [(1000, 20), (20, 1000)])
+def test_random_crop_of_very_long_images_is_torchvisions_fallback(size):
+    box = random_crop(size, generator(), (0.5, 1.0), (3 / 4, 4 / 3))
+    top, left, height, width = RandomResizedCrop.get_params(
+        torch.empty(3, size[1], size[0]), [0.5, 1.0], [3 / 4, 4 / 3]
+    )
+    assert box == (left, top, left + width, top + height)
+
+
+def test_horizontal_flip_mirrors_half_of_the_crops_and_nothing_else():
+    data = encode(picture(7, 64, 64), "PNG")
+    flipped = 0
+    for seed in range(40):
+        arguments = ([32], generator(seed), (0.5, 1.0), (3 / 4, 4 / 3))
+        plain = load_crops(data, *arguments)[32]
+        maybe = load_crops(data, [32], generator(seed), (0.5, 1.0), (3 / 4, 4 / 3), horizontal_flip=True)[32]
+        if not torch.equal(maybe, plain):
+            assert (maybe.int() - plain.flip(2).int()).abs().max() <= 1  # resizing a mirrored image rounds anew
+            flipped += 1
+    assert 10 < flipped < 30
