@@ -11,7 +11,7 @@ TRAINING = [
     "tqdm",
     "matplotlib>=3.8",
 ]
-TEACHERS = ["open_clip_torch>=2.30", "segment-anything>=1.0", "timm>=1.0.15"]
+TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.16"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4", "tensorboard>=2.16"]
 DEV = [
     *QUICKSTART,

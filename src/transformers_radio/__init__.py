@@ -1,10 +1,12 @@
 """AM-RADIO on the Hugging Face stack: train, evaluate and use agglomerative vision foundation models."""
 
+import sys
 from importlib import import_module
 
 _PUBLIC = (
     "AdaptorOutput",
     "RadioBackbone",
+    "RadioBackboneConfig",
     "RadioConfig",
     "RadioForImageClassification",
     "RadioForSemanticSegmentation",
@@ -22,11 +24,18 @@ def __getattr__(name: str):
     # torch and transformers are imported with the first name that needs them
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register_new_types()
     return getattr(import_module(".modeling", __name__), name)
 
 
 def __dir__():
     return sorted([*globals(), *_PUBLIC])
+
+
+def _register_new_types() -> None:
+    """`radio_vision_tower` and `radio_backbone`, which transformers does not have, register with their modules."""
+    import_module(".modeling.modeling_radio_heads", __name__)
+    import_module(".modeling.modeling_radio_tower", __name__)
 
 
 def register() -> None:
@@ -43,6 +52,7 @@ def register() -> None:
         AutoModelForSemanticSegmentation,
     )
 
+    _register_new_types()
     modeling = import_module(".modeling", __name__)
     AutoConfig.register("radio", modeling.RadioConfig, exist_ok=True)
     for auto, model in (
@@ -52,3 +62,9 @@ def register() -> None:
     ):
         auto.register(modeling.RadioConfig, model, exist_ok=True)
     AutoImageProcessor.register(modeling.RadioConfig, modeling.RadioImageProcessor, exist_ok=True)
+
+
+# The Auto classes bring torch with them. Where they are loaded already, registering costs next to nothing; else it
+# waits for the first name that is taken from this package, so that importing it stays light.
+if "transformers.models.auto.modeling_auto" in sys.modules:
+    _register_new_types()

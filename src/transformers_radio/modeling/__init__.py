@@ -11,6 +11,7 @@ _MODULES = {
     "RadioForImageClassification": "modeling_radio_heads",
     "RadioForSemanticSegmentation": "modeling_radio_heads",
     "RadioBackbone": "modeling_radio_heads",
+    "RadioBackboneConfig": "configuration_radio_backbone",
     "RadioImageProcessor": "image_processing_radio",
     "RadioVisionTowerConfig": "configuration_radio_tower",
     "RadioVisionTower": "modeling_radio_tower",
