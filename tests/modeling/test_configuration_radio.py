@@ -146,7 +146,7 @@ def test_save_and_load_give_the_same_configuration_again_and_again(tmp_path):
             if name != "adaptors":
                 assert getattr(config, name) == value, name
         assert {k: config.adaptors["clip"][k] for k in ADAPTOR} == ADAPTOR
-        assert config.video_temporal_patch_size is None
+        assert config.use_swiglu_ffn is False
     assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
     assert RadioConfig(**config.to_dict()).to_dict() == config.to_dict()
 

@@ -67,8 +67,8 @@ class RadioConfig(NativeRadioConfig):
     model_type = "radio"
 
     # `to_dict` writes a sentence into this field when transformers' own class would misread the checkpoint: it is
-    # typed `int | None` there, so that class stops and prints the sentence. Ours never has another value than None.
-    video_temporal_patch_size: int | str | None = None  # type: ignore[assignment]
+    # typed `bool` there, so that class stops and prints the sentence. Ours never has another value than False.
+    use_swiglu_ffn: bool | str = False  # type: ignore[assignment]
 
     adaptors: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary_type: Literal["cls", "mean"] = "cls"
@@ -91,8 +91,8 @@ class RadioConfig(NativeRadioConfig):
                 f"RadioConfig: patch_size is {self.patch_size} and num_attention_heads {self.num_attention_heads}, "
                 "expected positive numbers."
             )
-        if isinstance(self.video_temporal_patch_size, str):
-            self.video_temporal_patch_size = None
+        if isinstance(self.use_swiglu_ffn, str):
+            self.use_swiglu_ffn = False
         self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
         if self.summary_idxs is None:
             tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
@@ -109,8 +109,12 @@ class RadioConfig(NativeRadioConfig):
         for name, adaptor in self.adaptors.items():
             self._validate_adaptor(name, adaptor)
         for name, ok, expected in (
-            ("video_temporal_patch_size", self.video_temporal_patch_size is None, "None: images only"),
-            ("use_swiglu_ffn", not self.use_swiglu_ffn, "False: this model has the plain MLP"),
+            ("use_swiglu_ffn", self.use_swiglu_ffn is False, "False: this model has the plain MLP"),
+            (
+                "video_temporal_patch_size",
+                getattr(self, "video_temporal_patch_size", None) is None,  # came with a later transformers
+                "None: this model takes images only",
+            ),
             ("num_attention_heads", self.hidden_size % self.num_attention_heads == 0, "a divisor of hidden_size"),
             ("max_img_size", self.max_img_size % self.patch_size == 0, f"a multiple of patch_size {self.patch_size}"),
             (
@@ -233,7 +237,7 @@ class RadioConfig(NativeRadioConfig):
         native = {"summary_type": "cls", "final_norm": False, "mlp_norm": False, "window_size": None}
         ours = [f"{name}={getattr(self, name)!r}" for name in native if getattr(self, name) != native[name]]
         if ours:
-            output["video_temporal_patch_size"] = (
+            output["use_swiglu_ffn"] = (
                 f"transformers' own RADIO class cannot read this checkpoint ({', '.join(ours)}): load it with "
                 "AutoModel.from_pretrained(..., trust_remote_code=True), or `pip install transformers_radio` and use "
                 "transformers_radio.RadioModel.from_pretrained(...)"

@@ -36,7 +36,7 @@ class RadioPatchEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.table_side = config.max_img_size // config.patch_size
-        self.patch_projection = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
+        self.patch_projection = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
         self.position_embedding = nn.Parameter(torch.zeros(1, self.table_side**2, config.hidden_size))
         self.cls_register_token = nn.Parameter(
             torch.zeros(config.num_cls_tokens + config.num_registers, config.hidden_size)

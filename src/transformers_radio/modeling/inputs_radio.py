@@ -68,8 +68,13 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
 
 
 def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether values may be looked at: not while compiling or tracing, not on the meta device."""
-    return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and not tensor.is_meta
+    """Whether there are values to look at: not while compiling or tracing, not on the meta device."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is torch.Tensor
+        and not tensor.is_meta
+        and tensor.numel() > 0
+    )
 
 
 def describe_range_error(pixel_values: torch.Tensor) -> str | None:

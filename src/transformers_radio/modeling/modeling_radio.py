@@ -227,11 +227,11 @@ class RadioPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, *args, **kwargs):
         """As in transformers; the folder carries this code, and one with a head opens as a bare backbone too."""
         if self.config.model_type == RadioConfig.model_type:
             self.config.auto_map = {"AutoModel": f"modeling_radio.{RadioModel.__name__}"}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
 
 class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
@@ -312,7 +312,6 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 'with attn_implementation="eager" or call model.set_attn_implementation("eager").'
             )
         names = check_adaptors(adaptors, list(self.adaptors))
-        self._warn_about_range(pixel_values)
         dtype = self.embeddings.patch_projection.weight.dtype
         num_prefix = config.num_summary_tokens
         windows, lengths = None, None
@@ -330,7 +329,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 windows = RadioWindows((rows, cols), window_size, num_prefix, config.window_prefix == "average")
             hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(dtype))
         else:
-            grids = check_packed(pixel_values, image_grid_hw, config.patch_dim)
+            grids = check_packed(pixel_values, image_grid_hw, config.num_channels * self.patch_size**2)
             if window_size or (window_size is None and config.window_size):
                 raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
             lengths = [num_prefix + rows * cols for rows, cols in grids]
@@ -338,6 +337,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             patches = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
             patches = self.input_conditioner(patches).to(dtype).flatten(1)
             hidden_states = self.embeddings.forward_packed(patches, grids)
+        self._warn_about_range(pixel_values)
 
         hidden_states, all_hidden_states, attentions = self.encoder(
             hidden_states, windows, lengths, output_hidden_states, output_attentions
