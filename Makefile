@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test test-slow quality bench clean
+.PHONY: help quickstart seeds teachers test test-slow quality bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -17,6 +17,12 @@ $(VENV)/installed: setup.py pyproject.toml
 
 quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 5 minutes)
 	$(BIN)/transformers-radio quickstart
+
+seeds: $(VENV)/installed  ## The quickstart over three seeds (about 15 minutes)
+	$(BIN)/python benchmarks/quickstart_seeds.py
+
+teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
+	$(BIN)/python -m transformers_radio.quickstart.train_teachers --output runs/teachers
 
 test: $(VENV)/installed  ## Run the tests (under 20 minutes on 2 cores)
 	$(BIN)/python -m pytest

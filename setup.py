@@ -10,9 +10,10 @@ TRAINING = [
     "rich>=13",
     "tqdm",
     "matplotlib>=3.8",
+    "tensorboard>=2.16",
 ]
 TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.16"]
-QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4", "tensorboard>=2.16"]
+QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4"]
 DEV = [
     *QUICKSTART,
     "pytest>=8",

@@ -15,12 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from transformers_radio.data import ImageStream
+from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.distill import build_student, build_teachers
 from transformers_radio.training.recipe import Recipe
 
-RECIPE = Path(__file__).parents[1] / "src" / "transformers_radio" / "quickstart" / "recipe.yaml"
 ROUNDS = 7
 STEPS = 24
 UNTIMED = 4  # steps of each round that fill the pipeline and warm the allocator

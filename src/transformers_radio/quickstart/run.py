@@ -19,11 +19,13 @@ from transformers_radio.evaluation.zero_shot import zero_shot_accuracy, zero_sho
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import build_teacher
 from transformers_radio.teachers.open_clip import load_text_encoder
-from transformers_radio.training import load_recipe, train
+from transformers_radio.training import Recipe, load_recipe, train
 
 from .scenes import CLASS_NAMES
 from .world import make_world
 
+RECIPE = Path(str(resources.files("transformers_radio.quickstart") / "recipe.yaml"))
+TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
 TEMPLATES = ["a {}", "a photo of a {}", "a picture of a {}"]
 BANK_IMAGES = 4000  # of the training split: enough for k = 20 in 96 classes, and half a minute less than all
 PICTURED = 6
@@ -66,44 +68,43 @@ class Encoder:
 def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | None:
     """Does what is not done yet in `output` and returns the table; None when a signal stopped the training.
 
-    Writes output/world (made images), output/run (recipe, checkpoints, metrics), output/run/student (the model that
-    AutoModel loads), output/run/table.md, table.json and features.png.
+    Writes output/world (made images) and output/run: the recipe, checkpoints and metrics, student/ (the model that
+    AutoModel loads), table.md, table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
     world = make_world(output / "world")
-    package = resources.files("transformers_radio.quickstart")
-    recipe = load_recipe(
-        Path(str(package / "recipe.yaml")),
-        [f"output_dir={output / 'run'}", f"data.path={world.directory}", *(overrides or [])],
-    )
+    recipe = load_recipe(RECIPE, [f"output_dir={output / 'run'}", f"data.path={world.directory}", *(overrides or [])])
     result = train(recipe)
     if result.student_dir is None:
         return None
-
-    encoders = []
-    for name, spec in recipe.teachers.items():
-        teacher = build_teacher(spec.type, spec.checkpoint, spec.image_size, spec.dtype, **spec.options)
-        encoders.append(Encoder(TITLES[name], teacher, teacher.image_size, _count(teacher)))
-    student = RadioModel.from_pretrained(result.student_dir).eval()
-    resolution = list(recipe.stages.values())[-1].resolution
-    backbone = _count(student) - _count(student.adaptors)
-    encoders.append(Encoder("RADIO student", student, resolution, backbone, adaptor="clip"))
-
-    table_path = output / "run" / "table.json"
-    table = Table.from_json(table_path.read_text(encoding="utf-8")) if table_path.exists() else None
-    if table is None:
+    run_dir = Path(recipe.output_dir)
+    table_path, picture_path = run_dir / "table.json", run_dir / "features.png"
+    if table_path.exists():
+        table = Table.from_json(table_path.read_text(encoding="utf-8"))
+    else:
+        encoders = load_encoders(recipe, result.student_dir)
         table = evaluate(encoders, world.directory, recipe.teachers["clip"].checkpoint)
-        picture(encoders, world.directory, output / "run" / "features.png")
-        (output / "run" / "table.md").write_text(table.to_markdown(), encoding="utf-8")
-        temporary = table_path.with_suffix(".tmp")
+        picture(encoders, world.directory, picture_path)
+        (run_dir / "table.md").write_text(table.to_markdown(), encoding="utf-8")
+        temporary = table_path.with_suffix(".tmp")  # written last and whole: it says that the evaluation is done
         temporary.write_text(table.to_json(), encoding="utf-8")
         os.replace(temporary, table_path)
     console = Console()
     console.print(table.to_rich())
-    console.print(f"student: {result.student_dir}\npicture: {output / 'run' / 'features.png'}", highlight=False)
+    console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
     return table
 
 
-TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
+def load_encoders(recipe: Recipe, student_dir: Path) -> list[Encoder]:
+    """The rows of the table: the recipe's teachers, then the student."""
+    encoders = []
+    for name, spec in recipe.teachers.items():
+        teacher = build_teacher(spec.type, spec.checkpoint, spec.image_size, spec.dtype, **spec.options)
+        encoders.append(Encoder(TITLES.get(name, name), teacher, teacher.image_size, _count(teacher)))
+    student = RadioModel.from_pretrained(student_dir).eval()
+    resolution = list(recipe.stages.values())[-1].resolution
+    params = _count(student) - _count(student.adaptors)  # what replaces the teachers' encoders; the heads are theirs
+    encoders.append(Encoder("RADIO student", student, resolution, params, adaptor="clip"))
+    return encoders
 
 
 def evaluate(encoders: list[Encoder], world: Path, clip_checkpoint: str) -> Table:
