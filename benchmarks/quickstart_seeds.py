@@ -1,0 +1,45 @@
+"""The quickstart over three seeds: `make seeds`. Prints a row for each seed and the mean with its range.
+
+The images and the teachers are the same for all; the seed changes the student's start, the order of the images, and crops.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from transformers_radio.evaluation.report import Row, Table
+from transformers_radio.quickstart.run import run_quickstart
+
+SEEDS = (0, 1, 2)
+
+
+def main(output: Path) -> None:
+    rows: list[Row] = []
+    teachers: list[Row] = []
+    for seed in SEEDS:
+        started = time.monotonic()
+        table = run_quickstart(output, [f"seed={seed}", f"output_dir={output}/seed-{seed}"])
+        if table is None:
+            raise SystemExit("stopped; run the same command again to go on")
+        *teachers, student = table.rows
+        minutes = (time.monotonic() - started) / 60
+        rows.append(Row(f"student, seed {seed}", student.params, student.resolution, None, student.metrics))
+        print(f"seed {seed}: {minutes:.1f} minutes", flush=True)
+    names = rows[0].metrics
+    mean = {name: statistics.mean(row.metrics[name] or 0.0 for row in rows) for name in names}
+    best = {name: max((row.metrics.get(name) or 0.0 for row in teachers), default=0.0) for name in names}
+    share = {name: 100 * mean[name] / best[name] for name in names}
+    rows = [
+        *(Row(row.model, row.params, row.resolution, None, row.metrics) for row in teachers),
+        *rows,
+        Row("student, mean", metrics=mean),
+        Row("student, % of the best teacher", metrics=share),
+    ]
+    table = Table(f"Quickstart over the seeds {', '.join(map(str, SEEDS))}", rows)
+    (output / "seeds.md").write_text(table.to_markdown(), encoding="utf-8")
+    print(table.to_markdown())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/quickstart-seeds"))
