@@ -1,7 +1,8 @@
 from setuptools import find_packages, setup
 
-# The first transformers with a native RADIO is 5.13; torch and torchvision must come from the same release.
-MODELING = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.13,<6", "safetensors>=0.5", "numpy", "pillow>=10"]
+# transformers has a RADIO of its own from 5.13 on, but with the weights' names that our checkpoints share with it only
+# since 5.18; the LLaVA tower's nested configuration needs 5.20. torch and torchvision must be of one release.
+MODELING = ["torch>=2.6", "torchvision>=0.21", "transformers>=5.20,<6", "safetensors>=0.5", "numpy", "pillow>=10"]
 TRAINING = [
     "accelerate>=1.10",
     "datasets>=4.0",

@@ -1,6 +1,6 @@
 """The quickstart over three seeds: `make seeds`. Prints a row for each seed and the mean with its range.
 
-The images and the teachers are the same for all; the seed changes the student's start, the order of the images, and crops.
+The images and the teachers are the same for all; the seed changes the start, the order of the images, and the crops.
 """
 
 import statistics

@@ -33,9 +33,20 @@ def __dir__():
 
 
 def _register_new_types() -> None:
-    """`radio_vision_tower` and `radio_backbone`, which transformers does not have, register with their modules."""
-    import_module(".modeling.modeling_radio_heads", __name__)
-    import_module(".modeling.modeling_radio_tower", __name__)
+    """Make known what transformers does not have: `radio_vision_tower`, `radio_backbone`, and our own `RadioConfig`.
+
+    The last so that `AutoModel.from_config(our_config)` builds our class: transformers matches classes by name, and
+    would build its own. Checkpoints of type "radio" still open as they do without this package.
+    """
+    modeling = import_module(".modeling", __name__)
+    transformers = import_module("transformers")
+    import_module(".modeling.modeling_radio_tower", __name__)  # registers with its module, as does the backbone
+    for auto, model in (
+        (transformers.AutoModel, modeling.RadioModel),
+        (transformers.AutoModelForImageClassification, modeling.RadioForImageClassification),
+        (transformers.AutoModelForSemanticSegmentation, modeling.RadioForSemanticSegmentation),
+    ):
+        auto.register(modeling.RadioConfig, model, exist_ok=True)
 
 
 def register() -> None:
@@ -44,23 +55,11 @@ def register() -> None:
     Never done on import: it takes the place of transformers' own classes, which read NVIDIA's releases as they are,
     while ours refuse them (see `RadioModel.from_pretrained`).
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageClassification,
-        AutoModelForSemanticSegmentation,
-    )
+    from transformers import AutoConfig, AutoImageProcessor
 
     _register_new_types()
     modeling = import_module(".modeling", __name__)
     AutoConfig.register("radio", modeling.RadioConfig, exist_ok=True)
-    for auto, model in (
-        (AutoModel, modeling.RadioModel),
-        (AutoModelForImageClassification, modeling.RadioForImageClassification),
-        (AutoModelForSemanticSegmentation, modeling.RadioForSemanticSegmentation),
-    ):
-        auto.register(modeling.RadioConfig, model, exist_ok=True)
     AutoImageProcessor.register(modeling.RadioConfig, modeling.RadioImageProcessor, exist_ok=True)
 
 

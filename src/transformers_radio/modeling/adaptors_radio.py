@@ -1,4 +1,4 @@
-"""Adaptor heads: one summary head and one feature head per teacher (paper Sec. 3.3), and the released forms."""
+"""Adaptor heads: one summary head and one feature head per teacher (paper Sec. 3.2), and the released forms."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -37,7 +37,7 @@ class RadioConfig(NativeRadioConfig):
             None, "hidden_dim": int, "summary_token": int, "teacher": str}`. `summary_token` is the CLS token that the
             summary head reads (0 with one shared CLS token or average pooling); `teacher` says where the targets
             came from. Optional keys describe the heads of released checkpoints: `mlp_version` ("v2", the paper's head
-            (Sec. 3.3), or "v1"), `mlp_num_inner` (inner blocks, 0 in the paper), `spatial_mlp_version` ("v1", "v2" or
+            (Sec. 3.2), or "v1"), `mlp_num_inner` (inner blocks, 0 in the paper), `spatial_mlp_version` ("v1", "v2" or
             "attn"; the feature head, as `mlp_version` when missing), `upsample_factor` (finer feature grid).
         summary_type (`"cls"` or `"mean"`): Summary from the CLS tokens `summary_idxs`, or the average of the features
             (Table 5). `summary_idxs` defaults to the CLS tokens that the adaptors' summary heads read.

@@ -28,7 +28,7 @@ class RadioInputConditioner(nn.Module):
 class RadioPatchEmbeddings(nn.Module):
     """Patches and their positions, with the CLS and register tokens (no position) in front.
 
-    Cropped position embedding (paper Sec. 3.4): while training, each image sees a random crop of the learned table,
+    Cropped position embedding (paper Sec. 4): while training, each image sees a random crop of the learned table,
     resampled to its grid; otherwise the table is resized to a square of the longer side and the top left is used.
     """
 

@@ -1,4 +1,4 @@
-"""`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table and a picture."""
+"""`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table, a picture."""
 
 import os
 from dataclasses import dataclass
