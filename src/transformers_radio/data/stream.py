@@ -263,10 +263,12 @@ class ImageStream:
         finished = min(other["epoch"] for other in self._lanes.values())
         self._lanes[lane] = position
         epoch_ended = min(other["epoch"] for other in self._lanes.values()) > finished
-        if self.seen < MIN_SEEN_FOR_SHARE and not epoch_ended:
-            return
-        skipped = sum(self.skipped.values())
-        if skipped > self.config.max_skipped_share * self.seen:
+        seen, skipped = self.seen, sum(self.skipped.values())
+        if seen < MIN_SEEN_FOR_SHARE:
+            if not epoch_ended:
+                return
+            seen *= self.world_size  # too few to speak for the other ranks, whose images may all be fine
+        if skipped > self.config.max_skipped_share * seen:
             offenders = [offender for other in self._lanes.values() for offender in other["offenders"]]
             raise RuntimeError(
                 f"{skipped} of {self.seen} images of {self.config.path} could not be used ({_counts(self.skipped)}),"
