@@ -1,0 +1,146 @@
+"""The small CLIP of the quickstart: open_clip's own model, loss and file format, trained on the scenes' captions."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS, SHAPES
+from transformers_radio.quickstart.teacher_data import (
+    MEAN,
+    STD,
+    Split,
+    jitter,
+    normalise,
+    parameter_groups,
+    random_crops,
+    set_learning_rate,
+    sincos_positions,
+)
+
+SIDE = 64  # pixels; 16 patches and the class token
+CONTEXT = 28  # tokens; the longest caption has 25
+TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "there is a {}")
+WORDS = (
+    "a",
+    "an",
+    "the",
+    "photo",
+    "picture",
+    "of",
+    "there",
+    "is",
+    "in",
+    "front",
+    "with",
+    "that",
+    "covers",
+    "and",
+    ",",
+)
+VOCABULARY = ("<pad>", "<unknown>", "<start>", *WORDS, *MATERIALS, *SHAPES, "<end>")  # <end> last: pooling is argmax
+MODEL: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": SIDE,
+        "patch_size": 16,
+        "width": 192,
+        "layers": 4,
+        "head_width": 64,
+        "mlp_ratio": 3.5,
+    },
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": len(VOCABULARY),
+        "width": 64,
+        "heads": 4,
+        "layers": 2,
+        "hf_tokenizer_name": "tokenizer.json",
+    },
+}
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a word-level tokenizer that knows the captions' words."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unknown>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>",
+        special_tokens=[(word, VOCABULARY.index(word)) for word in ("<start>", "<end>")],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unknown>", bos_token="<start>", eos_token="<end>"
+    ).save_pretrained(directory)
+
+
+def load_clip(directory: Path) -> open_clip.CLIP:
+    """The trained teacher, in eval mode, float32."""
+    model = open_clip.create_model(f"local-dir:{directory}", load_weights=True)
+    return model.eval()
+
+
+def class_embeddings(directory: Path) -> torch.Tensor:
+    """Each class's prompts, embedded and averaged. Returns (96, 128) float32, of length 1."""
+    model, tokenizer = load_clip(directory), open_clip.get_tokenizer(f"local-dir:{directory}")
+    prompts = tokenizer([template.format(name) for name in CLASS_NAMES for template in TEMPLATES])
+    with torch.no_grad():
+        embedded = model.encode_text(prompts, normalize=True)
+    # (96 * templates, 128) -> (96, templates, 128) -> (96, 128)
+    mean = embedded.reshape(len(CLASS_NAMES), len(TEMPLATES), -1).mean(dim=1)
+    return torch.nn.functional.normalize(mean, dim=1)
+
+
+def train_clip(directory: Path, data: Split, steps: int = 1600, seed: int = 0) -> dict[str, Any]:
+    """Train on image-caption pairs and write open_clip_config.json, open_clip_model.safetensors and the tokenizer.
+
+    A batch holds each main class once: short captions repeat, and a repeated caption would be its own negative.
+
+    Returns:
+        What was done: steps, images seen, seconds, the last loss.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(directory)
+    config = {"model_cfg": MODEL, "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bilinear"}}
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}")
+    tokens = tokenizer(data.captions)  # (N, CONTEXT)
+    members = [torch.nonzero(data.classes == c)[:, 0] for c in range(len(CLASS_NAMES))]
+
+    model = open_clip.CLIP(**MODEL)
+    with torch.no_grad():
+        model.visual.positional_embedding[1:] = sincos_positions(SIDE // 16, MODEL["vision_cfg"]["width"])
+    contrastive = open_clip.ClipLoss()
+    peak = 1.5e-3
+    optimizer = torch.optim.AdamW(parameter_groups([model], 0.05), lr=peak, betas=(0.9, 0.98))
+    started = time.monotonic()
+    progress = tqdm(range(steps), desc="training clip", unit="step")
+    for step in progress:
+        set_learning_rate(optimizer, step, steps, peak)
+        chosen = torch.stack([one[int(rng.integers(len(one)))] for one in members])
+        images = jitter(normalise(random_crops(data.images[chosen], SIDE, (0.7, 1.0), rng), SIDE), rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            image_features, text_features, scale = model(images, tokens[chosen])
+        loss = contrastive(image_features.float(), text_features.float(), scale.float())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
+    seconds = round(time.monotonic() - started)
+    return {"steps": steps, "images_seen": steps * len(members), "seconds": seconds, "loss": round(loss.item(), 4)}

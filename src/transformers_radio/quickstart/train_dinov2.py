@@ -1,0 +1,171 @@
+"""The small DINOv2 of the quickstart: self-distillation with no labels and no captions.
+
+The losses are DINOv2's (arXiv 2304.07193, section 4): the class token's across views, the masked patches' within a
+view (iBOT), targets balanced by Sinkhorn-Knopp, and KoLeo, which spreads the class tokens. The teacher is a moving
+average of the student.
+"""
+
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from transformers_radio.quickstart.teacher_data import (
+    MEAN,
+    STD,
+    Split,
+    batches,
+    jitter,
+    normalise,
+    parameter_groups,
+    random_crops,
+    set_learning_rate,
+    sincos_positions,
+)
+
+SIDE, LOCAL_SIDE, PATCH = 84, 42, 14  # pixels: 36 patches in a global view, 9 in a local one
+REGISTERS = 4
+PROTOTYPES = 512
+GLOBAL_SCALE, LOCAL_SCALE, LOCAL_VIEWS = (0.5, 1.0), (0.15, 0.5), 4
+STUDENT_TEMPERATURE = 0.1
+
+
+class _Head(nn.Module):
+    """Projects tokens onto prototypes: (..., width) -> (..., PROTOTYPES) scores."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 128))
+        self.prototypes = nn.Linear(128, PROTOTYPES, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        directions = F.normalize(self.prototypes.weight.float(), dim=1)
+        return F.normalize(self.mlp(tokens).float(), dim=-1) @ directions.T
+
+
+@torch.no_grad()
+def _balanced(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sinkhorn-Knopp: (N, PROTOTYPES) scores -> assignments that sum to 1 in each row and use all prototypes alike."""
+    assignment = torch.exp((scores - scores.max()) / temperature)
+    for _ in range(3):
+        assignment = assignment / assignment.sum(dim=0, keepdim=True).clamp(min=1e-12)
+        assignment = assignment / assignment.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    return assignment
+
+
+def _cross_entropy(targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return -(targets * F.log_softmax(scores / STUDENT_TEMPERATURE, dim=-1)).sum(dim=-1).mean()
+
+
+def _koleo(tokens: torch.Tensor) -> torch.Tensor:
+    """Minus the mean log distance to the nearest neighbour, over (B, width) class tokens."""
+    directions = F.normalize(tokens.float(), dim=1)
+    nearest = (directions @ directions.T - 2 * torch.eye(len(directions))).argmax(dim=1)
+    return -torch.log((directions - directions[nearest]).norm(dim=1) + 1e-6).mean()
+
+
+def _masks(count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Which patches the student does not see: a random block in half of the views. Returns (count, 36) bool."""
+    grid = SIDE // PATCH
+    masks = np.zeros((count, grid, grid), bool)
+    for mask in masks[::2]:
+        height, width = rng.integers(2, grid, 2)
+        top, left = rng.integers(0, grid - height + 1), rng.integers(0, grid - width + 1)
+        mask[top : top + height, left : left + width] = True
+    return torch.from_numpy(masks.reshape(count, grid * grid))
+
+
+def train_dinov2(directory: Path, data: Split, steps: int = 1500, seed: int = 0) -> dict[str, Any]:
+    """Train on images alone and write config.json and model.safetensors with save_pretrained.
+
+    Returns:
+        What was done: steps, images seen, seconds, the last loss.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=SIDE,
+        patch_size=PATCH,
+        num_register_tokens=REGISTERS,
+        layerscale_value=1.0,
+    )
+    student = Dinov2WithRegistersModel(config)
+    with torch.no_grad():
+        student.embeddings.position_embeddings[:, 1:] = sincos_positions(SIDE // PATCH, config.hidden_size)
+        student.embeddings.mask_token.normal_(std=0.02)
+        student.embeddings.register_tokens.normal_(std=0.02)
+    image_head, patch_head = _Head(config.hidden_size), _Head(config.hidden_size)
+    trained = nn.ModuleList([student, image_head, patch_head])
+    averaged = copy.deepcopy(trained).requires_grad_(False)
+    teacher, teacher_image_head, teacher_patch_head = averaged.children()
+
+    batch, peak = 48, 1.5e-3
+    optimizer = torch.optim.AdamW(parameter_groups([trained], 0.05), lr=peak, betas=(0.9, 0.98))
+    order = batches(len(data.images), batch, rng)
+    started = time.monotonic()
+    progress = tqdm(range(steps), desc="training dinov2", unit="step")
+    for step in progress:
+        set_learning_rate(optimizer, step, steps, peak)
+        temperature = 0.04 + 0.03 * min(1.0, step / (0.3 * steps))
+        images = data.images[next(order)]
+        # Two global views of each image, (2 B, 3, 84, 84), then the local views, (4 B, 3, 42, 42).
+        wide = torch.cat([random_crops(images, SIDE, GLOBAL_SCALE, rng, flip=True) for _ in range(2)])
+        wide = jitter(normalise(wide, SIDE), rng)
+        narrow = torch.cat([random_crops(images, LOCAL_SIDE, LOCAL_SCALE, rng, flip=True) for _ in range(LOCAL_VIEWS)])
+        narrow = jitter(normalise(narrow, LOCAL_SIDE), rng)
+        masks = _masks(len(wide), rng)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                seen = teacher(wide).last_hidden_state.float()
+                image_targets = _balanced(teacher_image_head(seen[:, 0]), temperature)  # (2 B, K)
+                patch_targets = _balanced(teacher_patch_head(seen[:, 1 + REGISTERS :][masks]), temperature)  # (M, K)
+            guess = student(wide, bool_masked_pos=masks).last_hidden_state
+            part = student(narrow).last_hidden_state
+            wide_scores, part_scores = image_head(guess[:, 0]), image_head(part[:, 0])
+            patch_scores = patch_head(guess[:, 1 + REGISTERS :][masks])
+        first, second = image_targets.chunk(2)
+        across = _cross_entropy(torch.cat([second, first]), wide_scores)
+        local = _cross_entropy(((first + second) / 2).repeat(LOCAL_VIEWS, 1), part_scores)
+        patches = _cross_entropy(patch_targets, patch_scores)
+        spread = torch.stack([_koleo(view) for view in guess[:, 0].chunk(2)]).mean()
+        loss = (across + 2 * local) / 3 + patches + 0.1 * spread
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 3.0)
+        optimizer.step()
+        momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2  # 0.99 to 1
+        with torch.no_grad():
+            for slow, fast in zip(averaged.parameters(), trained.parameters(), strict=True):
+                slow.lerp_(fast, 1 - momentum)
+        if step % 20 == 0:
+            progress.set_postfix(
+                across=f"{across.item():.2f}", local=f"{local.item():.2f}", patches=f"{patches.item():.2f}"
+            )
+    averaged.half()
+    teacher.save_pretrained(directory)
+    # Half the bytes on disk; loaded as float32, since bfloat16 and float32 are what CPUs are good at.
+    config.dtype = torch.float32
+    config.architectures = ["Dinov2WithRegistersModel"]
+    config.save_pretrained(directory)
+    BitImageProcessor(  # what DINOv2's releases carry: code that loads the folder reads the normalisation from it
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=MEAN, image_std=STD
+    ).save_pretrained(directory)
+    seconds = round(time.monotonic() - started)
+    return {"steps": steps, "images_seen": steps * batch, "seconds": seconds, "loss": round(loss.item(), 4)}
+
+
+def load_dinov2(directory: Path) -> Dinov2WithRegistersModel:
+    """The trained teacher, in eval mode, float32."""
+    return Dinov2WithRegistersModel.from_pretrained(directory, dtype=torch.float32).eval()

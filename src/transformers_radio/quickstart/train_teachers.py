@@ -1,0 +1,198 @@
+"""Train the three small teachers that ship with the package, and measure what each of them can do.
+
+    python -m transformers_radio.quickstart.train_teachers --output DIR [--only clip] [--again]
+
+A teacher that is already in DIR is kept. DIR/teachers.json holds what was trained and what was measured.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from transformers_radio.evaluation.knn import knn_accuracy
+from transformers_radio.evaluation.zero_shot import zero_shot_accuracy, zero_shot_classifier
+from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS
+from transformers_radio.quickstart.teacher_data import Split, load_split
+from transformers_radio.quickstart.train_clip import TEMPLATES, train_clip
+from transformers_radio.quickstart.train_dinov2 import train_dinov2
+from transformers_radio.quickstart.train_sam import decode_masks, mask_iou, train_sam
+from transformers_radio.quickstart.world import make_world
+from transformers_radio.teachers import Teacher, build_teacher
+from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.teachers.segment_anything import load_sam
+
+TRAINERS: dict[str, Callable[..., dict[str, Any]]] = {"clip": train_clip, "dinov2": train_dinov2, "sam": train_sam}
+PROBE_GRID = 8  # all teachers' features are probed on the same 8 x 8 cells
+PROBE_SCENES = 4000  # training scenes that a probe sees
+
+
+def load_teacher(directory: Path, name: str) -> Teacher:
+    """One of the three, through the package's own teacher classes."""
+    if name == "clip":
+        return build_teacher("open_clip", str(directory / "clip"))
+    if name == "dinov2":
+        return build_teacher("transformers", str(directory / "dinov2"))
+    return build_teacher("segment_anything", str(directory / "sam" / "sam.pth"))
+
+
+@torch.no_grad()
+def encode(teacher: Teacher, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summaries (N, C) (the mean of the features where a teacher has none) and features on the probe's grid.
+
+    Args:
+        images: (N, 3, 128, 128) uint8.
+
+    Returns:
+        (N, summary dim) and (N, feature dim, 8, 8), float32.
+    """
+    summaries, grids = [], []
+    for chunk in tqdm(images.split(200), desc="encoding", unit="batch"):
+        side = teacher.image_size
+        pixels = F.interpolate(chunk.float() / 255, size=(side, side), mode="bilinear", antialias=True)
+        output = teacher(pixels.clamp(0, 1))
+        # (B, h * w, C) -> (B, C, h, w) -> (B, C, 8, 8)
+        grid = output.features.transpose(1, 2).unflatten(2, output.grid)
+        grids.append(F.interpolate(grid, size=(PROBE_GRID, PROBE_GRID), mode="bilinear"))
+        summaries.append(output.features.mean(dim=1) if output.summary is None else output.summary)
+    return torch.cat(summaries), torch.cat(grids)
+
+
+def cell_labels(semantic: torch.Tensor, part: str) -> torch.Tensor:
+    """The most frequent label in each cell of the probe's grid.
+
+    Args:
+        semantic: (N, 128, 128) uint8.
+        part: "shapes" (0 background, 1 to 12) or "materials" (0 background, 1 to 8).
+
+    Returns:
+        (N, 8, 8) int64.
+    """
+    thing = semantic.long() - 1
+    number = torch.div(thing, len(MATERIALS), rounding_mode="floor") if part == "shapes" else thing % len(MATERIALS)
+    labels = torch.where(thing >= 0, number + 1, 0)
+    cell = semantic.shape[-1] // PROBE_GRID
+    # (N, 128, 128) -> (N, 8, cell, 8, cell) -> (N, 8, 8, cell * cell)
+    cells = labels.unflatten(2, (PROBE_GRID, cell)).unflatten(1, (PROBE_GRID, cell)).transpose(2, 3).flatten(3)
+    return cells.mode(dim=-1).values
+
+
+def linear_probe_miou(
+    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
+) -> float:
+    """Percent mean IoU over the classes of a linear classifier of single cells (standardised, AdamW, 600 steps).
+
+    Args:
+        bank, queries: (N, C, 8, 8) and (M, C, 8, 8) features.
+        bank_labels, labels: (N, 8, 8) and (M, 8, 8).
+    """
+    torch.manual_seed(0)
+    classes = int(bank_labels.max()) + 1
+    cells, truth = bank.movedim(1, -1).flatten(0, 2), bank_labels.flatten()  # (N * 64, C), (N * 64,)
+    mean, std = cells.mean(dim=0), cells.std(dim=0) + 1e-6
+    probe = nn.Linear(cells.shape[1], classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=5e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+    for _ in range(600):
+        chosen = torch.randint(len(cells), (4096,))
+        loss = F.cross_entropy(probe((cells[chosen] - mean) / std), truth[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        guess = probe((queries.movedim(1, -1).flatten(0, 2) - mean) / std).argmax(dim=1)
+    expected = labels.flatten()
+    scores = []
+    for one in range(classes):
+        union = ((guess == one) | (expected == one)).sum()
+        if union:
+            scores.append(((guess == one) & (expected == one)).sum() / union)
+    return 100 * torch.stack(scores).mean().item()
+
+
+@torch.no_grad()
+def box_prompt_iou(checkpoint: Path, data: Split) -> dict[str, float]:
+    """Percent mean IoU over every object, prompted by its true box; and of the trivial answer, the filled box."""
+    sam = load_sam(str(checkpoint))
+    side = sam.image_encoder.img_size
+    scores, filled = [], []
+    for start in tqdm(range(0, len(data.images), 100), desc="box prompts", unit="batch"):
+        boxes = data.boxes[start : start + 100]
+        owner = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])  # (P,)
+        number = torch.cat([torch.arange(len(b)) for b in boxes])
+        truth = data.instances[start : start + 100][owner] == (number + 1)[:, None, None]  # (P, 128, 128)
+        embeddings = sam.image_encoder(sam.preprocess(data.images[start : start + 100].float()))
+        prompts = torch.cat(boxes)
+        logits, _ = decode_masks(sam, embeddings[owner], prompts.float(), None)
+        guess = F.interpolate(logits[:, :1], size=(side, side), mode="bilinear")[:, 0] > 0
+        scores.append(mask_iou(guess, truth))
+        x0, y0, x1, y1 = (v[:, None] for v in prompts.T)
+        line = torch.arange(side)[None]
+        rectangle = ((line >= y0) & (line < y1))[:, :, None] & ((line >= x0) & (line < x1))[:, None]
+        filled.append(mask_iou(rectangle, truth))
+    return {
+        "box_prompt_iou": 100 * torch.cat(scores).mean().item(),
+        "filled_box_iou": 100 * torch.cat(filled).mean().item(),
+    }
+
+
+def measure(directory: Path, name: str, train: Split, validation: Split) -> dict[str, float]:
+    """What one teacher can do on the validation split, in percent, and its size."""
+    teacher = load_teacher(directory, name)
+    summaries, grids = encode(teacher, validation.images)
+    bank_summaries, bank_grids = encode(teacher, train.images)
+    figures = {
+        "vision_parameters": float(sum(p.numel() for p in teacher.parameters())),
+        "knn": knn_accuracy(bank_summaries, train.classes, summaries, validation.classes),
+    }
+    for part in ("shapes", "materials"):
+        figures[f"probe_{part}_miou"] = linear_probe_miou(
+            bank_grids[:PROBE_SCENES],
+            cell_labels(train.semantic[:PROBE_SCENES], part),
+            grids,
+            cell_labels(validation.semantic, part),
+        )
+    if name == "clip":
+        classifier = zero_shot_classifier(load_text_encoder(str(directory / "clip")), CLASS_NAMES, TEMPLATES)
+        figures["zero_shot"] = zero_shot_accuracy(summaries, classifier, validation.classes)
+    if name == "sam":
+        figures |= box_prompt_iou(directory / "sam" / "sam.pth", validation)
+    return {key: round(value, 2) for key, value in figures.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="where clip/, dinov2/, sam/ and the world go")
+    parser.add_argument("--only", choices=list(TRAINERS), help="train this one alone")
+    parser.add_argument("--again", action="store_true", help="train even what is there")
+    parser.add_argument("--steps", type=int, help="instead of each trainer's own number")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    directory = options.output
+    world = make_world(directory / "world")
+    train, validation = (load_split(world.directory, split) for split in ("train", "validation"))
+    report_path = directory / "teachers.json"
+    report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.exists() else {}
+    for name, trainer in TRAINERS.items():
+        if options.only not in (None, name) or (name in report and not options.again):
+            continue
+        chosen = {} if options.steps is None else {"steps": options.steps}
+        done = trainer(directory / name, train, seed=options.seed, **chosen)
+        report[name] = {"seed": options.seed, **done, **measure(directory, name, train, validation)}
+        temporary = report_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, report_path)
+        print(name, json.dumps(report[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
