@@ -156,7 +156,7 @@ def test_spawned_workers_give_the_same_batches(folder):
     usual = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        found = take(ImageStream(config_of(folder, lanes=2, num_workers=2), [16], 4, seed=0), 6)
+        found = take(ImageStream(config_of(folder, lanes=2, num_workers=1), [16], 4, seed=0), 6)
     finally:
         multiprocessing.set_start_method(usual, force=True)
     assert [batch.keys for batch in found] == [batch.keys for batch in expected]
@@ -227,8 +227,9 @@ def test_a_source_without_a_single_usable_image_does_not_run_for_ever(tmp_path, 
     for number in range(20):
         (tmp_path / f"{number:02}.jpg").write_bytes(b"broken")
     stream = ImageStream(DataConfig(str(tmp_path), num_workers=num_workers), [16], batch_size=4, seed=0)
-    with pytest.raises(RuntimeError, match=r"no usable image.*20 undecodable.*\.jpg \(undecodable\)"):
+    with pytest.raises(RuntimeError, match=r"no usable image.*20 undecodable.*\.jpg \(undecodable\)") as error:
         next(iter(stream))
+    assert not multiprocessing.active_children() and error.value  # no worker lives as long as its error
 
 
 def test_more_lanes_than_images_is_an_error_and_not_a_hang(tmp_path):

@@ -132,10 +132,17 @@ class ImageStream:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # without its own, the loader would draw from the global random state
         )
-        for images, keys, epochs, lane, position in loader:
-            self._count(lane, position)
-            self._next_batch += self.world_size
-            yield Batch(images, keys, epochs, self.seen, self.skipped)
+        try:
+            for images, keys, epochs, lane, position in loader:
+                self._count(lane, position)
+                self._next_batch += self.world_size
+                yield Batch(images, keys, epochs, self.seen, self.skipped)
+        except Exception as error:
+            if self.config.num_workers == 0:
+                raise
+            # The loader's frames would keep its workers alive for as long as the error is. Nothing is lost with them:
+            # the message holds the traceback of the worker.
+            raise error.with_traceback(None) from None
 
     @property
     def seen(self) -> int:
