@@ -94,7 +94,7 @@ def load_crops(
     """One random crop of an image file, resized from the file's own pixels to every resolution.
 
     Returns:
-        resolution r -> uint8 tensor (3, r, r), RGB. All show the same crop.
+        resolution r -> uint8 tensor (3, r, r), RGB, channels last in memory. All show the same crop.
 
     Raises:
         SkippedImage: the file cannot be used.
@@ -175,7 +175,7 @@ def _load_rgb(image: Image.Image) -> Image.Image:
             rgb = Image.new("RGB", rgba.size, (255, 255, 255))
             rgb.paste(rgba, mask=rgba.getchannel("A"))
         else:
-            rgb = image.convert("RGB")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError:
         raise SkippedImage(f"unsupported mode {image.mode}") from None
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from .images import SkippedImage, load_crops
 from .source import DataConfig, Source, read_image
@@ -45,7 +45,7 @@ class Batch:
     """One micro-batch of a rank.
 
     Attributes:
-        images: resolution r -> uint8 (B, 3, r, r), RGB; the same crops at every resolution.
+        images: resolution r -> uint8 (B, 3, r, r), RGB, channels last in memory; the same crops at every resolution.
         keys: name of each image: the file relative to the folder, `file.tar/key` or `file.parquet/row`.
         epochs: the pass over the source that each image belongs to, from 0.
         seen: images that this rank has looked at since the start, skipped ones included.
@@ -332,14 +332,14 @@ class _LaneBatches(IterableDataset):
             lane = batch % self.lanes
             if lane not in samples:
                 samples[lane] = self._samples(lane, self.positions[lane])
-            images = {r: torch.empty(self.batch_size, 3, r, r, dtype=torch.uint8) for r in self.resolutions}
-            keys, epochs = [], []
-            for i, (epoch, key, crops) in enumerate(itertools.islice(samples[lane], self.batch_size)):
-                for r in self.resolutions:
-                    images[r][i] = crops[r]
-                keys.append(key)
-                epochs.append(epoch)
-            yield images, keys, epochs, lane, copy.deepcopy(self.positions[lane])
+            epochs, keys, crops = zip(*itertools.islice(samples[lane], self.batch_size), strict=True)
+            # (r, r, 3) is how crops lie in memory, so this is one plain copy, in a worker straight to shared memory:
+            # B x (3, r, r) -> (B, r, r, 3) -> (B, 3, r, r)
+            images = {
+                r: default_collate([crop[r].permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
+                for r in self.resolutions
+            }
+            yield images, list(keys), list(epochs), lane, copy.deepcopy(self.positions[lane])
 
     def _samples(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
         """Decode the images of a lane from `position` on, and keep `position` just behind the one yielded."""
