@@ -302,6 +302,26 @@ def test_workers_survive_the_signals_that_are_meant_for_the_main_process(folder)
     assert not workers[0].is_alive()
 
 
+def test_a_batch_that_is_kept_does_not_change_while_others_are_made(folder):
+    stream = ImageStream(config_of(folder, num_workers=2), [16, 24], batch_size=4, seed=0)
+    batches = iter(stream)
+    kept = [next(batches) for _ in range(3)]
+    copies = [{r: images.clone() for r, images in batch.images.items()} for batch in kept]
+    for _ in range(20):
+        next(batches)
+    for batch, copy in zip(kept, copies, strict=True):
+        assert all(torch.equal(batch.images[r], copy[r]) for r in (16, 24))
+
+
+def test_too_little_shared_memory_is_an_error_and_not_a_bus_error(folder, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 * 2**20))
+    stream = ImageStream(config_of(folder, num_workers=2), [1024], batch_size=8, seed=0)
+    for start in (stream.check, lambda: next(iter(stream))):
+        with pytest.raises(ValueError, match=r"2 workers need 144 MiB.*/dev/shm has 64 MiB.*data\.num_workers"):
+            start()
+
+
 def test_close_ends_the_workers_and_keeps_the_position(folder):
     expected = [batch.keys for batch in take(ImageStream(config_of(folder, lanes=2), [16], 4, seed=0), 6)]
     stream = ImageStream(config_of(folder, num_workers=2), [16], batch_size=4, seed=0)

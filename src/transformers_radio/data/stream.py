@@ -11,6 +11,7 @@ import copy
 import itertools
 import logging
 import os
+import shutil
 import signal
 import threading
 import warnings
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .images import SkippedImage, load_crops
 from .source import DataConfig, Source, read_image
@@ -36,6 +37,8 @@ MIN_SEEN_FOR_SHARE = 200
 MAX_OFFENDERS = 5
 # With fewer shards per lane than this, shards are split so that the lanes' shares of an epoch do not differ by much.
 MIN_SHARDS_PER_LANE = 8
+# Batches that each worker makes ahead.
+PREFETCH = 2
 # First number of the key of every random draw, so that no two purposes share one.
 SHARD_ORDER, WINDOW_ORDER, CROP = 0, 1, 2
 
@@ -122,18 +125,23 @@ class ImageStream:
             _close(self._batches)
 
     def _iterate(self) -> Generator[Batch]:
+        self._check_shared_memory()
+        lane_batches = _LaneBatches(self)
         loader = DataLoader(
-            _LaneBatches(self),
+            lane_batches,
             batch_size=None,
             num_workers=self.config.num_workers,
             collate_fn=_unchanged,
             worker_init_fn=_init_worker,
-            prefetch_factor=2 if self.config.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=PREFETCH if self.config.num_workers else None,
             generator=torch.Generator(),  # without its own, the loader would draw from the global random state
         )
         try:
-            for images, keys, epochs, lane, position in loader:
+            for worker, slot, keys, epochs, lane, position in loader:
+                shared = lane_batches.slots[worker, slot]  # the worker will write to it again
+                pixels = shared.pin_memory() if torch.cuda.is_available() else shared.clone()
+                # (B, r, r, 3) -> (B, 3, r, r)
+                images = {r: view.permute(0, 3, 1, 2) for r, view in lane_batches.views(pixels).items()}
                 self._count(lane, position)
                 self._next_batch += self.world_size
                 yield Batch(images, keys, epochs, self.seen, self.skipped)
@@ -158,8 +166,10 @@ class ImageStream:
         """Read a little of the source before long work starts.
 
         Raises:
-            ValueError: none of the first images can be decoded, or there are too few for one batch of all ranks.
+            ValueError: none of the first images can be decoded, there are too few for one batch of all ranks, or the
+                shared memory is too small for the batches of the workers.
         """
+        self._check_shared_memory()
         names, first, generator = [], Counter[str](), np.random.default_rng(0)
         needed = max(self.batch_size * self.world_size, self.lanes)
         records = itertools.chain.from_iterable(map(self.source.records, range(len(self.source.shards))))
@@ -249,6 +259,19 @@ class ImageStream:
         self._next_batch = next_batch
         self._lanes = {lane: copy.deepcopy(saved_lanes[str(lane)]) for lane in own}
 
+    def _slot_bytes(self) -> int:
+        return self.batch_size * 3 * sum(r * r for r in self.resolutions)
+
+    def _check_shared_memory(self) -> None:
+        needed = self.config.num_workers * (PREFETCH + 1) * self._slot_bytes()
+        if not os.path.isdir("/dev/shm") or needed <= (free := shutil.disk_usage("/dev/shm").free):
+            return
+        raise ValueError(
+            f"{self.config.num_workers} workers need {needed / 2**20:.0f} MiB of shared memory for batches of"
+            f" {self.batch_size} images at {self.resolutions}, but /dev/shm has {free / 2**20:.0f} MiB left. Lower"
+            " data.num_workers or the batch size, or enlarge it (in Docker: --shm-size)."
+        )
+
     def _order(self) -> dict[str, Any]:
         """Everything that decides which image comes next in a lane."""
         config = self.config
@@ -312,6 +335,14 @@ class _LaneBatches(IterableDataset):
         self.seed = stream.seed
         self.lanes = stream.lanes
         self.positions = copy.deepcopy(stream._lanes)
+        # Where the workers hand over pixels: a few slots each, written in turn. New shared memory for every batch
+        # would cost a page fault per 4 KiB, together a quarter of the decoding time. PREFETCH + 1 slots are enough:
+        # the loader asks a worker for a batch when it has returned the one PREFETCH before, and the one before that
+        # is copied.
+        workers = max(1, self.config.num_workers)
+        self.slots = torch.empty(workers, PREFETCH + 1, stream._slot_bytes(), dtype=torch.uint8)
+        if self.config.num_workers:
+            self.slots.share_memory_()
         self.first = stream._next_batch + stream.rank
         self.step = stream.world_size
         shards = len(self.source.shards)
@@ -322,24 +353,28 @@ class _LaneBatches(IterableDataset):
             if shards * n % self.lanes == 0 or shards * n >= MIN_SHARDS_PER_LANE * self.lanes
         )
 
-    def __iter__(self) -> Iterator[tuple[dict[int, Tensor], list[str], list[int], int, dict[str, Any]]]:
+    def views(self, pixels: Tensor) -> dict[int, Tensor]:
+        """Cut a slot, uint8 (bytes,), into resolution r -> (B, r, r, 3)."""
+        parts = pixels.split([self.batch_size * 3 * r * r for r in self.resolutions])
+        return {r: part.view(self.batch_size, r, r, 3) for r, part in zip(self.resolutions, parts, strict=True)}
+
+    def __iter__(self) -> Iterator[tuple[int, int, list[str], list[int], int, dict[str, Any]]]:
+        """Yield (worker, slot, keys, epochs, lane, position) with the pixels in `slots[worker, slot]`."""
         worker = get_worker_info()
-        first, step = self.first, self.step
-        if worker is not None:  # the loader takes from its workers in turn
-            first, step = first + worker.id * step, step * worker.num_workers
+        worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # The loader takes from its workers in turn.
+        first, step = self.first + worker_id * self.step, self.step * workers
         samples: dict[int, Iterator[tuple[int, str, dict[int, Tensor]]]] = {}
-        for batch in itertools.count(first, step):
-            lane = batch % self.lanes
+        for number in itertools.count():
+            lane = (first + number * step) % self.lanes
             if lane not in samples:
                 samples[lane] = self._samples(lane, self.positions[lane])
             epochs, keys, crops = zip(*itertools.islice(samples[lane], self.batch_size), strict=True)
-            # (r, r, 3) is how crops lie in memory, so this is one plain copy, in a worker straight to shared memory:
-            # B x (3, r, r) -> (B, r, r, 3) -> (B, 3, r, r)
-            images = {
-                r: default_collate([crop[r].permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
-                for r in self.resolutions
-            }
-            yield images, list(keys), list(epochs), lane, copy.deepcopy(self.positions[lane])
+            slot = number % (PREFETCH + 1)
+            for r, view in self.views(self.slots[worker_id, slot]).items():
+                # B x (3, r, r) -> (B, r, r, 3), which is how crops lie in memory: a plain copy
+                torch.stack([crop[r].permute(1, 2, 0) for crop in crops], out=view)
+            yield worker_id, slot, list(keys), list(epochs), lane, copy.deepcopy(self.positions[lane])
 
     def _samples(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
         """Decode the images of a lane from `position` on, and keep `position` just behind the one yielded."""
