@@ -61,10 +61,9 @@ def _star(n_points: int, inner: float) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-def _flower() -> np.ndarray:
-    angles = np.radians(np.arange(0, 360, 3))
-    radii = 0.72 + 0.28 * np.cos(5 * angles)
-    return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
+def _arch() -> np.ndarray:
+    outer, inner = _arc(0, -0.1, 0.88, 180, 360), _arc(0, -0.1, 0.4, 360, 180)
+    return np.concatenate([outer, [(0.88, 0.9), (0.4, 0.9)], inner, [(-0.4, 0.9), (-0.88, 0.9)]])
 
 
 def _heart() -> np.ndarray:
@@ -100,7 +99,7 @@ _OUTLINES: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
         None,
     ),
     "hourglass": (np.array([(-0.8, -0.95), (0.8, -0.95), (0.16, 0), (0.8, 0.95), (-0.8, 0.95), (-0.16, 0)]), None),
-    "flower": (_flower(), None),
+    "arch": (_arch(), None),
     "bolt": (np.array([(0.3, -1), (-0.8, 0.28), (-0.12, 0.28), (-0.3, 1), (0.8, -0.34), (0.14, -0.34)]), None),
 }
 SHAPES = tuple(_OUTLINES)
@@ -239,12 +238,12 @@ def _tiles(split: str, seed: int) -> dict[str, list[np.ndarray]]:
 
 
 def _background(split: str, rng: np.random.Generator) -> np.ndarray:
-    """A photograph's crop with a slight tint and less contrast, so that objects stand out. (128, 128, 3) float32."""
+    """A photograph's crop, tinted and darkened, so that objects stand out. Returns (128, 128, 3) float32."""
     photographs = _photographs(split)
     crop = _crop(photographs[int(rng.integers(len(photographs)))], SIDE, rng)
     crop = crop * rng.uniform(0.8, 1.2, 3).astype(np.float32)
     mean = crop.mean(axis=(0, 1))
-    return np.clip(mean + 0.7 * (crop - mean) + rng.uniform(-20, 20), 0, 255).astype(np.float32)
+    return np.clip(0.5 * (mean + 0.5 * (crop - mean) + rng.uniform(-20, 20)), 0, 255).astype(np.float32)
 
 
 def _surface(material: str, split: str, seed: int, rng: np.random.Generator) -> np.ndarray:
@@ -325,18 +324,18 @@ def draw_scene(split: str, seed: int, index: int) -> Scene:
     main_class = main_class_of(split, seed, index)
 
     # Place from front to back. Each object behind keeps a visible part and stays clearly smaller than the main one.
-    radius = rng.uniform(0.34, 0.42) * SIDE
-    margin = min(0.08 * SIDE, SIDE / 2 - radius)  # the main object stays whole, and near the middle
+    radius = rng.uniform(0.37, 0.42) * SIDE
+    margin = min(0.04 * SIDE, SIDE / 2 - radius)  # the main object stays whole, and near the middle
     centre = SIDE / 2 + rng.uniform(-margin, margin, 2)
     shape, material = SHAPES[main_class // len(MATERIALS)], MATERIALS[main_class % len(MATERIALS)]
-    placed = [_Placed(shape, material, centre, radius, rng.uniform(-0.2, 0.2))]
+    placed = [_Placed(shape, material, centre, radius, rng.uniform(-0.12, 0.12))]
     coverages = [placed[0].coverage()]
     hidden = coverages[0] >= 0.5
     main_area = np.count_nonzero(hidden)
     for _ in range(int(rng.integers(0, 4))):
         shape, material = SHAPES[int(rng.integers(len(SHAPES)))], MATERIALS[int(rng.integers(len(MATERIALS)))]
         for _attempt in range(6):
-            centre, radius = rng.uniform(4, SIDE - 4, 2), rng.uniform(0.12, 0.2) * SIDE
+            centre, radius = rng.uniform(4, SIDE - 4, 2), rng.uniform(0.1, 0.16) * SIDE
             behind = _Placed(shape, material, centre, radius, rng.uniform(-0.3, 0.3))
             coverage = behind.coverage()
             inside = coverage >= 0.5

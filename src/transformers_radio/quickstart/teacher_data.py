@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from transformers_radio.quickstart.world import read_split
 
-# Per channel, of pixels in [0, 1]: ImageNet's. A sam.pth does not state its own, so that loaders take these for granted.
+# Per channel, of pixels in [0, 1]: ImageNet's. A sam.pth does not state its own; loaders take these for granted.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

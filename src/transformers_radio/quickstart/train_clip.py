@@ -99,7 +99,7 @@ def class_embeddings(directory: Path) -> torch.Tensor:
     return torch.nn.functional.normalize(mean, dim=1)
 
 
-def train_clip(directory: Path, data: Split, steps: int = 1600, seed: int = 0) -> dict[str, Any]:
+def train_clip(directory: Path, data: Split, steps: int = 1400, seed: int = 0) -> dict[str, Any]:
     """Train on image-caption pairs and write open_clip_config.json, open_clip_model.safetensors and the tokenizer.
 
     A batch holds each main class once: short captions repeat, and a repeated caption would be its own negative.

@@ -83,7 +83,7 @@ def _masks(count: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(masks.reshape(count, grid * grid))
 
 
-def train_dinov2(directory: Path, data: Split, steps: int = 1500, seed: int = 0) -> dict[str, Any]:
+def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) -> dict[str, Any]:
     """Train on images alone and write config.json and model.safetensors with save_pretrained.
 
     Returns:

@@ -168,6 +168,10 @@ def measure(directory: Path, name: str, train: Split, validation: Split) -> dict
     return {key: round(value, 2) for key, value in figures.items()}
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where clip/, dinov2/, sam/ and the world go")
@@ -181,17 +185,17 @@ def main(arguments: list[str] | None = None) -> None:
     world = make_world(directory / "world")
     train, validation = (load_split(world.directory, split) for split in ("train", "validation"))
     report_path = directory / "teachers.json"
-    report = json.loads(report_path.read_text(encoding="utf-8")) if report_path.exists() else {}
     for name, trainer in TRAINERS.items():
-        if options.only not in (None, name) or (name in report and not options.again):
+        if options.only not in (None, name) or (name in read_report(report_path) and not options.again):
             continue
         chosen = {} if options.steps is None else {"steps": options.steps}
         done = trainer(directory / name, train, seed=options.seed, **chosen)
-        report[name] = {"seed": options.seed, **done, **measure(directory, name, train, validation)}
+        figures = {"seed": options.seed, **done, **measure(directory, name, train, validation)}
+        report = {**read_report(report_path), name: figures}  # read again: the others may train at the same time
         temporary = report_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, report_path)
-        print(name, json.dumps(report[name]), flush=True)
+        print(name, json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

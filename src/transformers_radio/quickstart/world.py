@@ -22,6 +22,7 @@ __all__ = ["CLASS_NAMES", "MATERIALS", "SHAPES", "World", "make_world", "read_sp
 # Raise it whenever scenes or files come out differently, so that a world made by an older version is made again.
 SPEC_VERSION = 1
 SHARDS = {"train": 8, "validation": 2}
+SHARD_NUMBER = "[0-9]" * 6  # as a file pattern
 INDEX_FILE = "world.json"
 
 
@@ -141,9 +142,9 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
         return world
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / INDEX_FILE).unlink(missing_ok=True)
-    for split in SHARDS:
-        for leftover in [*directory.glob(f"{split}-*.tar"), *directory.glob(f".{split}-*.tar.*.tmp")]:
+    own = [INDEX_FILE, *(f"{split}-{SHARD_NUMBER}.tar" for split in SHARDS)]
+    for pattern in [*own, *(f".{name}.*.tmp" for name in own)]:
+        for leftover in directory.glob(pattern):
             leftover.unlink()
     shards = [shard for split, count in counts.items() for shard in _split_shards(directory, split, count, seed)]
     sizes = {}
@@ -174,7 +175,7 @@ def read_split(directory: Path, split: str, columns: Sequence[str] | None = None
     """
     if split not in SHARDS:
         raise ValueError(f"split is {split!r}; expected one of {tuple(SHARDS)}")
-    shards = sorted(str(path) for path in Path(directory).glob(f"{split}-*.tar"))
+    shards = sorted(str(path) for path in Path(directory).glob(f"{split}-{SHARD_NUMBER}.tar"))
     if not shards:
         raise FileNotFoundError(f"no {split}-*.tar in {directory}; make the world with make_world(directory)")
     dataset = load_dataset("webdataset", data_files={split: shards}, split=split, streaming=True)
