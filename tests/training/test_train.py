@@ -1,14 +1,17 @@
 """Whole runs, as users start them: finished, continued, killed, stopped by a signal, refused."""
 
+import importlib
 import json
 import random
+import shutil
 import signal
 import time
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from transformers_radio.modeling import RadioModel
 from transformers_radio.training import load_recipe, train
@@ -104,12 +107,118 @@ def test_a_folder_of_other_files_is_not_touched(make_recipe, tmp_path):
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 
 
+def test_overwriting_deletes_what_the_run_wrote_and_only_after_all_checks(finished, make_recipe):
+    (finished / "notes.txt").write_text("mine")
+    recipe = make_recipe("undisturbed")
+    with pytest.raises(ValueError, match="teachers.clip"):
+        train(load_recipe(recipe, ["overwrite=true", "teachers.clip.checkpoint=tiny_teachers:Nobody"]))
+    assert (finished / "student" / "model.safetensors").exists()
+    assert train(load_recipe(recipe, ["overwrite=true", "stages.main.steps=4"])).step == 4
+    assert (finished / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-00000003", "step-00000004"]
+
+
+def test_a_start_that_failed_or_was_killed_early_does_not_block_the_next(make_recipe, tmp_path):
+    recipe = make_recipe()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml.tmp").write_text("half a rec")
+    with pytest.raises(ValueError, match="make it a multiple of 3"):
+        train(load_recipe(recipe, ["stages.main.micro_batch_size=3"]))
+    assert train(load_recipe(recipe, ["stages.main.steps=4"])).step == 4
+
+
+def test_two_processes_do_not_train_in_one_folder(make_recipe, tmp_path):
+    from transformers_radio.training.run_folder import open_run
+
+    recipe = load_recipe(make_recipe())
+    with open_run(recipe, None):
+        with pytest.raises(FileExistsError, match="another process is training"):
+            train(recipe)
+    assert train(recipe).step == 12
+
+
+def test_workers_and_skip_share_may_change_between_starts(make_recipe, start_training, finished, tmp_path):
+    recipe = make_recipe("moved")
+    process = start_training(recipe)
+    _wait_for_step(tmp_path / "moved", 2, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    train(load_recipe(recipe, ["data.num_workers=1", "data.max_skipped_share=0.5"]))
+    assert_same_weights(finished, tmp_path / "moved")
+
+
 def test_a_loss_that_is_not_finite_names_teacher_and_head_and_keeps_the_checkpoint(make_recipe, tmp_path):
     # One call in the check before training, three good steps, then NaN.
     recipe = load_recipe(make_recipe(), ["teachers.sam.options.broken=4"])
     with pytest.raises(FloatingPointError, match="step 4: sam/features = nan"):
         train(recipe)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped_on(make_recipe, monkeypatch, tmp_path):
+    norms = iter([1.0, 1.0, 1.0, float("nan")])
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", lambda *_, **__: torch.tensor(next(norms)))
+    with pytest.raises(FloatingPointError, match="step 4: gradient norm = nan"):
+        train(load_recipe(make_recipe()))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+STAGES = [
+    "stages.main.steps=3",
+    "stages.main.teachers=[clip]",
+    "stages.high={steps: 5, resolution: 48, batch_size: 4, micro_batch_size: 2}",
+    "data.lanes=1",
+    "checkpoints={every_steps: 1, keep: 9}",
+]
+
+
+def test_a_second_stage_goes_on_with_the_images_and_resumes_to_the_bit(make_recipe, tmp_path, monkeypatch):
+    """The second stage starts accumulating at an odd number of passes, and its images follow those of the first."""
+    module = importlib.import_module("transformers_radio.training.train")
+    seen = []
+    to_device = module.to_device
+    monkeypatch.setattr(module, "to_device", lambda batch, device: seen.extend(batch.keys) or to_device(batch, device))
+    train(load_recipe(make_recipe("whole"), STAGES))
+    assert len(seen) == 32 and len(set(seen[:24])) == 24  # 24 images: none comes twice before all have come once
+
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    shutil.rmtree(cut / "student")
+    for step in range(6, 9):
+        shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
+    train(load_recipe(make_recipe("cut"), STAGES))
+    assert_same_weights(tmp_path / "whole", cut)
+
+
+def test_skipped_images_are_counted_over_stages(make_recipe, image_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    for index in (0, 1, 2):
+        (broken / "part0" / f"broken{index}.png").write_bytes(b"not an image")
+    recipe = make_recipe(images=broken)
+    result = train(load_recipe(recipe, [*STAGES, "data.max_skipped_share=0.5", "data.shuffle_window=1"]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    counts = [line["skipped"] for line in lines]
+    assert counts == sorted(counts) and sum(result.skipped.values()) == counts[-1] == 3
+
+
+def test_the_student_of_a_checkpoint_learns_from_a_new_teacher(finished, make_recipe, tmp_path):
+    start = f"student.checkpoint={finished / 'student'}"
+    new = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
+
+    result = train(load_recipe(make_recipe("more"), [new, start, "stages.main.steps=4"]))
+    model = RadioModel.from_pretrained(result.student_dir)
+    assert set(model.adaptors) == {"clip", "sam", "new"}
+    with pytest.raises(ValueError, match="teachers.clip needs 8"):
+        train(load_recipe(make_recipe("other"), [start, "teachers.clip.options.width=8"]))
+    with pytest.raises(ValueError, match="student.summary is 'mean'; expected nothing"):
+        load_recipe(make_recipe("other"), [start, "student.summary=mean"])
+
+
+def test_the_students_image_processor_gives_what_it_was_trained_on(finished):
+    processor = AutoImageProcessor.from_pretrained(finished / "student", trust_remote_code=True)
+    pixels = processor(Image.new("RGB", (70, 50)), return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +238,12 @@ def test_what_can_fail_fails_before_the_first_step(override, message, make_recip
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_full_disk_is_seen_before_training(make_recipe, monkeypatch):
+def test_a_full_disk_is_seen_before_training(make_recipe, monkeypatch, tmp_path):
     usage = type("usage", (), {"free": 10_000})
     monkeypatch.setattr("transformers_radio.training.checks.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"0.0 GB free and the run needs .* lower checkpoints.keep"):
+    with pytest.raises(OSError, match=r"0 MB free and the run needs .* lower checkpoints.keep"):
         train(load_recipe(make_recipe()))
+    assert not (tmp_path / "run").exists()
 
 
 def test_accumulated_passes_equal_one_large_pass(make_recipe, tmp_path):

@@ -31,6 +31,10 @@ SAMPLES_LOOKED_AT = 20
 OTHER_SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval)([^a-zA-Z0-9]|$)")
 
 
+class SourceError(RuntimeError):
+    """The source cannot be read on, or too many of its images cannot be used; the message says what and the fix."""
+
+
 @dataclass
 class DataConfig:
     """Which images are read, and how they are cropped and shuffled.
@@ -130,7 +134,7 @@ class Source:
                 key = batch["__key__"][0] if "__key__" in batch else str(row)
                 yield key if self.is_folder else f"{name}/{key}", image
         except Exception as error:
-            raise RuntimeError(
+            raise SourceError(
                 f"Reading {name!r} of {self.path} failed: {type(error).__name__}: {error}. The file may be incomplete:"
                 " replace it and resume, or remove it and start anew."
             ) from error

@@ -12,9 +12,6 @@ import itertools
 import logging
 import os
 import shutil
-import signal
-import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -24,23 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from .images import SkippedImage, load_crops
-from .source import DataConfig, Source, read_image
+from .lanes import MAX_OFFENDERS, PREFETCH, LaneBatches, init_worker, new_position, reasons_text, slot_bytes, unchanged
+from .source import DataConfig, Source, SourceError, read_image
 
 logger = logging.getLogger(__name__)
 
 # The share of skipped images says nothing yet about the first few; before this many only the end of an epoch counts.
 MIN_SEEN_FOR_SHARE = 200
-# Images that are named in messages and in the state, per lane.
-MAX_OFFENDERS = 5
-# With fewer shards per lane than this, shards are split so that the lanes' shares of an epoch do not differ by much.
-MIN_SHARDS_PER_LANE = 8
-# Batches that each worker makes ahead.
-PREFETCH = 2
-# First number of the key of every random draw, so that no two purposes share one.
-SHARD_ORDER, WINDOW_ORDER, CROP = 0, 1, 2
 
 
 @dataclass
@@ -80,7 +70,7 @@ class ImageStream:
 
     Raises:
         FileNotFoundError, ValueError: the source cannot be opened, or an argument is out of range.
-        RuntimeError: while iterating, when more than `config.max_skipped_share` of the images were skipped (looked at
+        SourceError: while iterating, when more than `config.max_skipped_share` of the images were skipped (looked at
             from the 200th image on, and at the end of every epoch), or a shard cannot be read.
     """
 
@@ -126,13 +116,23 @@ class ImageStream:
 
     def _iterate(self) -> Generator[Batch]:
         self._check_shared_memory()
-        lane_batches = _LaneBatches(self)
+        lane_batches = LaneBatches(
+            self.source,
+            self.config,
+            self.resolutions,
+            self.batch_size,
+            self.seed,
+            copy.deepcopy(self._lanes),
+            self.lanes,
+            first=self._next_batch + self.rank,
+            step=self.world_size,
+        )
         loader = DataLoader(
             lane_batches,
             batch_size=None,
             num_workers=self.config.num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_init_worker,
+            collate_fn=unchanged,
+            worker_init_fn=init_worker,
             prefetch_factor=PREFETCH if self.config.num_workers else None,
             generator=torch.Generator(),  # without its own, the loader would draw from the global random state
         )
@@ -187,7 +187,7 @@ class ImageStream:
         if not decoded:
             raise ValueError(
                 f"data.path={self.config.path!r}: none of the first {len(names)} images can be used"
-                f" ({_counts(first)}): {', '.join(names[:MAX_OFFENDERS])}. Does the column"
+                f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. Does the column"
                 f" {'/'.join(self.source.image_columns)!r} hold images, and is data.min_side={self.config.min_side}"
                 " right?"
             )
@@ -247,8 +247,7 @@ class ImageStream:
         # This rank takes batches next_batch + rank, next_batch + rank + world_size, ...
         own = sorted({(next_batch + self.rank + i * self.world_size) % lanes for i in range(lanes // self.world_size)})
         if saved_lanes is None:
-            start = {"epoch": 0, "unit": 0, "consumed": 0, "seen": 0, "skipped": {}, "offenders": []}
-            saved_lanes = {str(lane): start for lane in own}
+            saved_lanes = {str(lane): new_position() for lane in own}
         missing = [lane for lane in own if str(lane) not in saved_lanes]
         if missing:
             raise ValueError(
@@ -259,11 +258,8 @@ class ImageStream:
         self._next_batch = next_batch
         self._lanes = {lane: copy.deepcopy(saved_lanes[str(lane)]) for lane in own}
 
-    def _slot_bytes(self) -> int:
-        return self.batch_size * 3 * sum(r * r for r in self.resolutions)
-
     def _check_shared_memory(self) -> None:
-        needed = self.config.num_workers * (PREFETCH + 1) * self._slot_bytes()
+        needed = self.config.num_workers * (PREFETCH + 1) * slot_bytes(self.batch_size, self.resolutions)
         if not os.path.isdir("/dev/shm") or needed <= (free := shutil.disk_usage("/dev/shm").free):
             return
         raise ValueError(
@@ -300,8 +296,8 @@ class ImageStream:
             seen *= self.world_size  # too few to speak for the other ranks, whose images may all be fine
         if skipped > self.config.max_skipped_share * seen:
             offenders = [offender for other in self._lanes.values() for offender in other["offenders"]]
-            raise RuntimeError(
-                f"{skipped} of {self.seen} images of {self.config.path} could not be used ({_counts(self.skipped)}),"
+            raise SourceError(
+                f"{skipped} of {self.seen} images of {self.config.path} could not be used ({reasons_text(self.skipped)}),"
                 f" more than data.max_skipped_share={self.config.max_skipped_share} allows. The first:"
                 f" {'; '.join(offenders[:10])}. Repair the source, or raise data.max_skipped_share."
             )
@@ -324,153 +320,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     return {**states[0], "lanes": lanes}
 
 
-class _LaneBatches(IterableDataset):
-    """The batches of one rank from its current position; within a DataLoader worker, every num_workers-th of them."""
-
-    def __init__(self, stream: ImageStream):
-        self.source = stream.source
-        self.config = stream.config
-        self.resolutions = stream.resolutions
-        self.batch_size = stream.batch_size
-        self.seed = stream.seed
-        self.lanes = stream.lanes
-        self.positions = copy.deepcopy(stream._lanes)
-        # Where the workers hand over pixels: a few slots each, written in turn. New shared memory for every batch
-        # would cost a page fault per 4 KiB, together a quarter of the decoding time. PREFETCH + 1 slots are enough:
-        # the loader asks a worker for a batch when it has returned the one PREFETCH before, and the one before that
-        # is copied.
-        workers = max(1, self.config.num_workers)
-        self.slots = torch.empty(workers, PREFETCH + 1, stream._slot_bytes(), dtype=torch.uint8)
-        if self.config.num_workers:
-            self.slots.share_memory_()
-        self.first = stream._next_batch + stream.rank
-        self.step = stream.world_size
-        shards = len(self.source.shards)
-        # Into how many interleaved parts each shard is split: none when there are plenty.
-        self.split = next(
-            n
-            for n in itertools.count(1)
-            if shards * n % self.lanes == 0 or shards * n >= MIN_SHARDS_PER_LANE * self.lanes
-        )
-
-    def views(self, pixels: Tensor) -> dict[int, Tensor]:
-        """Cut a slot, uint8 (bytes,), into resolution r -> (B, r, r, 3)."""
-        parts = pixels.split([self.batch_size * 3 * r * r for r in self.resolutions])
-        return {r: part.view(self.batch_size, r, r, 3) for r, part in zip(self.resolutions, parts, strict=True)}
-
-    def __iter__(self) -> Iterator[tuple[int, int, list[str], list[int], int, dict[str, Any]]]:
-        """Yield (worker, slot, keys, epochs, lane, position) with the pixels in `slots[worker, slot]`."""
-        worker = get_worker_info()
-        worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # The loader takes from its workers in turn.
-        first, step = self.first + worker_id * self.step, self.step * workers
-        samples: dict[int, Iterator[tuple[int, str, dict[int, Tensor]]]] = {}
-        for number in itertools.count():
-            lane = (first + number * step) % self.lanes
-            if lane not in samples:
-                samples[lane] = self._samples(lane, self.positions[lane])
-            epochs, keys, crops = zip(*itertools.islice(samples[lane], self.batch_size), strict=True)
-            slot = number % (PREFETCH + 1)
-            for r, view in self.views(self.slots[worker_id, slot]).items():
-                # B x (3, r, r) -> (B, r, r, 3), which is how crops lie in memory: a plain copy
-                torch.stack([crop[r].permute(1, 2, 0) for crop in crops], out=view)
-            yield worker_id, slot, list(keys), list(epochs), lane, copy.deepcopy(self.positions[lane])
-
-    def _samples(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
-        """Decode the images of a lane from `position` on, and keep `position` just behind the one yielded."""
-        config = self.config
-        used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: give it the benefit
-        for key, image, random_key in self._records(lane, position):
-            if random_key is None:  # the end of an epoch
-                if not used_in_epoch:
-                    raise RuntimeError(
-                        f"Lane {lane} of {self.lanes} found no usable image in a whole pass over its part of"
-                        f" {config.path} (skipped: {_counts(position['skipped']) or 'none'}"
-                        f" {'; '.join(position['offenders'])}). If the source is small, lower data.num_workers or"
-                        " data.lanes."
-                    )
-                used_in_epoch = False
-                continue
-            position["consumed"] += 1
-            position["seen"] += 1
-            generator = np.random.default_rng([self.seed, CROP, *random_key])
-            try:
-                crops = load_crops(
-                    read_image(image),
-                    self.resolutions,
-                    generator,
-                    config.crop_scale,
-                    config.crop_ratio,
-                    config.horizontal_flip,
-                    config.min_side,
-                )
-            except SkippedImage as error:
-                position["skipped"][error.reason] = position["skipped"].get(error.reason, 0) + 1
-                if len(position["offenders"]) < MAX_OFFENDERS:
-                    position["offenders"].append(f"{key} ({error.reason})")
-                continue
-            used_in_epoch = True
-            yield position["epoch"], key, crops
-
-    def _records(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[int, int, int] | None]]:
-        """Yield (key, undecoded image, (epoch, shard, record)) for ever, and ("", None, None) after each epoch.
-
-        Skips what `position` says is consumed without decoding it, and moves its epoch and unit on.
-        """
-        window_size = self.config.shuffle_window
-        while True:
-            epoch = position["epoch"]
-            generator = np.random.default_rng([self.seed, SHARD_ORDER, epoch])
-            order = generator.permutation(len(self.source.shards) * self.split)
-            units = order[lane :: self.lanes].tolist()
-            while position["unit"] < len(units):
-                unit = units[position["unit"]]
-                shard, offset = divmod(unit, self.split)
-                window, inside = divmod(position["consumed"], window_size)
-                first = offset + window * window_size * self.split
-                records = itertools.islice(enumerate(self.source.records(shard)), first, None, self.split)
-                while samples := list(itertools.islice(records, window_size)):
-                    generator = np.random.default_rng([self.seed, WINDOW_ORDER, epoch, unit, window])
-                    for i in generator.permutation(len(samples))[inside:]:
-                        index, (key, image) = samples[i]
-                        yield key, image, (epoch, shard, index)
-                    window, inside = window + 1, 0
-                position["unit"] += 1
-                position["consumed"] = 0
-            yield "", None, None
-            position["epoch"] += 1
-            position["unit"] = 0
-
-
-def _init_worker(worker_id: int) -> None:
-    import fsspec
-
-    torch.set_num_threads(1)  # one core per worker: the workers are the parallelism
-    # Ctrl-C, and the SIGTERM of a cluster that wants the job to end, reach the workers too. They have to live on, for
-    # the main process to finish its step and save. Only the main process itself may terminate them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_when_terminated_by, args=[os.getppid()], daemon=True).start()
-    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, once per image
-    fsspec.asyn.reset_lock()  # a lock of remote file systems does not survive the fork
-
-
-def _exit_when_terminated_by(parent: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
-
-
 def _close(batches: "weakref.ref[Generator[Batch]]") -> None:
     generator = batches()
     if generator is not None:
         generator.close()
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _counts(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

@@ -1,7 +1,7 @@
 """Configuration of the RADIO vision transformer, a superset of the configuration that transformers ships."""
 
 import re
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -224,11 +224,15 @@ class RadioConfig(NativeRadioConfig):
         """Configuration of a named size, e.g. `RadioConfig.from_size("vit-b-16", num_cls_tokens=1)`.
 
         Raises:
-            ValueError: `size` is not one of `RadioConfig.sizes()`.
+            ValueError: `size` is not one of `RadioConfig.sizes()`, or an override is no field of the configuration.
         """
         sizes = cls.sizes()
         if size not in sizes:
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(sizes)}.")
+        known = {one.name for one in fields(cls)} | {"num_labels", "attn_implementation"}
+        unknown = sorted(set(overrides) - known)
+        if unknown:  # the constructor would keep them as attributes that nothing reads
+            raise ValueError(f"RadioConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
         return cls(**{**sizes[size], **overrides})
 
     def to_dict(self) -> dict[str, Any]:

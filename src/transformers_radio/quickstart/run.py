@@ -78,7 +78,8 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | 
         return None
     run_dir = Path(recipe.output_dir)
     table_path, picture_path = run_dir / "table.json", run_dir / "features.png"
-    if table_path.exists():
+    student_written = (result.student_dir / "config.json").stat().st_mtime
+    if table_path.exists() and table_path.stat().st_mtime > student_written:
         table = Table.from_json(table_path.read_text(encoding="utf-8"))
     else:
         encoders = load_encoders(recipe, result.student_dir)

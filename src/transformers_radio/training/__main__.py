@@ -2,15 +2,20 @@
 
 import sys
 
+from transformers_radio.data import SourceError
+
 from .recipe import load_recipe
 from .train import train
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 when finished, 128 + number when a signal stopped it."""
+    """Returns the exit code: 0 when finished, 128 + number when a signal stopped it. Errors of a user are one line."""
     if not arguments:
         raise SystemExit("usage: python -m transformers_radio.training RECIPE [key=value ...]")
-    result = train(load_recipe(arguments[0], arguments[1:]))
+    try:
+        result = train(load_recipe(arguments[0], arguments[1:]))
+    except (ValueError, OSError, FloatingPointError, SourceError) as error:
+        raise SystemExit(f"error: {error}") from error
     return 128 + result.signal if result.signal else 0
 
 

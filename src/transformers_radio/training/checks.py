@@ -12,6 +12,7 @@ from transformers_radio.teachers import Teacher
 
 from .distill import distillation_losses, raise_if_not_finite, teacher_targets
 from .recipe import Recipe, micro_batch
+from .run_folder import find_checkpoints
 
 
 def check_before_training(
@@ -23,9 +24,10 @@ def check_before_training(
     check_disk(recipe, student)
     for stage in recipe.stages.values():
         images_per_pass, _ = micro_batch(stage, accelerator.num_processes)
+        sides = (teachers[name].image_size for name in stage.teachers or teachers)
         ImageStream(
             recipe.data,
-            resolutions=[stage.resolution],
+            resolutions=sorted({stage.resolution, *sides}),
             batch_size=images_per_pass,
             seed=recipe.seed,
             rank=accelerator.process_index,
@@ -78,13 +80,14 @@ def check_shapes(recipe: Recipe, student: RadioModel, teachers: dict[str, Teache
 def check_disk(recipe: Recipe, student: RadioModel) -> None:
     """Weights twice and Adam's two moments, for each checkpoint kept and the one being written; the final student."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
-    needed = 4 * weights * (recipe.checkpoints.keep + 1) + weights
+    present = 0 if recipe.overwrite else len(find_checkpoints(Path(recipe.output_dir)))
+    needed = 4 * weights * (max(recipe.checkpoints.keep - present, 0) + 1) + weights
     folder = Path(recipe.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"output_dir {recipe.output_dir} has {free / 1e9:.1f} GB free and the run needs {needed / 1e9:.1f} GB for "
-            f"{recipe.checkpoints.keep} + 1 checkpoints; lower checkpoints.keep or choose another output_dir"
+            f"output_dir {recipe.output_dir} has {free / 1e6:,.0f} MB free and the run needs {needed / 1e6:,.0f} MB "
+            f"for {recipe.checkpoints.keep} + 1 checkpoints; lower checkpoints.keep or choose another output_dir"
         )

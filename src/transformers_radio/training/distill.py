@@ -1,8 +1,10 @@
 """One distillation step: images -> teachers' targets -> student's heads -> losses (paper section 3.4)."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher
@@ -44,34 +46,70 @@ def build_student(recipe: Recipe, teachers: dict[str, Teacher]) -> RadioModel:
                 "raise a weight or remove the teacher"
             )
     widest = max(max(teacher.feature_dim, teacher.summary_dim or 0) for teacher in teachers.values())
-    per_teacher = recipe.student.summary == "cls_per_teacher"
-    summarised = [name for name in recipe.teachers if has_summary[name]]
-    adaptors: dict[str, dict[str, Any]] = {}
-    for name, spec in recipe.teachers.items():
-        adaptors[name] = {
+    adaptors: dict[str, dict[str, Any]] = {
+        name: {
             "summary_dim": teachers[name].summary_dim if has_summary[name] else None,
             "feature_dim": teachers[name].feature_dim if has_features[name] else None,
             "hidden_dim": recipe.student.head_hidden_dim or widest,
-            "summary_token": summarised.index(name) if per_teacher and has_summary[name] else 0,
+            "summary_token": 0,
             "teacher": f"{spec.type}:{spec.checkpoint}",
         }
-    if recipe.student.checkpoint is not None:
-        config = RadioConfig.from_pretrained(recipe.student.checkpoint)
-        student = RadioModel.from_pretrained(recipe.student.checkpoint, config=config)
-    else:
-        num_cls_tokens = 0 if recipe.student.summary == "mean" else max(len(summarised), 1) if per_teacher else 1
-        config = RadioConfig.from_size(
-            recipe.student.size,
-            adaptors=adaptors,
-            summary_type="mean" if recipe.student.summary == "mean" else "cls",
-            num_cls_tokens=num_cls_tokens,
-            summary_idxs=list(range(num_cls_tokens)),
-            **recipe.student.config,
-        )
-        student = RadioModel(config)
+        for name, spec in recipe.teachers.items()
+    }
+    try:
+        student = _continued(recipe, adaptors) if recipe.student.checkpoint else _fresh(recipe, adaptors)
+    except (StrictDataclassError, TypeError) as error:  # a field of student.config has a wrong type
+        raise ValueError(f"student.config {recipe.student.config}: {error}") from error
+    # What the image processor of the finished student resizes to.
+    student.config.preferred_resolution = list(recipe.stages.values())[-1].resolution
     if recipe.student.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     return student
+
+
+def _fresh(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
+    """A student with random weights and one CLS token a summary head, one for all, or none (average pooling)."""
+    summarised = [name for name in adaptors if adaptors[name]["summary_dim"] is not None]
+    num_cls_tokens = 0 if recipe.student.summary == "mean" else 1
+    if recipe.student.summary == "cls_per_teacher":
+        num_cls_tokens = max(len(summarised), 1)
+        for token, name in enumerate(summarised):
+            adaptors[name]["summary_token"] = token
+    config = RadioConfig.from_size(
+        recipe.student.size,
+        adaptors=adaptors,
+        summary_type="mean" if recipe.student.summary == "mean" else "cls",
+        num_cls_tokens=num_cls_tokens,
+        summary_idxs=list(range(num_cls_tokens)),
+        **recipe.student.config,
+    )
+    return RadioModel(config)
+
+
+def _continued(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
+    """The student of a checkpoint with its own heads for the teachers it knows, and new heads for the others."""
+    checkpoint = recipe.student.checkpoint
+    if not Path(str(checkpoint)).is_dir() and str(checkpoint).count("/") > 1:
+        raise ValueError(f"student.checkpoint is {checkpoint!r}; there is no such folder")
+    config = RadioConfig.from_pretrained(checkpoint)
+    taken = {adaptor["summary_token"] for adaptor in config.adaptors.values() if adaptor["summary_dim"] is not None}
+    free = iter([token for token in range(config.num_cls_tokens) if token not in taken])
+    for name, adaptor in adaptors.items():
+        known = config.adaptors.get(name)
+        if known is None:
+            adaptor["summary_token"] = 0 if adaptor["summary_dim"] is None else next(free, 0)
+            continue
+        for width in ("summary_dim", "feature_dim"):
+            if adaptor[width] is not None and adaptor[width] != known[width]:
+                raise ValueError(
+                    f"student.checkpoint {checkpoint} has an adaptor {name!r} with {width} {known[width]}, but "
+                    f"teachers.{name} needs {adaptor[width]}; give this teacher another name, or use the one it was "
+                    "trained with"
+                )
+        adaptors[name] = known
+    new = [f"adaptors.{name}." for name in adaptors if name not in config.adaptors]
+    config = RadioConfig.from_pretrained(checkpoint, **recipe.student.config, adaptors=adaptors)
+    return RadioModel.from_pretrained(checkpoint, config=config, allow_missing=new)
 
 
 def teacher_targets(teachers: dict[str, Teacher], images: dict[int, torch.Tensor]) -> dict[str, TeacherOutput]:

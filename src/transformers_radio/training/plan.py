@@ -1,5 +1,6 @@
 """What a recipe will do, counted without running it: dims, resolutions, parameters, FLOPs and memory an image."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,20 @@ class StageCost:
     activation_bytes: int
 
 
-def student_cost(student: RadioModel, resolution: int, adaptors: list[str]) -> StageCost:
+def student_cost(
+    student: RadioModel, resolution: int, adaptors: list[str], gradient_checkpointing: bool = False
+) -> StageCost:
     """Counts one training step of one image on the meta device: nothing is computed.
 
-    FLOPs are those of matrix products and convolutions, two for each multiply-add.
+    FLOPs are those of matrix products and convolutions, two for each multiply-add. Attention is counted as global, the
+    most that a stage with sampled windows needs; memory is that of float32.
     """
-    meta = type(student)(student.config).to("meta").train()
+    config = copy.deepcopy(student.config)
+    config.train_window_sizes = None
+    with torch.device("meta"):
+        meta = type(student)(config).train()
+    if gradient_checkpointing:
+        meta.gradient_checkpointing_enable()
     parameters = {parameter.untyped_storage()._cdata for parameter in meta.parameters()}
     kept: dict[int, int] = {}
 
@@ -49,11 +58,11 @@ def student_cost(student: RadioModel, resolution: int, adaptors: list[str]) -> S
 
 
 def teacher_flops(teacher: Teacher) -> int:
-    """Forward FLOPs of one image at the teacher's own size."""
-    parameter = next(teacher.parameters(), torch.empty(0))
-    image = torch.full((1, 3, teacher.image_size, teacher.image_size), 0.5, device=parameter.device)
+    """Forward FLOPs of one image at the teacher's own size, counted on the meta device."""
+    meta = copy.deepcopy(teacher).to("meta")
+    pixels = torch.empty(1, 3, teacher.image_size, teacher.image_size, device="meta", dtype=teacher.dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        teacher(image)
+        meta.encode(pixels)
     return counter.get_total_flops()
 
 
@@ -66,7 +75,17 @@ def print_plan(recipe: Recipe, processes: int = 1) -> None:
     check_disk(recipe, student)
 
     table = Table(title="teachers (frozen)", title_justify="left")
-    for column in ("name", "type", "image size", "grid", "summary", "features", "params (M)", "GFLOPs/image"):
+    for column in (
+        "name",
+        "type",
+        "image size",
+        "grid",
+        "summary",
+        "features",
+        "params (M)",
+        "weights MB",
+        "GFLOPs/image",
+    ):
         table.add_column(column, justify="left" if column in ("name", "type") else "right")
     flops = {}
     for name, teacher in teachers.items():
@@ -80,6 +99,7 @@ def print_plan(recipe: Recipe, processes: int = 1) -> None:
             str(teacher.summary_dim or "-"),
             str(teacher.feature_dim),
             f"{_millions(teacher):.2f}",
+            f"{_bytes(teacher) / 1e6:,.1f}",
             f"{flops[name] / 1e9:.2f}",
         )
     console.print(table)
@@ -94,12 +114,12 @@ def print_plan(recipe: Recipe, processes: int = 1) -> None:
 
     table = Table(title="stages", title_justify="left")
     for column in (
-        *("stage", "teachers", "resolution", "grid", "steps", "batch", "micro x accumulation x processes"),
+        *("stage", "group", "resolution", "grid", "steps", "batch", "micro x accumulation x processes"),
         *("samples seen", "student GFLOPs/image", "teachers GFLOPs/image", "activations MB/image"),
     ):
-        table.add_column(column, justify="left" if column in ("stage", "teachers") else "right")
+        table.add_column(column, justify="left" if column in ("stage", "group") else "right")
     for name, stage in recipe.stages.items():
-        table.add_row(*_stage_row(name, stage, student, flops, processes))
+        table.add_row(*_stage_row(name, stage, recipe, student, flops, processes))
     console.print(table)
     seen = sum(stage.steps * stage.batch_size for stage in recipe.stages.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
@@ -108,10 +128,12 @@ def print_plan(recipe: Recipe, processes: int = 1) -> None:
     )
 
 
-def _stage_row(name: str, stage: StageRecipe, student: RadioModel, flops: dict[str, int], processes: int) -> list[str]:
+def _stage_row(
+    name: str, stage: StageRecipe, recipe: Recipe, student: RadioModel, flops: dict[str, int], processes: int
+) -> list[str]:
     used = stage.teachers or list(flops)
     size, accumulation = micro_batch(stage, processes)
-    cost = student_cost(student, stage.resolution, used)
+    cost = student_cost(student, stage.resolution, used, recipe.student.gradient_checkpointing)
     grid = stage.resolution // student.patch_size
     return [
         name,
@@ -126,6 +148,10 @@ def _stage_row(name: str, stage: StageRecipe, student: RadioModel, flops: dict[s
         f"{sum(flops[teacher] for teacher in used) / 1e9:.2f}",
         f"{cost.activation_bytes / 1e6:.1f}",
     ]
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _millions(module: torch.nn.Module) -> float:

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,8 +20,10 @@ class StudentRecipe:
     """The student encoder. `checkpoint` starts from a saved student, otherwise it is built from `size`."""
 
     size: str = "vit-b-16"  # a name from RadioConfig.sizes()
-    config: dict[str, Any] = field(default_factory=dict)  # fields of RadioConfig that differ from the size's
-    checkpoint: str | None = None
+    config: dict[str, Any] = field(
+        default_factory=dict
+    )  # fields of RadioConfig that differ from the size's (checkpoint's)
+    checkpoint: str | None = None  # a student's folder or Hub id, in place of `size`
     summary: str = "cls_per_teacher"  # cls_per_teacher | cls | mean (paper Table 5)
     head_hidden_dim: int | None = None  # null: the widest teacher (paper section 3.2)
     gradient_checkpointing: bool = False
@@ -94,12 +97,21 @@ class Recipe:
     seed: int = 0
     log_every_steps: int = 10
     tracker: str | None = "tensorboard"  # any tracker of Accelerate; null: metrics.jsonl alone
-    overwrite: bool = False  # true: delete what output_dir holds of an earlier run
+    overwrite: bool = False  # true: a finished run, or one of another recipe, in output_dir is deleted
 
 
 # `${package:quickstart/teachers/clip}` is a path inside the installed package.
 OmegaConf.register_resolver(
     "package", lambda path: str(resources.files("transformers_radio").joinpath(path)), replace=True
+)
+
+
+# Fields of RadioConfig that a recipe may set: not those that follow from student.summary, the teachers and the stages.
+STUDENT_CONFIG_FIELDS = tuple(
+    sorted(
+        {f.name for f in fields(RadioConfig)}
+        - {"adaptors", "summary_type", "num_cls_tokens", "summary_idxs", "preferred_resolution"}
+    )
 )
 
 
@@ -117,9 +129,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value, e.g. stages.main.steps=100")
-    written = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-    if not isinstance(written, DictConfig):
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path} is not a mapping of recipe fields")
+    written = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+    assert isinstance(written, DictConfig)
     _check_names(written, Recipe, "")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), written)
@@ -167,6 +184,12 @@ def validate(recipe: Recipe) -> None:
     _one_of("student.summary", recipe.student.summary, ("cls_per_teacher", "cls", "mean"))
     if recipe.student.checkpoint is None:
         _one_of("student.size", recipe.student.size, tuple(RadioConfig.sizes()))
+    else:  # the checkpoint says this already
+        for name in ("summary", "head_hidden_dim"):
+            value, default = getattr(recipe.student, name), getattr(StudentRecipe(), name)
+            _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
+    for name in recipe.student.config:
+        _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
     for name, teacher in recipe.teachers.items():
         where = f"teachers.{name}"
         _require(name.isidentifier(), where, name, "a name of letters, digits and _ (it names the adaptor's weights)")
@@ -181,12 +204,20 @@ def validate(recipe: Recipe) -> None:
         _require(
             0 <= stage.warmup_steps < stage.steps, f"{where}.warmup_steps", stage.warmup_steps, "0 <= warmup < steps"
         )
+        _require(stage.teachers != [], f"{where}.teachers", stage.teachers, "null for all, or at least one name")
+        _require(
+            stage.micro_batch_size is None or stage.micro_batch_size > 0,
+            f"{where}.micro_batch_size",
+            stage.micro_batch_size,
+            "a whole number > 0, or null",
+        )
         for teacher_name in stage.teachers or []:
             _one_of(f"{where}.teachers", teacher_name, tuple(recipe.teachers))
     for key in (f.name for f in fields(LossRecipe)):
         value = getattr(recipe.loss, key)
         _require(math.isfinite(value) and value >= 0, f"loss.{key}", value, "a finite number >= 0")
-    _require(recipe.optimizer.learning_rate > 0, "optimizer.learning_rate", recipe.optimizer.learning_rate, "> 0")
+    for key in ("learning_rate", "max_grad_norm", "eps"):
+        _require(getattr(recipe.optimizer, key) > 0, f"optimizer.{key}", getattr(recipe.optimizer, key), "> 0")
     _require(recipe.checkpoints.every_steps > 0, "checkpoints.every_steps", recipe.checkpoints.every_steps, "> 0")
     _require(recipe.checkpoints.keep > 0, "checkpoints.keep", recipe.checkpoints.keep, "> 0")
     _require(recipe.log_every_steps > 0, "log_every_steps", recipe.log_every_steps, "> 0")

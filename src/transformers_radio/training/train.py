@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,9 +16,10 @@ from accelerate.utils import broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from transformers_radio.data import Batch, ImageStream
+from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
-from .checkpoint import load_checkpoint, prepare_output_dir, publish_student, save_checkpoint, truncate_metrics
+from .checkpoint import load_checkpoint, publish_student, save_checkpoint, skipped_images
 from .checks import check_before_training
 from .distill import (
     build_student,
@@ -29,6 +31,7 @@ from .distill import (
 )
 from .optimizer import build_optimizer, start_schedule
 from .recipe import Recipe, StageRecipe, micro_batch
+from .run_folder import find_run, open_run, truncate_metrics
 
 
 @dataclass
@@ -53,23 +56,34 @@ def train(recipe: Recipe) -> TrainResult:
     """
     output_dir = Path(recipe.output_dir)
     accelerator = _accelerator(recipe)
-    total_steps = sum(stage.steps for stage in recipe.stages.values())
     # Only the main process touches the folder; the others are told what it found.
-    finished, resume_from = _on_main_process(accelerator, lambda: prepare_output_dir(recipe))
+    finished, resume_from = _on_main_process(accelerator, lambda: find_run(recipe))
     student_dir = output_dir / "student"
     if finished:
         accelerator.print(f"{student_dir} is finished; choose another output_dir, or set overwrite=true to start over")
-        return TrainResult(student_dir, total_steps)
+        return TrainResult(student_dir, sum(stage.steps for stage in recipe.stages.values()))
 
     set_seed(recipe.seed)  # the same initial student on every process
     teachers = build_teachers(recipe, accelerator.device)
     model = build_student(recipe, teachers)
     check_before_training(recipe, model, teachers, accelerator)
+    # Nothing in output_dir has changed so far; from here on this process group owns it.
+    with open_run(recipe, resume_from) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        return _distil(recipe, accelerator, model, teachers, resume_from)
+
+
+def _distil(
+    recipe: Recipe, accelerator: Accelerator, model: RadioModel, teachers: dict[str, Teacher], resume_from: Path | None
+) -> TrainResult:
+    """Runs the stages from the checkpoint on, and publishes the student at the end."""
+    output_dir = Path(recipe.output_dir)
+    total_steps = sum(stage.steps for stage in recipe.stages.values())
     student = accelerator.prepare(model)
     optimizer = accelerator.prepare(build_optimizer(student, recipe.optimizer))
     set_seed(recipe.seed, device_specific=True)  # from here on every process samples its own position crops
 
-    state: dict[str, Any] = {"step": 0, "stage": None, "skipped": {}}
+    state: dict[str, Any] = {"step": 0, "stage": None, "stream": None}
     if resume_from is not None:
         state = load_checkpoint(accelerator, resume_from)
         accelerator.print(f"continuing {output_dir} from step {state['step']} of {total_steps}")
@@ -96,14 +110,15 @@ def train(recipe: Recipe) -> TrainResult:
     progress.close()
     if recipe.tracker:
         accelerator.end_training()
-    if state["skipped"]:
-        accelerator.print(f"images skipped so far: {json.dumps(state['skipped'])}")
+    skipped = skipped_images(state)
+    if skipped:
+        accelerator.print(f"images skipped so far: {json.dumps(skipped)}")
     if state["step"] < total_steps:
         accelerator.print(f"stopped by a signal at step {state['step']}; run the same command again to go on")
-        return TrainResult(None, state["step"], state["skipped"], stop.number)
-    publish_student(accelerator, student, output_dir)
+        return TrainResult(None, state["step"], skipped, stop.number)
+    student_dir = publish_student(accelerator, student, output_dir)
     accelerator.print(f"the student is in {student_dir}")
-    return TrainResult(student_dir, state["step"], state["skipped"])
+    return TrainResult(student_dir, state["step"], skipped)
 
 
 def _run_stage(
@@ -124,6 +139,7 @@ def _run_stage(
     teachers = {name: teachers[name] for name in names}
     images_per_pass, accumulation = micro_batch(stage, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = accumulation
+    accelerator.step = 0  # Accelerate counts passes over all stages; a stage begins with an empty gradient
     stream = ImageStream(
         recipe.data,
         resolutions=sorted({stage.resolution, *(teacher.image_size for teacher in teachers.values())}),
@@ -133,9 +149,10 @@ def _run_stage(
         world_size=accelerator.num_processes,
     )
     schedule = start_schedule(optimizer.optimizer, stage, recipe.optimizer.learning_rate)
+    if state["stream"] is not None:  # the next stage goes on with the images that the last one has not seen
+        stream.load_state_dict(state["stream"])
     if state["stage"] == stage_name:
         schedule.load_state_dict(state["schedule"])
-        stream.load_state_dict(state["stream"])
         # The schedule's constructor has set the rate of step 0.
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -160,6 +177,8 @@ def _run_stage(
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(student.parameters(), recipe.optimizer.max_grad_norm)
+                    if recipe.mixed_precision != "fp16":  # there the scaler expects overflows and skips the step
+                        raise_if_not_finite({"gradient norm": torch.as_tensor(grad_norm)}, step + 1)
                 optimizer.step()
                 optimizer.zero_grad()
             log.add({"loss": loss, **terms}, images=images_per_pass * accelerator.num_processes)
@@ -172,15 +191,9 @@ def _run_stage(
             log.write(step, stage_name, float(schedule.get_last_lr()[0]), grad_norm, batch.skipped, progress)
         stopped = stop.agreed(accelerator)
         if step % recipe.checkpoints.every_steps == 0 or last or stopped:
-            state = {"step": step, "stage": stage_name, "skipped": batch.skipped, "schedule": schedule.state_dict()}
-            save_checkpoint(
-                accelerator,
-                student,
-                Path(recipe.output_dir),
-                recipe.checkpoints.keep,
-                step,
-                state,
-                stream.state_dict(),
+            state = {"step": step, "stage": stage_name, "schedule": schedule.state_dict()}
+            state = save_checkpoint(
+                accelerator, student, Path(recipe.output_dir), recipe.checkpoints.keep, state, stream.state_dict()
             )
         if stopped:
             break
@@ -215,16 +228,19 @@ class Log:
     def write(
         self, step: int, stage: str, learning_rate: float, grad_norm: Any, skipped: dict[str, int], progress: tqdm
     ) -> None:
+        now = time.perf_counter()
         means = torch.stack([torch.as_tensor(value) for value in self.sums.values()]) / self.passes
         means = self.accelerator.reduce(means, "mean")
+        skipped_here = torch.tensor(sum(skipped.values()), device=self.accelerator.device)
         values = dict(zip(self.sums, means.tolist(), strict=True))
         values |= {
             "lr": learning_rate,
             "grad_norm": float(grad_norm),
-            "images_per_second": self.images / (time.perf_counter() - self.started),
+            "images_per_second": self.images / (now - self.started),
+            "skipped": int(self.accelerator.reduce(skipped_here, "sum")),
         }
         if self.accelerator.is_main_process:
-            line = {"step": step, "stage": stage, **values, "skipped": sum(skipped.values())}
+            line = {"step": step, "stage": stage, **values}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             heads = " ".join(f"{name}={values[name]:.3f}" for name in values if "/" in name)
@@ -232,6 +248,7 @@ class Log:
         if self.recipe.tracker:
             self.accelerator.log(values, step=step)
         self._reset()
+        self.started = now  # the time that logging takes counts as training
 
 
 class StopSignal:
@@ -265,13 +282,13 @@ class StopSignal:
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    subsets = any(stage.teachers is not None for stage in recipe.stages.values())
+    # Heads of teachers that a stage leaves out, or that a checkpoint brings and nothing trains, get no gradient.
+    unused = recipe.student.checkpoint is not None or any(stage.teachers for stage in recipe.stages.values())
     return Accelerator(
         mixed_precision=recipe.mixed_precision,
         log_with=recipe.tracker,
         project_dir=recipe.output_dir,
-        # Heads of teachers that a stage leaves out get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=subsets)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
 
 

@@ -1,0 +1,130 @@
+"""The folder of a run: which run it holds, whether it may be continued or replaced, and that one process trains in it.
+
+output_dir/
+  run.yaml              the recipe with its overrides; a changed recipe does not continue it
+  metrics.jsonl         one line a log interval
+  checkpoints/          see checkpoint.py
+  student/              the finished student, a Hugging Face folder
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from .recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+RUN_FILE = "run.yaml"
+# All that a run writes; nothing else in output_dir is ever deleted.
+WRITTEN = (RUN_FILE, f"{RUN_FILE}.tmp", "metrics.jsonl", "checkpoints", "student", "student.tmp", "tracker", ".lock")
+# What may differ between two starts of one run: none of it changes which images the student sees or what it learns.
+# The data's position remembers its lanes and a fingerprint of the source.
+FREE_FIELDS = (
+    *("output_dir", "checkpoints", "log_every_steps", "tracker", "overwrite"),
+    *("data.num_workers", "data.path", "data.max_skipped_share"),
+)
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; unfinished ones (`.tmp`) do not count."""
+    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+
+
+def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
+    """Whether output_dir holds this run finished, and the checkpoint to go on from, if any. Changes nothing.
+
+    Raises:
+        FileExistsError: the folder holds a run of another recipe, or files that are no run.
+    """
+    output_dir = Path(recipe.output_dir)
+    checkpoints = find_checkpoints(output_dir)
+    finished = (output_dir / "student").exists()
+    if output_dir.exists() and not (output_dir / RUN_FILE).exists():
+        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in WRITTEN)
+        if foreign or checkpoints or finished:
+            raise FileExistsError(
+                f"output_dir {output_dir} is not empty and holds no run (it has {', '.join(foreign[:5])}); choose "
+                "another output_dir"
+            )
+    if not (checkpoints or finished):
+        return False, None
+    changed = _changed_fields(recipe, output_dir / RUN_FILE)
+    if recipe.overwrite and (changed or finished):
+        return False, None
+    if changed:
+        raise FileExistsError(
+            f"output_dir {output_dir} holds a run of another recipe; it differs in {', '.join(changed)}. "
+            "Restore these to continue it, choose another output_dir, or set overwrite=true to delete it"
+        )
+    return finished, None if finished else checkpoints[-1]
+
+
+def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
+    """Takes the folder for this process, once everything has been checked; without `resume_from` the run begins anew.
+
+    Returns:
+        The lock, to be kept open while training. The system releases it however the process ends.
+
+    Raises:
+        FileExistsError: another process trains in this folder.
+    """
+    output_dir = Path(recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = (output_dir / ".lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FileExistsError(
+                f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another"
+            ) from error
+    if resume_from is None:
+        for name in WRITTEN:
+            path = output_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif name != ".lock":
+                path.unlink(missing_ok=True)
+    for leftover in (output_dir / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = output_dir / f"{RUN_FILE}.tmp"
+    save_recipe(recipe, temporary)
+    os.replace(temporary, output_dir / RUN_FILE)
+    return lock
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines that a killed run wrote after the checkpoint it is continued from."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _changed_fields(recipe: Recipe, run_file: Path) -> list[str]:
+    before = _flatten(recipe_to_dict(load_recipe(run_file)))
+    now = _flatten(recipe_to_dict(recipe))
+    return [
+        f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_FIELDS and key.split(".")[0] not in FREE_FIELDS
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
