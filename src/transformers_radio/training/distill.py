@@ -108,7 +108,7 @@ def _continued(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioMode
                 )
         adaptors[name] = known
     new = [f"adaptors.{name}." for name in adaptors if name not in config.adaptors]
-    config = RadioConfig.from_pretrained(checkpoint, **recipe.student.config, adaptors=adaptors)
+    config = RadioConfig.from_dict({**config.to_dict(), **recipe.student.config, "adaptors": adaptors})
     return RadioModel.from_pretrained(checkpoint, config=config, allow_missing=new)
 
 
