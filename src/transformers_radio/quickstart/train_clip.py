@@ -82,23 +82,6 @@ def write_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def load_clip(directory: Path) -> open_clip.CLIP:
-    """The trained teacher, in eval mode, float32."""
-    model = open_clip.create_model(f"local-dir:{directory}", load_weights=True)
-    return model.eval()
-
-
-def class_embeddings(directory: Path) -> torch.Tensor:
-    """Each class's prompts, embedded and averaged. Returns (96, 128) float32, of length 1."""
-    model, tokenizer = load_clip(directory), open_clip.get_tokenizer(f"local-dir:{directory}")
-    prompts = tokenizer([template.format(name) for name in CLASS_NAMES for template in TEMPLATES])
-    with torch.no_grad():
-        embedded = model.encode_text(prompts, normalize=True)
-    # (96 * templates, 128) -> (96, templates, 128) -> (96, 128)
-    mean = embedded.reshape(len(CLASS_NAMES), len(TEMPLATES), -1).mean(dim=1)
-    return torch.nn.functional.normalize(mean, dim=1)
-
-
 def train_clip(directory: Path, data: Split, steps: int = 1400, seed: int = 0) -> dict[str, Any]:
     """Train on image-caption pairs and write open_clip_config.json, open_clip_model.safetensors and the tokenizer.
 

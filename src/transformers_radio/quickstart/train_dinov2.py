@@ -33,7 +33,7 @@ from transformers_radio.quickstart.teacher_data import (
 
 SIDE, LOCAL_SIDE, PATCH = 84, 42, 14  # pixels: 36 patches in a global view, 9 in a local one
 REGISTERS = 4
-PROTOTYPES = 512
+PROTOTYPES = 256
 GLOBAL_SCALE, LOCAL_SCALE, LOCAL_VIEWS = (0.5, 1.0), (0.15, 0.5), 4
 STUDENT_TEMPERATURE = 0.1
 
@@ -47,8 +47,8 @@ class _Head(nn.Module):
         self.prototypes = nn.Linear(128, PROTOTYPES, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        directions = F.normalize(self.prototypes.weight.float(), dim=1)
-        return F.normalize(self.mlp(tokens).float(), dim=-1) @ directions.T
+        directions = F.normalize(self.prototypes.weight, dim=1)
+        return F.normalize(self.mlp(tokens), dim=-1) @ directions.T
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _cross_entropy(targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 def _koleo(tokens: torch.Tensor) -> torch.Tensor:
     """Minus the mean log distance to the nearest neighbour, over (B, width) class tokens."""
-    directions = F.normalize(tokens.float(), dim=1)
+    directions = F.normalize(tokens, dim=1)
     nearest = (directions @ directions.T - 2 * torch.eye(len(directions))).argmax(dim=1)
     return -torch.log((directions - directions[nearest]).norm(dim=1) + 1e-6).mean()
 
@@ -107,10 +107,11 @@ def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) 
         student.embeddings.register_tokens.normal_(std=0.02)
     image_head, patch_head = _Head(config.hidden_size), _Head(config.hidden_size)
     trained = nn.ModuleList([student, image_head, patch_head])
-    averaged = copy.deepcopy(trained).requires_grad_(False)
-    teacher, teacher_image_head, teacher_patch_head = averaged.children()
+    teacher = copy.deepcopy(student)
+    teacher_image_head, teacher_patch_head = copy.deepcopy(image_head), copy.deepcopy(patch_head)
+    averaged = nn.ModuleList([teacher, teacher_image_head, teacher_patch_head]).requires_grad_(False)
 
-    batch, peak = 48, 1.5e-3
+    batch, peak = 48, 1e-3
     optimizer = torch.optim.AdamW(parameter_groups([trained], 0.05), lr=peak, betas=(0.9, 0.98))
     order = batches(len(data.images), batch, rng)
     started = time.monotonic()
@@ -129,12 +130,14 @@ def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) 
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 seen = teacher(wide).last_hidden_state.float()
-                image_targets = _balanced(teacher_image_head(seen[:, 0]), temperature)  # (2 B, K)
-                patch_targets = _balanced(teacher_patch_head(seen[:, 1 + REGISTERS :][masks]), temperature)  # (M, K)
-            guess = student(wide, bool_masked_pos=masks).last_hidden_state
-            part = student(narrow).last_hidden_state
-            wide_scores, part_scores = image_head(guess[:, 0]), image_head(part[:, 0])
-            patch_scores = patch_head(guess[:, 1 + REGISTERS :][masks])
+            guess = student(wide, bool_masked_pos=masks).last_hidden_state.float()
+            part = student(narrow).last_hidden_state.float()
+        # In float32: cosines differ by less than bfloat16 resolves, and the temperatures magnify the difference.
+        with torch.no_grad():
+            image_targets = _balanced(teacher_image_head(seen[:, 0]), temperature)  # (2 B, K)
+            patch_targets = _balanced(teacher_patch_head(seen[:, 1 + REGISTERS :][masks]), temperature)  # (M, K)
+        wide_scores, part_scores = image_head(guess[:, 0]), image_head(part[:, 0])
+        patch_scores = patch_head(guess[:, 1 + REGISTERS :][masks])
         first, second = image_targets.chunk(2)
         across = _cross_entropy(torch.cat([second, first]), wide_scores)
         local = _cross_entropy(((first + second) / 2).repeat(LOCAL_VIEWS, 1), part_scores)
@@ -153,7 +156,7 @@ def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) 
             progress.set_postfix(
                 across=f"{across.item():.2f}", local=f"{local.item():.2f}", patches=f"{patches.item():.2f}"
             )
-    averaged.half()
+    averaged.to(torch.float16)
     teacher.save_pretrained(directory)
     # Half the bytes on disk; loaded as float32, since bfloat16 and float32 are what CPUs are good at.
     config.dtype = torch.float32
@@ -164,8 +167,3 @@ def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) 
     ).save_pretrained(directory)
     seconds = round(time.monotonic() - started)
     return {"steps": steps, "images_seen": steps * batch, "seconds": seconds, "loss": round(loss.item(), 4)}
-
-
-def load_dinov2(directory: Path) -> Dinov2WithRegistersModel:
-    """The trained teacher, in eval mode, float32."""
-    return Dinov2WithRegistersModel.from_pretrained(directory, dtype=torch.float32).eval()

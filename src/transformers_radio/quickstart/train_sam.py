@@ -64,13 +64,6 @@ def build_sam() -> Sam:
     return Sam(encoder, prompts, decoder, [255 * m for m in MEAN], [255 * s for s in STD])
 
 
-def load_sam(directory: Path) -> Sam:
-    """The trained teacher, in eval mode, float32."""
-    sam = build_sam()
-    sam.load_state_dict(torch.load(directory / "sam.pth", map_location="cpu", weights_only=True))
-    return sam.eval()
-
-
 def decode_masks(
     sam: Sam, embeddings: torch.Tensor, boxes: torch.Tensor | None, points: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
