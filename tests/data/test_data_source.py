@@ -64,7 +64,7 @@ def test_folder_of_images(folder):
     assert pattern.keys() == {name for name in files if name.endswith(".png") and name[0] in "ab"}
 
 
-@pytest.mark.parametrize("where", ["folder", "file", "pattern"])
+@pytest.mark.parametrize("where", ["folder", "file", "pattern", "url"])
 def test_webdataset(where, photos, tmp_path):
     root = tmp_path / "with [brackets] and spaces"
     keys = sorted(photos)
@@ -85,10 +85,12 @@ def test_webdataset(where, photos, tmp_path):
     if where == "folder":
         check_images(first_epoch(whole_image(str(root))), files)
     elif where == "file":
-        files = {
-            key.split("/", 1)[0] + "/" + key.split("/", 1)[1]: data for key, data in files.items() if "000001" in key
-        }
+        files = {key: data for key, data in files.items() if "000001" in key}
         check_images(first_epoch(whole_image(str(root / "train-000001.tar"))), files)
+    elif where == "url":
+        shutil.copy(root / "train-000001.tar", tmp_path)
+        found = first_epoch(whole_image(f"file://{tmp_path}/train-000001.tar", num_workers=2))
+        check_images(found, {key: data for key, data in files.items() if "000001" in key})
     else:
         plain = tmp_path / "plain"
         shutil.copytree(root, plain)

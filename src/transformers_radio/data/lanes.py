@@ -28,7 +28,7 @@ SHARD_ORDER, WINDOW_ORDER, CROP = 0, 1, 2
 
 
 def new_position() -> dict[str, Any]:
-    """What a lane has consumed: so many records of its unit-th unit in this epoch; the counters are since the start."""
+    """What a lane has consumed: so many records of its unit-th unit in this epoch. The counters never restart."""
     return {"epoch": 0, "unit": 0, "consumed": 0, "seen": 0, "skipped": {}, "offenders": []}
 
 

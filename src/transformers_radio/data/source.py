@@ -243,7 +243,7 @@ def _open_dataset(kind: str | None, files: list[str], config: DataConfig):
         if kind is None:
             builder = datasets.load_dataset_builder(config.path, config.name)
         else:
-            data_files = {config.split: [glob.escape(file) for file in files]}
+            data_files = {config.split: [file if "://" in file else glob.escape(file) for file in files]}
             builder = datasets.load_dataset_builder(kind, data_files=data_files)
         names = [str(file) for file in (builder.config.data_files or {}).get(config.split, [])]
         samples = _read_field_names(names[0]) if names and names[0].lower().endswith(TAR) else None

@@ -297,8 +297,9 @@ class ImageStream:
         if skipped > self.config.max_skipped_share * seen:
             offenders = [offender for other in self._lanes.values() for offender in other["offenders"]]
             raise SourceError(
-                f"{skipped} of {self.seen} images of {self.config.path} could not be used ({reasons_text(self.skipped)}),"
-                f" more than data.max_skipped_share={self.config.max_skipped_share} allows. The first:"
+                f"{skipped} of {self.seen} images of {self.config.path} could not be used"
+                f" ({reasons_text(self.skipped)}), more than"
+                f" data.max_skipped_share={self.config.max_skipped_share} allows. The first:"
                 f" {'; '.join(offenders[:10])}. Repair the source, or raise data.max_skipped_share."
             )
 
