@@ -138,8 +138,11 @@ class ImageStream:
         )
         try:
             for worker, slot, keys, epochs, lane, position in loader:
-                shared = lane_batches.slots[worker, slot]  # the worker will write to it again
-                pixels = shared.pin_memory() if torch.cuda.is_available() else shared.clone()
+                shared = lane_batches.slots[worker, slot]  # copied, as the worker will write to it again
+                if torch.cuda.is_available():
+                    pixels = shared.pin_memory()
+                else:  # with numpy: torch would wake threads for it, which then spin on the cores of the workers
+                    pixels = torch.from_numpy(shared.numpy().copy())
                 # (B, r, r, 3) -> (B, 3, r, r)
                 images = {r: view.permute(0, 3, 1, 2) for r, view in lane_batches.views(pixels).items()}
                 self._count(lane, position)
