@@ -60,7 +60,7 @@ def test_captions_name_the_main_object_first_and_nothing_that_is_not_there(drawn
     endings = 0
     for scene in [*drawn["train"], *drawn["validation"]]:
         names = [f"{one.material} {one.shape}" for one in scene.objects]
-        said = sorted((scene.caption.find(name), name) for name in CLASS_NAMES if name in scene.caption)
+        said = sorted((scene.caption.find(f"a {name}"), name) for name in CLASS_NAMES if f"a {name}" in scene.caption)
         assert said[0][1] == names[0]
         assert {name for _, name in said} in ({names[0]}, set(names))
         endings += len(said) > 1
