@@ -49,7 +49,7 @@ def main() -> None:
     """User errors are one line; anything else keeps its traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -203,7 +203,8 @@ def _run_stage(
 def to_device(batch: Batch, device: torch.device) -> dict[int, torch.Tensor]:
     """uint8 travels to the device, float in [0, 1] is made there: side -> (B, 3, side, side)."""
     return {
-        side: pixels.to(device, non_blocking=True).to(torch.float32).div_(255) for side, pixels in batch.images.items()
+        side: pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        for side, pixels in batch.images.items()
     }
 
 
