@@ -5,7 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# As in the processes that the tests start: bits are equal only for the same number of threads.
+torch.set_num_threads(1)
 
 RECIPE = """
 output_dir: {output}
