@@ -15,10 +15,10 @@ $(VENV)/installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
 	touch $@
 
-quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 5 minutes)
+quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 6 minutes)
 	$(BIN)/transformers-radio quickstart
 
-seeds: $(VENV)/installed  ## The quickstart over three seeds (about 15 minutes)
+seeds: $(VENV)/installed  ## The quickstart over three seeds (about 18 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py
 
 teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
