@@ -288,14 +288,14 @@ def test_workers_survive_the_signals_that_are_meant_for_the_main_process(folder)
     expected = [batch.keys for batch in take(ImageStream(config_of(folder, lanes=2), [16], 4, seed=0), 40)]
     stream = ImageStream(config_of(folder, num_workers=2), [16], batch_size=4, seed=0)
     batches = iter(stream)
-    found = [next(batches).keys]
+    found = [next(batches).keys, next(batches).keys]  # one of each worker: both have started
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     # From another process, as a terminal or a cluster sends them; from this one, SIGTERM is the order to stop.
     pids = " ".join(str(worker.pid) for worker in workers)
     subprocess.run(["sh", "-c", f"kill -INT {pids}; kill -TERM {pids}"], check=True)
     time.sleep(0.2)
-    found += [next(batches).keys for _ in range(39)]
+    found += [next(batches).keys for _ in range(38)]
     assert found == expected and all(worker.is_alive() for worker in workers)
     workers[0].terminate()
     workers[0].join(timeout=10)
