@@ -310,17 +310,19 @@ def main_class_of(split: str, seed: int, index: int) -> int:
     return int(np.random.default_rng([seed, SPLITS.index(split), 2, block]).permutation(len(CLASS_NAMES))[position])
 
 
-def draw_scene(split: str, seed: int, index: int) -> Scene:
+def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
     """Draw scene `index` of a split; equal arguments give equal scenes, in any process.
 
     Args:
         split: "train" or "validation".
         seed: not negative, the world's seed.
         index: not negative, the scene's position within the split.
+        frame: 0 is the scene of the world. Another number shows its main object again, as a camera does that sees it
+            elsewhere: at another place, in other light, among other things.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
-    rng = np.random.default_rng([seed, SPLITS.index(split), 3, index])
+    rng = np.random.default_rng([seed, SPLITS.index(split), 3, index, *([frame] if frame else [])])
     main_class = main_class_of(split, seed, index)
 
     # Place from front to back. Each object behind keeps a visible part and stays clearly smaller than the main one.

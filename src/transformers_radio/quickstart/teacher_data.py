@@ -1,6 +1,7 @@
 """What the trainers of the three small teachers share: the world in memory, crops, schedules, position tables."""
 
 import math
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
 
+from transformers_radio.quickstart.scenes import draw_scene
 from transformers_radio.quickstart.world import read_split
 
 # Per channel, of pixels in [0, 1]: ImageNet's. A sam.pth does not state its own; loaders take these for granted.
@@ -47,6 +50,22 @@ def load_split(directory: Path, split: str) -> Split:
         torch.from_numpy(np.stack([np.asarray(s["instances.png"]) for s in samples])),
         [torch.tensor([o["box"] for o in s["json"]["objects"]]) for s in samples],
     )
+
+
+def _draw_frame(scene: tuple[int, int, int]) -> np.ndarray:
+    seed, index, frame = scene
+    return draw_scene("train", seed, index, frame).image
+
+
+def draw_frames(seed: int, count: int, frames: int, workers: int = 2) -> torch.Tensor:
+    """Further pictures of the first `count` training scenes' main objects: (frames, count, 3, 128, 128) uint8."""
+    scenes = [(seed, index, frame) for frame in range(1, frames + 1) for index in range(count)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        drawn = list(
+            tqdm(pool.imap(_draw_frame, scenes, chunksize=100), "drawing frames", total=len(scenes), unit="frame")
+        )
+    # (frames * count, 128, 128, 3) -> (frames, count, 3, 128, 128)
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).unflatten(0, (frames, count)).contiguous()
 
 
 def normalise(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -2,7 +2,11 @@
 
 The losses are DINOv2's (arXiv 2304.07193, section 4): the class token's across views, the masked patches' within a
 view (iBOT), targets balanced by Sinkhorn-Knopp, and KoLeo, which spreads the class tokens. The teacher is a moving
-average of the student.
+average of the student. As there, the resolution rises near the end.
+
+The two views of a scene show its main object twice, as a camera does that sees the same thing elsewhere. Two crops of
+one picture have the background in common, and are told apart by it long before by any shape. Small local views, which
+DINOv2 adds, cost more here than they brought.
 """
 
 import copy
@@ -23,6 +27,7 @@ from transformers_radio.quickstart.teacher_data import (
     STD,
     Split,
     batches,
+    draw_frames,
     jitter,
     normalise,
     parameter_groups,
@@ -31,11 +36,13 @@ from transformers_radio.quickstart.teacher_data import (
     sincos_positions,
 )
 
-SIDE, LOCAL_SIDE, PATCH = 84, 42, 14  # pixels: 36 patches in a global view, 9 in a local one
+SIDE, EARLY_SIDE, PATCH = 84, 56, 14  # pixels: 36 patches, and 16 for the first EARLY_SHARE of the steps
+EARLY_SHARE = 0.8
 REGISTERS = 4
 PROTOTYPES = 256
-GLOBAL_SCALE, LOCAL_SCALE, LOCAL_VIEWS = (0.5, 1.0), (0.15, 0.5), 4
-STUDENT_TEMPERATURE = 0.1
+SCALE = (0.6, 1.0)  # share of the picture's area in a view
+FRAMES = 2  # further pictures of each main object
+TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.03, 0.1
 
 
 class _Head(nn.Module):
@@ -52,9 +59,9 @@ class _Head(nn.Module):
 
 
 @torch.no_grad()
-def _balanced(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+def _balanced(scores: torch.Tensor) -> torch.Tensor:
     """Sinkhorn-Knopp: (N, PROTOTYPES) scores -> assignments that sum to 1 in each row and use all prototypes alike."""
-    assignment = torch.exp((scores - scores.max()) / temperature)
+    assignment = torch.exp((scores - scores.max()) / TEACHER_TEMPERATURE)
     for _ in range(3):
         assignment = assignment / assignment.sum(dim=0, keepdim=True).clamp(min=1e-12)
         assignment = assignment / assignment.sum(dim=1, keepdim=True).clamp(min=1e-12)
@@ -72,18 +79,17 @@ def _koleo(tokens: torch.Tensor) -> torch.Tensor:
     return -torch.log((directions - directions[nearest]).norm(dim=1) + 1e-6).mean()
 
 
-def _masks(count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Which patches the student does not see: a random block in half of the views. Returns (count, 36) bool."""
-    grid = SIDE // PATCH
+def _masks(count: int, grid: int, rng: np.random.Generator) -> torch.Tensor:
+    """Which patches the student does not see: a random block in half of the views. Returns (count, grid**2) bool."""
     masks = np.zeros((count, grid, grid), bool)
     for mask in masks[::2]:
-        height, width = rng.integers(2, grid, 2)
+        height, width = rng.integers(grid // 3, grid, 2)
         top, left = rng.integers(0, grid - height + 1), rng.integers(0, grid - width + 1)
         mask[top : top + height, left : left + width] = True
     return torch.from_numpy(masks.reshape(count, grid * grid))
 
 
-def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) -> dict[str, Any]:
+def train_dinov2(directory: Path, data: Split, steps: int = 3000, seed: int = 0) -> dict[str, Any]:
     """Train on images alone and write config.json and model.safetensors with save_pretrained.
 
     Returns:
@@ -111,39 +117,34 @@ def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) 
     teacher_image_head, teacher_patch_head = copy.deepcopy(image_head), copy.deepcopy(patch_head)
     averaged = nn.ModuleList([teacher, teacher_image_head, teacher_patch_head]).requires_grad_(False)
 
-    batch, peak = 48, 1e-3
+    batch, peak = 128, 1e-3
+    # The world's seed is 0, whatever the training's: these are its scenes.
+    frames = torch.cat([data.images[None], draw_frames(0, len(data.images), FRAMES)])  # (1 + FRAMES, N, 3, 128, 128)
     optimizer = torch.optim.AdamW(parameter_groups([trained], 0.05), lr=peak, betas=(0.9, 0.98))
     order = batches(len(data.images), batch, rng)
     started = time.monotonic()
     progress = tqdm(range(steps), desc="training dinov2", unit="step")
     for step in progress:
         set_learning_rate(optimizer, step, steps, peak)
-        temperature = 0.04 + 0.03 * min(1.0, step / (0.3 * steps))
-        images = data.images[next(order)]
-        # Two global views of each image, (2 B, 3, 84, 84), then the local views, (4 B, 3, 42, 42).
-        wide = torch.cat([random_crops(images, SIDE, GLOBAL_SCALE, rng, flip=True) for _ in range(2)])
-        wide = jitter(normalise(wide, SIDE), rng)
-        narrow = torch.cat([random_crops(images, LOCAL_SIDE, LOCAL_SCALE, rng, flip=True) for _ in range(LOCAL_VIEWS)])
-        narrow = jitter(normalise(narrow, LOCAL_SIDE), rng)
-        masks = _masks(len(wide), rng)
+        side = EARLY_SIDE if step < EARLY_SHARE * steps else SIDE
+        scenes = next(order)
+        pictures = torch.from_numpy(rng.integers(0, len(frames), (2, len(scenes))))
+        views = torch.cat([random_crops(frames[one, scenes], side, SCALE, rng, flip=True) for one in pictures])
+        views = jitter(normalise(views, side), rng)  # (2 B, 3, side, side): first all first views
+        masks = _masks(len(views), side // PATCH, rng)
 
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                seen = teacher(wide).last_hidden_state.float()
-            guess = student(wide, bool_masked_pos=masks).last_hidden_state.float()
-            part = student(narrow).last_hidden_state.float()
+                seen = teacher(views).last_hidden_state.float()
+            guess = student(views, bool_masked_pos=masks).last_hidden_state.float()
         # In float32: cosines differ by less than bfloat16 resolves, and the temperatures magnify the difference.
         with torch.no_grad():
-            image_targets = _balanced(teacher_image_head(seen[:, 0]), temperature)  # (2 B, K)
-            patch_targets = _balanced(teacher_patch_head(seen[:, 1 + REGISTERS :][masks]), temperature)  # (M, K)
-        wide_scores, part_scores = image_head(guess[:, 0]), image_head(part[:, 0])
-        patch_scores = patch_head(guess[:, 1 + REGISTERS :][masks])
-        first, second = image_targets.chunk(2)
-        across = _cross_entropy(torch.cat([second, first]), wide_scores)
-        local = _cross_entropy(((first + second) / 2).repeat(LOCAL_VIEWS, 1), part_scores)
-        patches = _cross_entropy(patch_targets, patch_scores)
+            first, second = _balanced(teacher_image_head(seen[:, 0])).chunk(2)  # (B, K) each
+            patch_targets = _balanced(teacher_patch_head(seen[:, 1 + REGISTERS :][masks]))  # (M, K)
+        across = _cross_entropy(torch.cat([second, first]), image_head(guess[:, 0]))
+        patches = _cross_entropy(patch_targets, patch_head(guess[:, 1 + REGISTERS :][masks]))
         spread = torch.stack([_koleo(view) for view in guess[:, 0].chunk(2)]).mean()
-        loss = (across + 2 * local) / 3 + patches + 0.1 * spread
+        loss = across + patches + 0.1 * spread
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 3.0)
@@ -153,9 +154,7 @@ def train_dinov2(directory: Path, data: Split, steps: int = 600, seed: int = 0) 
             for slow, fast in zip(averaged.parameters(), trained.parameters(), strict=True):
                 slow.lerp_(fast, 1 - momentum)
         if step % 20 == 0:
-            progress.set_postfix(
-                across=f"{across.item():.2f}", local=f"{local.item():.2f}", patches=f"{patches.item():.2f}"
-            )
+            progress.set_postfix(across=f"{across.item():.2f}", patches=f"{patches.item():.2f}")
     averaged.to(torch.float16)
     teacher.save_pretrained(directory)
     # Half the bytes on disk; loaded as float32, since bfloat16 and float32 are what CPUs are good at.

@@ -109,7 +109,7 @@ def mask_iou(guess: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (guess & truth).sum(dim=(-2, -1)) / union.clamp(min=1)
 
 
-def train_sam(directory: Path, data: Split, steps: int = 1800, seed: int = 0) -> dict[str, Any]:
+def train_sam(directory: Path, data: Split, steps: int = 3000, seed: int = 0) -> dict[str, Any]:
     """Train on a box and a point for two objects of each scene, and write sam.pth, a plain state dict.
 
     Returns:
