@@ -1,0 +1,145 @@
+"""Spectral reparametrisation of the student's Linears: keeps attention entropy from collapsing (paper section 4).
+
+W' = W * scale / (u^T W v + eps), with u and v the singular vectors of the largest singular value of W, found by power
+iteration (Miyato et al., arXiv 1802.05957), and a trained scale (Zhai et al., arXiv 2303.06296). A Linear with this
+reparametrisation has, instead of `weight`, the state
+  parametrizations.weight.original        W
+  parametrizations.weight.0.scale         (1, 1): rho, from which scale = softplus(rho) + 0.05; two-dimensional, so
+                                          that weight decay applies to it
+  parametrizations.weight.0._u, ._v       unit vectors
+  parametrizations.weight.0._sn_version   2; in a file of version 1, or without this key, scale is rho itself
+`fold_spectral` turns it into a plain weight.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+
+from transformers_radio.modeling import RadioModel
+
+_EPS = 1e-6
+_SMALLEST_SCALE = 0.05
+_PARTS = ("original", "0.scale", "0._u", "0._v", "0._sn_version")
+
+
+class SpectralReparam(nn.Module):
+    """The parametrisation of one weight (out, in). `power_step` moves u and v, `forward` only reads them.
+
+    Raises:
+        ValueError: the largest singular value of the weight is not above 0.05, the smallest scale.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        # a generator of its own: all processes agree, and the random state of the run stays as it is
+        u = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        self._u = nn.Buffer(u)
+        self._v = nn.Buffer(torch.zeros(weight.shape[1], device=weight.device))
+        for _ in range(20):
+            self.power_step(weight)
+        # what `forward` divides by, so that the first W' is W
+        scale = float(self._u.double() @ weight.detach().double() @ self._v.double()) + _EPS
+        if not scale > _SMALLEST_SCALE:
+            raise ValueError(
+                f"the largest singular value is {scale:.3g}, but spectral reparametrisation cannot go below "
+                f"{_SMALLEST_SCALE}; start from larger weights (student.config.initializer_range) or do without it"
+            )
+        rho = math.log(math.expm1(scale - _SMALLEST_SCALE))  # the inverse of softplus
+        self.scale = nn.Parameter(torch.full((1, 1), rho, device=weight.device, dtype=weight.dtype))
+        self._sn_version = nn.Buffer(torch.tensor(2, device=weight.device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        # copies: the next forward moves u and v in place, and the backward of this one may come after it
+        return _scaled(weight, self.scale, self._u.clone(), self._v.clone(), self._sn_version)
+
+    @torch.no_grad()
+    def power_step(self, weight: torch.Tensor) -> None:
+        """One step of power iteration. For a sharded weight: on all processes together."""
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        with torch.autocast(weight.device.type, enabled=False):
+            v = F.normalize(weight.float().T @ self._u.float(), dim=0)
+            u = F.normalize(weight.float() @ v, dim=0)
+        self._u.copy_(u)
+        self._v.copy_(v)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(f"{prefix}_sn_version", torch.tensor(1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def add_spectral_reparam(model: RadioModel, heads: bool = False) -> None:
+    """Reparametrises the Linears of the encoder layers, and of the adaptors with `heads`, in place.
+
+    The function that the model computes stays as it is. From now on each forward in training mode begins with one step
+    of power iteration, none in eval mode. Call it before the model is wrapped (DDP) or sharded (FSDP2). With gradient
+    checkpointing every forward needs its backward before the next forward.
+
+    Raises:
+        ValueError: the model has it already, or a weight is too small (see SpectralReparam).
+    """
+    if has_spectral_reparam(model):
+        raise ValueError("the model has a spectral reparametrisation already; add it once")
+    reparams = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(("encoder.", "adaptors.") if heads else "encoder."):
+            try:
+                reparams.append((module, SpectralReparam(module.weight)))
+            except ValueError as error:
+                raise ValueError(f"{name}.weight: {error}") from error
+    for linear, reparam in reparams:
+        register_parametrization(linear, "weight", reparam)
+    # once a forward, outside the layers: gradient checkpointing computes a layer again with the same u and v
+    model.register_forward_pre_hook(_power_steps)
+
+
+def has_spectral_reparam(model: nn.Module) -> bool:
+    return any(isinstance(module, SpectralReparam) for module in model.modules())
+
+
+def fold_spectral(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with W' as plain `weight` in place of each reparametrised one; all other keys stay as they are.
+
+    Raises:
+        ValueError: a parametrisation has other keys than those of this module, or lacks some.
+    """
+    folded = {}
+    for key, value in state_dict.items():
+        linear, mark, part = key.rpartition("parametrizations.weight.")
+        if not mark:
+            folded[key] = value
+        elif part not in _PARTS:
+            raise ValueError(f"{key} is not part of a spectral reparametrisation; expected one of {', '.join(_PARTS)}")
+        elif part == "original":
+            missing = [name for name in _PARTS[1:4] if f"{linear}{mark}{name}" not in state_dict]
+            if missing:
+                raise ValueError(f"{linear}{mark}* lacks {', '.join(missing)}; pass the whole state dict")
+            scale, u, v = (state_dict[f"{linear}{mark}{name}"] for name in _PARTS[1:4])
+            version = state_dict.get(f"{linear}{mark}{_PARTS[4]}", torch.tensor(1, device=value.device))
+            with torch.no_grad():
+                folded[f"{linear}weight"] = _scaled(value, scale, u, v, version)
+    return folded
+
+
+def _scaled(
+    weight: torch.Tensor, rho: torch.Tensor, u: torch.Tensor, v: torch.Tensor, version: torch.Tensor
+) -> torch.Tensor:
+    """W' (out, in), computed in float32, in the dtype of the weight."""
+    # products of vectors in half precision would be off by more than a training step changes
+    with torch.autocast(weight.device.type, enabled=False):
+        matrix, rho = weight.float(), rho.float()
+        sigma = torch.dot(u.float(), matrix @ v.float())
+        scale = torch.where(version > 1, F.softplus(rho) + _SMALLEST_SCALE, rho)
+        return (matrix * (scale / (sigma + _EPS))).to(weight.dtype)
+
+
+def _power_steps(model: nn.Module, _: object) -> None:
+    if not model.training:
+        return
+    for module in model.modules():
+        if isinstance(module, ParametrizationList) and isinstance(module[0], SpectralReparam):
+            module[0].power_step(module.original)
