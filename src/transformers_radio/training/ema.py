@@ -1,0 +1,89 @@
+"""Exponential moving average of the student's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class EMA:
+    """average = decay * average + (1 - decay) * weight, in float32, for every parameter; buffers are not averaged.
+
+    Sharded parameters (FSDP2) have averages sharded alike; `state_dict` and `load_state_dict` are then called by all
+    processes together.
+
+    Args:
+        model: the student as trained; create the average after wrapping or sharding it, from the wrapped model or the
+            unwrapped one, whose names it then has.
+        decay: between 0 and 1.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0 < decay < 1:
+            raise ValueError(f"the decay of the weight average is {decay}; expected a number between 0 and 1")
+        self.model, self.decay = model, decay
+        self.averages = {name: weight.float().clone() for name, weight in self._weights()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Call after each optimizer step."""
+        for name, weight in self._weights():
+            _local(self.averages[name]).lerp_(_local(weight).float(), 1 - self.decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the model has the averages as its weights; afterwards its own again, bit by bit."""
+        weights = {name: _local(weight).clone() for name, weight in self._weights()}
+        try:
+            self._write(self.averages)
+            yield
+        finally:
+            self._write(weights)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Whole averages by name of the parameter, on the CPU."""
+        return {
+            name: (average.full_tensor() if isinstance(average, DTensor) else average).to("cpu", copy=True)
+            for name, average in self.averages.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Takes what `state_dict` returned, of a model sharded alike or otherwise.
+
+        Raises:
+            ValueError: names or shapes are not those of this model.
+        """
+        shapes = {name: tuple(average.shape) for name, average in self.averages.items()}
+        given = {name: tuple(average.shape) for name, average in state_dict.items()}
+        if given != shapes:
+            wrong = sorted({name for name, _ in given.items() ^ shapes.items()})
+            raise ValueError(
+                f"the saved averages do not fit this model: {len(wrong)} names or shapes differ, e.g. {wrong[0]}: "
+                f"saved {given.get(wrong[0])}, expected {shapes.get(wrong[0])}; use those of the same student"
+            )
+        for name, average in self.averages.items():
+            whole = state_dict[name].to(average.device, torch.float32)
+            if isinstance(average, DTensor):
+                whole = distribute_tensor(whole, average.device_mesh, average.placements)
+            _local(average).copy_(_local(whole))
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for name, weight in self._weights():
+            _local(weight).copy_(_local(values[name]))
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward in eval mode leaves gathered copies in the place of the parameters
+        for name, weight in self.model.named_parameters():
+            yield name, weight.detach()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
