@@ -18,7 +18,8 @@ from transformers_radio.data import ImageStream
 from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.distill import build_student, build_teachers
+from transformers_radio.training.distill import TeacherShape, build_student
+from transformers_radio.training.placement import load_teacher
 from transformers_radio.training.recipe import Recipe
 
 ROUNDS = 7
@@ -37,8 +38,8 @@ def framework_seconds(recipe: Recipe) -> float:
 def plain_seconds(recipe: Recipe) -> float:
     """Seconds a step of a loop that has nothing but the models, the losses and the optimizer."""
     stage = next(iter(recipe.stages.values()))
-    teachers = build_teachers(recipe)
-    student = build_student(recipe, teachers).train()
+    teachers = {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}
+    student = build_student(recipe, {name: TeacherShape.of(teacher) for name, teacher in teachers.items()}).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.optimizer.learning_rate)
     sides = sorted({stage.resolution, *(teacher.image_size for teacher in teachers.values())})
     stream = ImageStream(recipe.data, resolutions=sides, batch_size=stage.batch_size, seed=recipe.seed)

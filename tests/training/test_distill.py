@@ -4,13 +4,29 @@ from tiny_teachers import PatchTeacher
 from torch.nn import functional as F
 
 from transformers_radio.training import load_recipe
+from transformers_radio.training.balancing import NaiveBalancing
 from transformers_radio.training.distill import (
-    build_student,
-    build_teachers,
+    Distillation,
+    TeacherShape,
     distillation_losses,
+    stage_student,
     teacher_targets,
-    weighted_sum,
+    term_weights,
 )
+from transformers_radio.training.distill import build_student as build_student_of_shapes
+from transformers_radio.training.placement import load_teacher
+
+
+def build_teachers(recipe):
+    return {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}
+
+
+def build_student(recipe, teachers):
+    return build_student_of_shapes(recipe, {name: TeacherShape.of(teacher) for name, teacher in teachers.items()})
+
+
+def build_distillation(recipe, student):
+    return Distillation(student, NaiveBalancing(term_weights(recipe, student)), recipe.loss)
 
 
 def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
@@ -24,7 +40,7 @@ def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
     assert set(terms) == {"clip/summary", "clip/features", "sam/features"}
 
     clip = teachers["clip"](images[24])
-    summary = (1 - F.cosine_similarity(output.adaptors["clip"].summary, clip.summary)).mean()
+    summary = 1 - F.cosine_similarity(output.adaptors["clip"].summary, clip.summary)  # (B,)
     torch.testing.assert_close(terms["clip/summary"], summary)
     expected = {}
     for name, side, student_maps_grow in (("clip", 24, False), ("sam", 48, True)):
@@ -34,11 +50,13 @@ def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
             found = F.interpolate(found, size=target.shape[2:], mode="bilinear")
         else:
             target = F.interpolate(target, size=(4, 4), mode="bilinear")
-        cosine = (1 - F.cosine_similarity(found, target, dim=1)).mean()
-        expected[name] = 0.9 * cosine + 0.1 * F.smooth_l1_loss(found, target, beta=2.0)
+        cosine = (1 - F.cosine_similarity(found, target, dim=1)).mean(dim=(1, 2))
+        smooth_l1 = F.smooth_l1_loss(found, target, beta=2.0, reduction="none").mean(dim=(1, 2, 3))
+        expected[name] = 0.9 * cosine + 0.1 * smooth_l1
         torch.testing.assert_close(terms[f"{name}/features"], expected[name])
     total = 0.5 * summary + expected["clip"] + 2 * expected["sam"]
-    torch.testing.assert_close(weighted_sum(terms, recipe.teachers), total)
+    found, _ = build_distillation(recipe, student)(images[32], teacher_targets(teachers, images))
+    torch.testing.assert_close(found, total)
 
 
 @pytest.mark.parametrize(("summary", "tokens", "width"), [("cls_per_teacher", 2, 64), ("cls", 1, 32), ("mean", 0, 32)])
@@ -57,8 +75,8 @@ def test_gradients_reach_every_parameter_of_the_student_and_none_of_a_teacher(ma
     teachers = build_teachers(recipe)
     student = build_student(recipe, teachers).train()
     images = {side: torch.rand(2, 3, side, side) for side in (24, 32, 48)}
-    terms = distillation_losses(student(images[32]), (4, 4), teacher_targets(teachers, images), recipe.loss)
-    weighted_sum(terms, recipe.teachers).backward()
+    totals, _ = build_distillation(recipe, student)(images[32], teacher_targets(teachers, images))
+    totals.sum().backward()
     assert [name for name, p in student.named_parameters() if p.grad is None] == []
     assert all(p.grad is None and not p.requires_grad for t in teachers.values() for p in t.parameters())
 
@@ -77,3 +95,40 @@ def test_teachers_see_the_same_crop_at_their_own_size():
     teacher = PatchTeacher("", image_size=24)
     images = {24: torch.rand(1, 3, 24, 24), 32: torch.zeros(1, 3, 32, 32)}
     assert torch.equal(teacher_targets({"t": teacher}, images)["t"].features, teacher(images[24]).features)
+
+
+def test_heads_that_are_not_in_a_pass_get_a_gradient_of_zero(make_recipe):
+    recipe = load_recipe(make_recipe())
+    teachers = build_teachers(recipe)
+    model = build_distillation(recipe, build_student(recipe, teachers).train())
+    images = {side: torch.rand(2, 3, side, side) for side in (24, 32)}
+    totals, terms = model(images[32], teacher_targets({"clip": teachers["clip"]}, images))
+    assert set(terms) == {"clip/summary", "clip/features"}
+    totals.sum().backward()
+    assert all(not p.grad.any() for p in model.student.adaptors["sam"].parameters())
+    assert all(p.grad.any() for p in model.student.adaptors["clip"].parameters())
+
+    model.zero_grad()
+    totals, terms = model(images[32], {})
+    totals.sum().backward()
+    assert not terms and not totals.any()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()] == []
+
+
+def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
+    stages = [
+        "stages.main.teachers=[clip]",
+        "stages.second={steps: 2, resolution: 32, batch_size: 4, teachers: [sam]}",
+        "teachers.sam.options.summary=true",
+    ]
+    recipe = load_recipe(make_recipe(), stages)
+    full = build_student(recipe, build_teachers(recipe))
+    first, second = (stage_student(full, recipe, name) for name in recipe.stages)
+    assert set(first.adaptors) == {"clip"} and set(second.adaptors) == {"clip", "sam"}
+    # A CLS token for each teacher from the start; a head that has no teacher any more rests.
+    assert first.config.num_cls_tokens == second.config.num_cls_tokens == 2
+    assert not any(p.requires_grad for p in second.adaptors["clip"].parameters())
+    assert all(p.requires_grad for p in second.adaptors["sam"].parameters())
+    for student in (first, second):
+        for name, parameter in student.named_parameters():
+            assert torch.equal(parameter, full.get_parameter(name)), name

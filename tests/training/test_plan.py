@@ -2,13 +2,15 @@ import pytest
 from tiny_teachers import PatchTeacher
 
 from transformers_radio.training import load_recipe
-from transformers_radio.training.distill import build_student, build_teachers
+from transformers_radio.training.distill import TeacherShape, build_student
+from transformers_radio.training.placement import load_teacher
 from transformers_radio.training.plan import print_plan, student_cost, teacher_flops
 
 
 def test_flops_are_those_counted_by_hand(make_recipe):
     recipe = load_recipe(make_recipe(), ["teachers.sam.feature_weight=1"])
-    student = build_student(recipe, build_teachers(recipe))
+    shapes = {name: TeacherShape.of(load_teacher(name, spec)) for name, spec in recipe.teachers.items()}
+    student = build_student(recipe, shapes)
     width, mlp, layers, patches, tokens = 32, 64, 2, 16, 16 + 1 + 1
     linear = tokens * (4 * width * width + 2 * width * mlp)  # q, k, v, out; fc1, fc2
     attention = 2 * tokens * tokens * width

@@ -1,6 +1,7 @@
 import pytest
 
-from transformers_radio.training.recipe import StageRecipe, load_recipe, micro_batch, save_recipe
+from transformers_radio.training.partition import micro_batch
+from transformers_radio.training.recipe import load_recipe, save_recipe
 
 MINIMAL = """
 output_dir: {output}
@@ -81,13 +82,12 @@ def test_a_missing_file_is_said_so(tmp_path):
     [(1024, None, 32, (32, 1)), (1024, 8, 32, (8, 4)), (6, 2, 1, (2, 3))],
 )
 def test_the_global_batch_splits_into_processes_and_passes(batch_size, micro_batch_size, processes, expected):
-    stage = StageRecipe(steps=1, resolution=16, batch_size=batch_size, micro_batch_size=micro_batch_size)
-    assert micro_batch(stage, processes) == expected
+    assert micro_batch("stages.main", batch_size, micro_batch_size, processes) == expected
 
 
 def test_a_batch_that_does_not_split_names_a_multiple():
-    with pytest.raises(ValueError, match="make it a multiple of 6"):
-        micro_batch(StageRecipe(steps=1, resolution=16, batch_size=10, micro_batch_size=2), processes=3)
+    with pytest.raises(ValueError, match=r"stages.main.batch_size 10 .* make it a multiple of 6"):
+        micro_batch("stages.main", 10, 2, processes=3)
 
 
 def test_package_paths_resolve(recipe_file):

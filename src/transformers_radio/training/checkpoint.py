@@ -1,91 +1,187 @@
 """Checkpoints that survive kill -9: written under a temporary name, renamed when whole, the last few kept.
 
 output_dir/checkpoints/step-00001000/
-  config.json, model.safetensors, *.py      a Hugging Face folder that AutoModel loads
-  training_state/     optimizer, random generators (Accelerate), state.json: step, schedule, data position
+  config.json, model.safetensors, *.py      a Hugging Face folder that AutoModel loads, as the student is published
+  training_state/                           for DDP, FSDP2 and one process alike: each goes on from the others
+    model.safetensors                       what is trained, as it is trained
+    optimizer.pt, scaler.pt, ema.safetensors
+    random_<rank>.pt                        random generators
+    state.json                              step, stage, schedule, data positions
+  manifest.json                             bytes and checksum of every file
 """
 
 import json
 import os
+import random
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from transformers.utils import logging as transformers_logging
+from accelerate.utils import gather_object, set_seed
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from transformers_radio.data import merge_states
-from transformers_radio.modeling import RadioImageProcessor
 
-from .run_folder import find_checkpoints
+from .ema import EMA
+from .export import WHOLE_ON_MAIN, whole_state, write_student
+from .phi_s import PhiS
+from .run_folder import MANIFEST, checksum, find_checkpoints
 
 
 def save_checkpoint(
-    accelerator: Accelerator, student: Any, output_dir: Path, keep: int, state: dict[str, Any], stream: dict[str, Any]
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    standardize: dict[str, PhiS],
+    output_dir: Path,
+    keep: int,
+    state: dict[str, Any],
+    streams: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Writes the checkpoint of state["step"] on all processes together.
+    """Writes the checkpoint of state["step"], on all processes together.
 
     Args:
-        student: the prepared model.
+        model: the prepared `Distillation`.
         state: JSON-able, the same on every process.
-        stream: this process's ImageStream.state_dict().
+        streams: group -> this process's ImageStream.state_dict(), of the groups that it serves.
 
     Returns:
-        The state as load_checkpoint will return it: with the data position of all processes.
+        The state as `read_state` will return it: with the data positions of all processes.
+
+    Raises:
+        OSError: on every process, when it could not be written on one; nothing is left of it.
     """
     path = output_dir / "checkpoints" / f"step-{state['step']:08d}"
     temporary = path.with_name(path.name + ".tmp")
-    accelerator.save_state(str(temporary / "training_state"))
-    state = {**state, "stream": merge_states(gather_object([stream]))}
-    write_student(accelerator, student, temporary)
+    folder = temporary / "training_state"
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for group, position in gather_object(list(streams.items())):
+        by_group.setdefault(group, []).append(position)
+    merged = {group: merge_states(positions) for group, positions in by_group.items()}
+    state = {**state, "streams": {**state["streams"], **merged}, "processes": accelerator.num_processes}
+
+    # Sharded weights are gathered by all processes; only the main one has the result.
+    model_state = whole_state(model)
+    optimizer_state = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_MAIN)
+    averages = None if ema is None else ema.state_dict()
+    error = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(_random_state(accelerator), folder / f"random_{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            save_file(model_state, folder / "model.safetensors")
+            torch.save(optimizer_state, folder / "optimizer.pt")
+            if accelerator.scaler is not None:
+                torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
+            if averages is not None:
+                save_file(averages, folder / "ema.safetensors")
+            write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
+            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    except Exception as failure:  # safetensors has an error of its own for a full disk
+        error = f"{type(failure).__name__}: {failure}"
+    errors = [one for one in gather_object([error]) if one is not None]
     if accelerator.is_main_process:
-        (temporary / "training_state" / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        os.replace(temporary, path)
-        for old in find_checkpoints(output_dir)[:-keep]:
-            doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
+        if errors:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            _write_manifest(temporary)
+            os.replace(temporary, path)
+            for old in find_checkpoints(output_dir)[:-keep]:
+                doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
+    if errors:
+        raise OSError(
+            f"the checkpoint {path} could not be written ({errors[0]}). The last good one is kept; make room on the "
+            "disk and run the same command again"
+        )
     return state
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-    """Restores model, optimizer and random generators; returns the state that save_checkpoint returned."""
-    state = json.loads((path / "training_state" / "state.json").read_text(encoding="utf-8"))
-    accelerator.load_state(str(path / "training_state"))
-    return state
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state that save_checkpoint returned."""
+    return json.loads((checkpoint / "training_state" / "state.json").read_text(encoding="utf-8"))
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Weights of the unprepared `Distillation`: of this stage, or of the last one, whose student has fewer heads.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    saved = load_file(checkpoint / "training_state" / "model.safetensors")
+    missing, unexpected = model.load_state_dict(saved, strict=False)
+    # The balancing starts anew with the terms of a stage; its shapes follow from their number.
+    missing = [name for name in missing if not name.startswith(("student.adaptors.", "balancing."))]
+    unexpected = [name for name in unexpected if not name.startswith("balancing.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"{checkpoint} is of another model: it lacks {missing[:3]} and has {unexpected[:3]} in addition; restore "
+            "the recipe that wrote it, or choose another output_dir"
+        )
+
+
+def load_training(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    seed: int,
+) -> None:
+    """All the rest that a stage goes on with, after the model has been prepared: moments, averages, random numbers.
+
+    A process that the run did not have before gets random numbers of its own from `seed`.
+    """
+    folder = checkpoint / "training_state"
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
+    if ema is not None:
+        ema.load_state_dict(load_file(folder / "ema.safetensors"))
+    random_file = folder / f"random_{accelerator.process_index}.pt"
+    if random_file.exists():
+        _set_random_state(accelerator, torch.load(random_file, map_location="cpu", weights_only=True))
+    else:
+        set_seed(seed, device_specific=True)
 
 
 def skipped_images(state: dict[str, Any]) -> dict[str, int]:
     """Images that all processes have left out since the start, by reason, from a checkpoint's state."""
-    lanes = (state["stream"] or {"lanes": {}})["lanes"].values()
+    lanes = [lane for stream in state["streams"].values() for lane in stream["lanes"].values()]
     return dict(sum((Counter(lane["skipped"]) for lane in lanes), Counter()))
 
 
-def write_student(accelerator: Accelerator, student: Any, folder: Path) -> None:
-    """A Hugging Face folder: weights, config, remote code, image processor. Called on all processes."""
-    state_dict = accelerator.get_state_dict(student)
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(student)
-        transformers_logging.disable_progress_bar()  # it would break the training's own into pieces
-        model.save_pretrained(folder, state_dict=state_dict)
-        transformers_logging.enable_progress_bar()
-        side = model.preferred_resolution
-        processor = RadioImageProcessor(size={"height": side, "width": side}, size_divisor=model.min_resolution_step)
-        processor.save_pretrained(folder)
-    accelerator.wait_for_everyone()
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def publish_student(accelerator: Accelerator, student: Any, output_dir: Path) -> Path:
-    """Writes the finished student to output_dir/student, whole or not at all."""
-    temporary, path = output_dir / "student.tmp", output_dir / "student"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    write_student(accelerator, student, temporary)
-    if accelerator.is_main_process:
-        os.replace(temporary, path)
-    accelerator.wait_for_everyone()
-    return path
+def _random_state(accelerator: Accelerator) -> dict[str, Any]:
+    _, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [np.asarray(keys).tolist(), *rest]}
+    if accelerator.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    return state
+
+
+def _set_random_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    if accelerator.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], accelerator.device)

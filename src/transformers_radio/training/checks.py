@@ -11,70 +11,82 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
 from .distill import distillation_losses, raise_if_not_finite, teacher_targets
-from .recipe import Recipe, micro_batch
+from .partition import Group
+from .recipe import Recipe
 from .run_folder import find_checkpoints
 
 
 def check_before_training(
-    recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher], accelerator: Accelerator
+    recipe: Recipe,
+    student: RadioModel,
+    teachers: dict[str, Teacher],
+    groups: dict[str, list[Group]],
+    accelerator: Accelerator,
 ) -> None:
-    """Raises ValueError or OSError with the field and the fix, or returns with the student unchanged."""
-    check_resolutions(recipe, student)
-    check_shapes(recipe, student.to(accelerator.device), teachers)
+    """Raises ValueError or OSError with the field and the fix, or returns with the student unchanged.
+
+    Args:
+        student: with the heads of all stages.
+        teachers: those that this process serves.
+        groups: stage -> its groups.
+    """
+    check_resolutions(student, groups)
+    for stage, stage_groups in groups.items():
+        for group in (group for group in stage_groups if group.index is not None):
+            where = stage if group.name == "all" else f"{stage}.groups.{group.name}"
+            check_shapes(recipe, where, group, student.to(accelerator.device), teachers)
+            ImageStream(
+                recipe.data,
+                resolutions=sorted({group.resolution, *(teachers[name].image_size for name in group.teachers)}),
+                batch_size=group.micro_batch_size,
+                seed=recipe.seed,
+                rank=group.index or 0,
+                world_size=len(group.ranks),
+            ).check()
     check_disk(recipe, student)
-    for stage in recipe.stages.values():
-        images_per_pass, _ = micro_batch(stage, accelerator.num_processes)
-        sides = (teachers[name].image_size for name in stage.teachers or teachers)
-        ImageStream(
-            recipe.data,
-            resolutions=sorted({stage.resolution, *sides}),
-            batch_size=images_per_pass,
-            seed=recipe.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        ).check()
 
 
-def check_resolutions(recipe: Recipe, student: RadioModel) -> None:
-    for name, stage in recipe.stages.items():
-        if stage.resolution % student.min_resolution_step or stage.resolution > student.max_resolution:
-            nearest = student.get_nearest_supported_resolution(stage.resolution, stage.resolution)[0]
-            raise ValueError(
-                f"stages.{name}.resolution is {stage.resolution}; the student takes multiples of "
-                f"{student.min_resolution_step} up to {student.max_resolution}, the nearest is {nearest}"
-            )
-
-
-def check_shapes(recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher]) -> None:
-    """Runs one grey image through every teacher, the student and the losses of every stage."""
-    training = student.training
-    student.eval()
-    for name, stage in recipe.stages.items():
-        used = {teacher: teachers[teacher] for teacher in stage.teachers or teachers}
-        sides = {stage.resolution, *(teacher.image_size for teacher in used.values())}
-        images = {side: torch.full((1, 3, side, side), 0.5, device=student.device) for side in sides}
-        targets = teacher_targets(used, images)
-        for teacher, target in targets.items():
-            summary_dim = None if target.summary is None else target.summary.shape[-1]
-            found = (summary_dim, target.features.shape[-1], target.features.shape[1])
-            h, w = target.grid
-            promised = (used[teacher].summary_dim, used[teacher].feature_dim, h * w)
-            if found != promised:
+def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> None:
+    for stage, stage_groups in groups.items():
+        for group in stage_groups:
+            side = group.resolution
+            if side % student.min_resolution_step or side > student.max_resolution:
+                where = f"stages.{stage}" if group.name == "all" else f"stages.{stage}.groups.{group.name}"
+                nearest = student.get_nearest_supported_resolution(side, side)[0]
                 raise ValueError(
-                    f"teachers.{teacher} promises (summary_dim, feature_dim, h*w) = {promised} and returns {found}"
+                    f"{where}.resolution is {side}; the student takes multiples of {student.min_resolution_step} up "
+                    f"to {student.max_resolution}, the nearest is {nearest}"
                 )
-        with torch.no_grad():
-            output = student(images[stage.resolution], adaptors=list(used))
-        side = stage.resolution // student.patch_size
-        try:
-            terms = distillation_losses(output, (side, side), targets, recipe.loss)
-        except (RuntimeError, AttributeError, KeyError) as error:
+
+
+@torch.no_grad()
+def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, teachers: dict[str, Teacher]) -> None:
+    """Runs one grey image through a group's teachers, the student and the losses."""
+    used = {name: teachers[name] for name in group.teachers}
+    sides = {group.resolution, *(teacher.image_size for teacher in used.values())}
+    images = {side: torch.full((1, 3, side, side), 0.5, device=student.device) for side in sides}
+    targets = teacher_targets(used, images)
+    for name, target in targets.items():
+        summary_dim = None if target.summary is None else target.summary.shape[-1]
+        found = (summary_dim, target.features.shape[-1], target.features.shape[1])
+        h, w = target.grid
+        promised = (used[name].summary_dim, used[name].feature_dim, h * w)
+        if found != promised:
             raise ValueError(
-                f"stages.{name}: the student's heads do not fit the teachers' outputs ({error}); a student from a "
-                "checkpoint needs adaptors of the recipe's teachers with the same widths"
-            ) from error
-        raise_if_not_finite(terms, 0)
+                f"teachers.{name} promises (summary_dim, feature_dim, h*w) = {promised} and returns {found}"
+            )
+    training = student.training
+    output = student.eval()(images[group.resolution], adaptors=list(used))
     student.train(training)
+    side = group.resolution // student.patch_size
+    try:
+        terms = distillation_losses(output, (side, side), targets, recipe.loss)
+    except (RuntimeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"stages.{where}: the student's heads do not fit the teachers' outputs ({error}); a student from a "
+            "checkpoint needs adaptors of the recipe's teachers with the same widths"
+        ) from error
+    raise_if_not_finite(terms, 0)
 
 
 def check_disk(recipe: Recipe, student: RadioModel) -> None:

@@ -1,34 +1,73 @@
 """One distillation step: images -> teachers' targets -> student's heads -> losses (paper section 3.4)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher
+from transformers_radio.teachers import Teacher, TeacherOutput
 
-from .losses import cosine_loss, larger_grid, match_loss, resize_grid
-from .recipe import LossRecipe, Recipe, TeacherRecipe
-
-
-def build_teachers(recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, Teacher]:
-    """Loads every teacher of the recipe, frozen. A failure names the teacher."""
-    teachers = {}
-    for name, spec in recipe.teachers.items():
-        try:
-            teachers[name] = build_teacher(
-                spec.type, spec.checkpoint, image_size=spec.image_size, dtype=spec.dtype, **spec.options
-            ).to(device)
-        except Exception as error:
-            raise ValueError(
-                f"teachers.{name} ({spec.type}, {spec.checkpoint}) could not be loaded: {error}"
-            ) from error
-    return teachers
+from .losses import common_grid, cosine_loss, match_loss, resize_grid
+from .phi_s import PhiS
+from .recipe import LossRecipe, Recipe
 
 
-def build_student(recipe: Recipe, teachers: dict[str, Teacher]) -> RadioModel:
+@dataclass(frozen=True)
+class TeacherShape:
+    """What a student has to know of a teacher: of all teachers, also those that another process serves."""
+
+    summary_dim: int | None
+    feature_dim: int
+    image_size: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> "TeacherShape":
+        return cls(teacher.summary_dim, teacher.feature_dim, teacher.image_size, teacher.patch_size)
+
+
+class Distillation(nn.Module):
+    """What the gradients are of: the student, and the balancing where it learns."""
+
+    def __init__(self, student: RadioModel, balancing: nn.Module, loss: LossRecipe):
+        super().__init__()
+        self.student = student
+        self.balancing = balancing
+        self.loss = loss
+
+    def forward(
+        self, pixel_values: torch.Tensor, targets: dict[str, TeacherOutput], window_size: int | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            pixel_values: (B, 3, H, W) in [0, 1].
+            targets: of the teachers of this pass; with none the totals are 0 and every gradient is zero.
+            window_size: as in RadioModel.forward.
+
+        Returns:
+            Each image's balanced total, float32 (B,), and its terms by `teacher/summary` and `teacher/features`,
+            float32 (B,) each and without gradient.
+        """
+        output = self.student(pixel_values, adaptors=list(targets), window_size=window_size)
+        height, width = pixel_values.shape[-2:]
+        grid = (height // self.student.patch_size, width // self.student.patch_size)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            terms = distillation_losses(output, grid, targets, self.loss)
+            total = self.balancing(terms, output.summary, output.features)
+            # Processes may serve different teachers, but have to reduce the gradients of the same weights: those of
+            # heads that are not in this pass are zero.
+            idle = [p.sum() for name, head in self.student.adaptors.items() if name not in targets
+                    for p in head.parameters() if p.requires_grad]  # fmt: skip
+            idle += [] if targets else [output.summary.sum(), output.features.sum()]
+            total = total + 0 * sum(idle) if idle else total
+        return total, {name: term.detach() for name, term in terms.items()}
+
+
+def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioModel:
     """The student with one adaptor a teacher (paper section 3.2), of its size or from its checkpoint.
 
     Heads exist for the terms that are trained: a summary head where the teacher has a summary and summary_weight > 0,
@@ -60,10 +99,6 @@ def build_student(recipe: Recipe, teachers: dict[str, Teacher]) -> RadioModel:
         student = _continued(recipe, adaptors) if recipe.student.checkpoint else _fresh(recipe, adaptors)
     except (StrictDataclassError, TypeError) as error:  # a field of student.config has a wrong type
         raise ValueError(f"student.config {recipe.student.config}: {error}") from error
-    # What the image processor of the finished student resizes to.
-    student.config.preferred_resolution = list(recipe.stages.values())[-1].resolution
-    if recipe.student.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
     return student
 
 
@@ -112,21 +147,64 @@ def _continued(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioMode
     return RadioModel.from_pretrained(checkpoint, config=config, allow_missing=new)
 
 
-def teacher_targets(teachers: dict[str, Teacher], images: dict[int, torch.Tensor]) -> dict[str, TeacherOutput]:
+def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioModel:
+    """The student of a stage: of `full`, with the heads of the teachers up to this stage.
+
+    Heads of teachers that came and went stay, and rest.
+    """
+    met: list[str] = []
+    for name, stage in recipe.stages.items():
+        met += stage.teacher_names(recipe)
+        if name == stage_name:
+            break
+    kept = [name for name in full.adaptors if name in met]
+    resting = set(kept) - set(recipe.stages[stage_name].teacher_names(recipe))
+    config = RadioConfig.from_dict(
+        {**full.config.to_dict(), "adaptors": {name: full.config.adaptors[name] for name in kept}}
+    )
+    config.preferred_resolution = recipe.stages[stage_name].top_resolution  # what its image processor resizes to
+    with torch.device("meta"):
+        student = RadioModel(config)
+    student.load_state_dict(
+        {key: value for key, value in full.state_dict().items() if key in student.state_dict()}, assign=True
+    )
+    for name in resting:
+        student.adaptors[name].requires_grad_(False)
+    if recipe.student.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    return student
+
+
+def term_weights(recipe: Recipe, student: RadioModel) -> dict[str, float]:
+    """lambda_i of equation 1 and gamma_i of equation 3 for every head that the student has."""
+    weights = {}
+    for name, spec in recipe.teachers.items():
+        if name in student.adaptors and student.adaptors[name].summary_head is not None:
+            weights[f"{name}/summary"] = spec.summary_weight
+        if name in student.adaptors and student.adaptors[name].feature_head is not None:
+            weights[f"{name}/features"] = spec.feature_weight
+    return weights
+
+
+@torch.no_grad()
+def teacher_targets(
+    teachers: dict[str, Teacher], images: dict[int, torch.Tensor], standardize: dict[str, PhiS] | None = None
+) -> dict[str, TeacherOutput]:
     """Runs each teacher on the same crop at its own resolution.
 
     Args:
         images: side in pixels -> float (B, 3, side, side) in [0, 1].
+        standardize: of the features of these teachers.
     """
-    with torch.no_grad():
-        return {name: teacher(images[teacher.image_size]) for name, teacher in teachers.items()}
+    targets = {name: teacher(images[teacher.image_size]) for name, teacher in teachers.items()}
+    for name, transform in (standardize or {}).items():
+        if name in targets:
+            targets[name].features = transform.standardise(targets[name].features)
+    return targets
 
 
 def distillation_losses(
-    output: Any,
-    student_grid: tuple[int, int],
-    targets: dict[str, TeacherOutput],
-    loss: LossRecipe,
+    output: Any, student_grid: tuple[int, int], targets: dict[str, TeacherOutput], loss: LossRecipe
 ) -> dict[str, torch.Tensor]:
     """The unweighted terms of equations 1 and 3, by `teacher/summary` and `teacher/features`.
 
@@ -136,7 +214,7 @@ def distillation_losses(
         targets: each teacher's summary (B, C) or None, and features (B, h*w, C) with their grid.
 
     Returns:
-        float32 scalars: one for each head that the student has.
+        float32 (B,): one value an image, for each head that the student has.
     """
     terms = {}
     for name, target in targets.items():
@@ -144,7 +222,7 @@ def distillation_losses(
         if head.summary is not None and target.summary is not None:
             terms[f"{name}/summary"] = cosine_loss(head.summary, target.summary)
         if head.features is not None:
-            grid = larger_grid(student_grid, target.grid)
+            grid = common_grid(student_grid, target.grid, loss.grid)
             terms[f"{name}/features"] = match_loss(
                 resize_grid(head.features, student_grid, grid),
                 resize_grid(target.features, target.grid, grid),
@@ -155,21 +233,16 @@ def distillation_losses(
     return terms
 
 
-def weighted_sum(terms: dict[str, torch.Tensor], teachers: dict[str, TeacherRecipe]) -> torch.Tensor:
-    """Equations 1 and 3 summed: lambda_i for summaries, gamma_i for features (naive balancing, section 3.4.1)."""
-    total = torch.zeros((), dtype=torch.float32, device=next(iter(terms.values())).device)
-    for term, value in terms.items():
-        name, kind = term.rsplit("/", 1)
-        total = total + getattr(teachers[name], "summary_weight" if kind == "summary" else "feature_weight") * value
-    return total
-
-
 def raise_if_not_finite(terms: dict[str, torch.Tensor], step: int) -> None:
-    """One device synchronisation; names the teacher and head of the first term that is NaN or infinite."""
-    values = torch.stack(list(terms.values())).detach()
-    if bool(values.isfinite().all()):
+    """One device synchronisation; names the teacher and head of the first terms that are NaN or infinite.
+
+    Args:
+        terms: name -> any shape.
+    """
+    means = torch.stack([term.detach().mean() for term in terms.values()])
+    if bool(means.isfinite().all()):
         return
-    bad = [f"{term} = {value.item()}" for term, value in terms.items() if not value.isfinite()]
+    bad = [f"{term} = {mean.item()}" for term, mean in zip(terms, means, strict=True) if not mean.isfinite()]
     raise FloatingPointError(
         f"the loss is not finite at step {step}: {', '.join(bad)} (teacher/head). The last good checkpoint is kept; "
         "lower optimizer.learning_rate, set mixed_precision=bf16 or no, or look at that teacher's outputs"

@@ -1,19 +1,20 @@
-"""The distillation losses of AM-RADIO (paper section 3.4, equations 1 to 3). All are computed in float32."""
+"""The distillation losses of AM-RADIO (paper section 3.4, equations 1 to 3), one value an image, all in float32."""
 
 import torch
 import torch.nn.functional as F
 
 
 def cosine_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean of 1 - cos(prediction, target) along the last dimension (L_cos in equations 1 and 2).
+    """Each image's mean of 1 - cos(prediction, target) along the last dimension (L_cos in equations 1 and 2).
 
     Args:
-        prediction, target: (..., C), any floating dtype.
+        prediction, target: (B, ..., C), any floating dtype.
 
     Returns:
-        float32 scalar in [0, 2].
+        float32 (B,) in [0, 2].
     """
-    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1, eps=1e-8).mean()
+    cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1, eps=1e-8)  # (B, ...)
+    return 1 - cosine.flatten(1).mean(dim=1) if cosine.ndim > 1 else 1 - cosine
 
 
 def match_loss(
@@ -23,7 +24,7 @@ def match_loss(
     smooth_l1_weight: float = 0.1,
     smooth_l1_beta: float = 2.0,
 ) -> torch.Tensor:
-    """Equation 2: cosine for the direction, smooth L1 for the magnitude of the teacher's feature vectors.
+    """Equation 2 for each image: cosine for the direction, smooth L1 for the magnitude of the feature vectors.
 
     Args:
         prediction, target: (B, N, C) features on the same grid, any floating dtype.
@@ -32,9 +33,10 @@ def match_loss(
             NVIDIA trainer uses.
 
     Returns:
-        float32 scalar >= 0.
+        float32 (B,), >= 0.
     """
-    smooth_l1 = F.smooth_l1_loss(prediction.float(), target.float(), beta=smooth_l1_beta)
+    smooth_l1 = F.smooth_l1_loss(prediction.float(), target.float(), beta=smooth_l1_beta, reduction="none")
+    smooth_l1 = smooth_l1.flatten(1).mean(dim=1)  # (B, N, C) -> (B,)
     return cosine_weight * cosine_loss(prediction, target) + smooth_l1_weight * smooth_l1
 
 
@@ -51,6 +53,8 @@ def resize_grid(features: torch.Tensor, grid: tuple[int, int], size: tuple[int, 
     return maps.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
 
 
-def larger_grid(student: tuple[int, int], teacher: tuple[int, int]) -> tuple[int, int]:
-    """The grid on which features are compared: the larger of the two (paper section 4, resolution mismatch)."""
-    return max(student[0], teacher[0]), max(student[1], teacher[1])
+def common_grid(student: tuple[int, int], teacher: tuple[int, int], which: str = "larger") -> tuple[int, int]:
+    """The grid on which features are compared: the larger of the two (paper section 4, resolution mismatch), or the
+    smaller, which is cheaper and asks nothing of the student that the teacher does not resolve."""
+    choose = max if which == "larger" else min
+    return choose(student[0], teacher[0]), choose(student[1], teacher[1])

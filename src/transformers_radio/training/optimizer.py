@@ -3,35 +3,49 @@
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from .recipe import OptimizerRecipe, StageRecipe
+from .recipe import Recipe, StageRecipe
 
 # Tokens and the position table are inputs, not maps between spaces: decay would pull them to zero.
 UNDECAYED = ("cls_register_token", "position_embedding")
+# What learns in the first steps of a stage with `freeze_trunk_steps`.
+HEADS = ("student.adaptors.", "balancing.")
 
 
-def build_optimizer(student: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: none on tokens, position table, norms and biases."""
-    decayed: list[torch.nn.Parameter] = []
-    undecayed: list[torch.nn.Parameter] = []
-    for name, parameter in student.named_parameters():
+def build_optimizer(model: torch.nn.Module, recipe: Recipe, stage: StageRecipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: none on tokens, position table, norms and biases.
+
+    Args:
+        model: the `Distillation`; its parameters' names tell the trunk from the heads.
+    """
+    decay = recipe.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             bare = parameter.ndim < 2 or name.endswith(UNDECAYED)
-            (undecayed if bare else decayed).append(parameter)
+            groups.setdefault((not name.startswith(HEADS), 0.0 if bare else decay), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": weight_decay, "trunk": trunk}
+            for (trunk, weight_decay), parameters in groups.items()
         ],
-        lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
+        lr=stage.learning_rate or recipe.optimizer.learning_rate,
+        betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
+        eps=recipe.optimizer.eps,
     )
 
 
-def start_schedule(
-    optimizer: torch.optim.Optimizer, stage: StageRecipe, learning_rate: float
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then cosine to zero over the stage. Every stage starts again at the base learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = learning_rate
-    return get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)
+def start_schedule(optimizer: torch.optim.Optimizer, stage: StageRecipe) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then cosine to zero over the stage; the trunk's rate is zero while it is frozen.
+
+    A frozen trunk does not move, but Adam's moments of it fill already, as in a warm-up.
+    """
+    schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)
+    curve = schedule.lr_lambdas[0]
+
+    def trunk(step: int) -> float:
+        return curve(step) if step >= stage.freeze_trunk_steps else 0.0
+
+    schedule.lr_lambdas = [trunk if group["trunk"] else curve for group in optimizer.param_groups]
+    for group, scale in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * scale(schedule.last_epoch)
+    return schedule

@@ -12,8 +12,10 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
 from .checks import check_disk, check_resolutions
-from .distill import build_student, build_teachers
-from .recipe import Recipe, StageRecipe, micro_batch
+from .distill import TeacherShape, build_student
+from .partition import Group, stage_groups
+from .placement import load_teacher
+from .recipe import Recipe, StageRecipe
 
 
 @dataclass
@@ -69,9 +71,13 @@ def teacher_flops(teacher: Teacher) -> int:
 def print_plan(recipe: Recipe, processes: int = 1) -> None:
     """Prints the tables of `transformers-radio plan`; raises what training would raise before its first step."""
     console = Console()
-    teachers = build_teachers(recipe)
-    student = build_student(recipe, teachers)
-    check_resolutions(recipe, student)
+    teachers = {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}
+    student = build_student(recipe, {name: TeacherShape.of(teacher) for name, teacher in teachers.items()})
+    groups = {
+        name: stage_groups(name, stage, list(recipe.teachers), world_size=processes)
+        for name, stage in recipe.stages.items()
+    }
+    check_resolutions(student, groups)
     check_disk(recipe, student)
 
     table = Table(title="teachers (frozen)", title_justify="left")
@@ -118,36 +124,40 @@ def print_plan(recipe: Recipe, processes: int = 1) -> None:
         *("samples seen", "student GFLOPs/image", "teachers GFLOPs/image", "activations MB/image"),
     ):
         table.add_column(column, justify="left" if column in ("stage", "group") else "right")
+    seen = 0
     for name, stage in recipe.stages.items():
-        table.add_row(*_stage_row(name, stage, recipe, student, flops, processes))
+        for group in groups[name]:
+            table.add_row(*_group_row(name, stage, group, recipe, student, flops))
+            seen += _samples(stage, group)
     console.print(table)
-    seen = sum(stage.steps * stage.batch_size for stage in recipe.stages.values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     console.print(
         f"samples seen: {seen:,}; weights, gradients, AdamW's moments: {4 * weights / 1e6:,.1f} MB a process"
     )
 
 
-def _stage_row(
-    name: str, stage: StageRecipe, recipe: Recipe, student: RadioModel, flops: dict[str, int], processes: int
+def _group_row(
+    stage_name: str, stage: StageRecipe, group: Group, recipe: Recipe, student: RadioModel, flops: dict[str, int]
 ) -> list[str]:
-    used = stage.teachers or list(flops)
-    size, accumulation = micro_batch(stage, processes)
-    cost = student_cost(student, stage.resolution, used, recipe.student.gradient_checkpointing)
-    grid = stage.resolution // student.patch_size
+    cost = student_cost(student, group.resolution, list(group.teachers), recipe.student.gradient_checkpointing)
+    grid = group.resolution // student.patch_size
     return [
-        name,
-        ", ".join(used),
-        str(stage.resolution),
+        stage_name,
+        ", ".join(group.teachers),
+        str(group.resolution),
         f"{grid}x{grid}",
         f"{stage.steps:,}",
-        f"{stage.batch_size:,}",
-        f"{size} x {accumulation} x {processes}",
-        f"{stage.steps * stage.batch_size:,}",
+        f"{group.batch_size:,}",
+        f"{group.micro_batch_size} x {group.passes} x {len(group.ranks)}",
+        f"{_samples(stage, group):,}",
         f"{(cost.forward_flops + cost.backward_flops) / 1e9:.2f}",
-        f"{sum(flops[teacher] for teacher in used) / 1e9:.2f}",
+        f"{sum(flops[teacher] for teacher in group.teachers) / 1e9:.2f}",
         f"{cost.activation_bytes / 1e6:.1f}",
     ]
+
+
+def _samples(stage: StageRecipe, group: Group) -> int:
+    return group.batch_size * sum(group.takes_part(step) for step in range(stage.steps))
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -1,8 +1,7 @@
 """A recipe is one YAML file over these dataclasses; every field can be overridden as `key=value`."""
 
 import difflib
-import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,7 +11,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from transformers_radio.data import DataConfig
-from transformers_radio.modeling import RadioConfig
+
+from .validate import validate
 
 
 @dataclass
@@ -27,6 +27,10 @@ class StudentRecipe:
     summary: str = "cls_per_teacher"  # cls_per_teacher | cls | mean (paper Table 5)
     head_hidden_dim: int | None = None  # null: the widest teacher (paper section 3.2)
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile the encoder's blocks
+    # Spectral reparametrisation of the encoder's Linears (paper section 4: it steadies training at high resolution).
+    spectral_reparam: bool = False
+    weight_noise: float = 0.0  # standard deviation of multiplicative noise on these weights while training; 0: none
 
 
 @dataclass
@@ -37,6 +41,8 @@ class TeacherRecipe:
     checkpoint: str = MISSING  # Hub id, local path, or module:Class
     image_size: int | None = None  # pixels; null: the teacher's own
     dtype: str = "float32"
+    placement: str = "device"  # device | offloaded (on the CPU, a block at a time) | sharded (over its processes)
+    compile: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of this type, e.g. features: neck for SAM
     summary_weight: float = 1.0  # lambda_i of equation 1; a teacher without a summary (SAM) has no such term
     feature_weight: float = 1.0  # gamma_i of equation 3
@@ -44,11 +50,16 @@ class TeacherRecipe:
 
 @dataclass
 class LossRecipe:
-    """Equation 2. The smooth L1 turning point is not in the paper; 2.0 is a later NVIDIA trainer's."""
+    """Equations 1 to 3 and how their terms are balanced (section 3.4.1, Table 4)."""
 
-    cosine_weight: float = 0.9
-    smooth_l1_weight: float = 0.1
-    smooth_l1_beta: float = 2.0
+    cosine_weight: float = 0.9  # alpha of equation 2
+    smooth_l1_weight: float = 0.1  # beta of equation 2
+    smooth_l1_beta: float = 2.0  # the turning point is not in the paper; this is a later NVIDIA trainer's
+    grid: str = "larger"  # larger | smaller: on which of the two feature grids student and teacher are compared
+    balancing: str = "naive"  # naive | uncertainty | adaloss | amtml_kd
+    # none | phi_s: teachers' features in units of equal variance (PHI-S); saved heads speak the teacher's own space
+    standardization: str = "none"
+    statistics_images: int = 3000  # that PHI-S looks at for each teacher, before a stage; ours
 
 
 @dataclass
@@ -64,15 +75,43 @@ class OptimizerRecipe:
 
 
 @dataclass
+class GroupRecipe:
+    """Teachers that see the same images at one student resolution (paper section 4, partitioning)."""
+
+    teachers: list[str] | None = None  # null: all
+    resolution: int = MISSING  # student input side in pixels
+    batch_size: int = MISSING  # images an optimizer step, over all processes of the group
+    micro_batch_size: int | None = None  # images a forward pass and process; null: batch_size / processes
+    share: float = 1.0  # of the processes, relative to the other groups'
+    rate: float = 1.0  # share of the steps that it takes part in; at least one group of a stage has 1
+
+
+@dataclass
 class StageRecipe:
-    """A stretch of training at one student resolution, with its own warm-up and cosine schedule."""
+    """A stretch of training with its own warm-up and cosine schedule: one group of teachers, or several."""
 
     steps: int = MISSING  # optimizer steps
-    resolution: int = MISSING  # student input side in pixels
-    batch_size: int = 1024  # images an optimizer step, over all processes
-    micro_batch_size: int | None = None  # images a forward pass and process; null: batch_size / processes
+    resolution: int = 0  # these four describe the only group of a stage that has no `groups`
+    batch_size: int = 1024
+    micro_batch_size: int | None = None
+    teachers: list[str] | None = None
+    groups: dict[str, GroupRecipe] = field(default_factory=dict)
+    # per_image: all images of a step count the same; per_rank: a group counts by its share of the processes
+    weighting: str = "per_image"
     warmup_steps: int = 0
-    teachers: list[str] | None = None  # null: all
+    learning_rate: float | None = None  # null: the optimizer's
+    weight_decay: float | None = None
+    freeze_trunk_steps: int = 0  # first steps in which only the heads learn
+
+    def teacher_names(self, recipe: "Recipe") -> list[str]:
+        """The teachers of all its groups, in the recipe's order."""
+        lists = [group.teachers for group in self.groups.values()] or [self.teachers]
+        return [name for name in recipe.teachers if any(not listed or name in listed for listed in lists)]
+
+    @property
+    def top_resolution(self) -> int:
+        """The highest of the student's resolutions, in pixels."""
+        return max([group.resolution for group in self.groups.values()] or [self.resolution])
 
 
 @dataclass
@@ -94,6 +133,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     mixed_precision: str = "no"  # no | bf16 | fp16
+    ema_decay: float | None = None  # null: none; else the checkpoints hold the moving average of the weights
     seed: int = 0
     log_every_steps: int = 10
     tracker: str | None = "tensorboard"  # any tracker of Accelerate; null: metrics.jsonl alone
@@ -103,15 +143,6 @@ class Recipe:
 # `${package:quickstart/teachers/clip}` is a path inside the installed package.
 OmegaConf.register_resolver(
     "package", lambda path: str(resources.files("transformers_radio").joinpath(path)), replace=True
-)
-
-
-# Fields of RadioConfig that a recipe may set: not those that follow from student.summary, the teachers and the stages.
-STUDENT_CONFIG_FIELDS = tuple(
-    sorted(
-        {f.name for f in fields(RadioConfig)}
-        - {"adaptors", "summary_type", "num_cls_tokens", "summary_idxs", "preferred_resolution"}
-    )
 )
 
 
@@ -174,70 +205,3 @@ def _check_names(written: Any, schema: Any, prefix: str) -> None:
     elif isinstance(written, DictConfig) and get_args(schema) and is_dataclass(get_args(schema)[-1]):
         for key, value in written.items_ex(resolve=False):
             _check_names(value, get_args(schema)[-1], f"{prefix}{key!s}.")
-
-
-def validate(recipe: Recipe) -> None:
-    """Checks the values that need no file and no process group."""
-    _require(bool(recipe.teachers), "teachers", recipe.teachers, "at least one teacher")
-    _require(bool(recipe.stages), "stages", recipe.stages, "at least one stage")
-    _one_of("mixed_precision", recipe.mixed_precision, ("no", "bf16", "fp16"))
-    _one_of("student.summary", recipe.student.summary, ("cls_per_teacher", "cls", "mean"))
-    if recipe.student.checkpoint is None:
-        _one_of("student.size", recipe.student.size, tuple(RadioConfig.sizes()))
-    else:  # the checkpoint says this already
-        for name in ("summary", "head_hidden_dim"):
-            value, default = getattr(recipe.student, name), getattr(StudentRecipe(), name)
-            _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
-    for name in recipe.student.config:
-        _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
-    for name, teacher in recipe.teachers.items():
-        where = f"teachers.{name}"
-        _require(name.isidentifier(), where, name, "a name of letters, digits and _ (it names the adaptor's weights)")
-        _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
-        for weight in ("summary_weight", "feature_weight"):
-            value = getattr(teacher, weight)
-            _require(math.isfinite(value) and value >= 0, f"{where}.{weight}", value, "a finite number >= 0")
-    for name, stage in recipe.stages.items():
-        where = f"stages.{name}"
-        for key in ("steps", "resolution", "batch_size"):
-            _require(getattr(stage, key) > 0, f"{where}.{key}", getattr(stage, key), "a whole number > 0")
-        _require(
-            0 <= stage.warmup_steps < stage.steps, f"{where}.warmup_steps", stage.warmup_steps, "0 <= warmup < steps"
-        )
-        _require(stage.teachers != [], f"{where}.teachers", stage.teachers, "null for all, or at least one name")
-        _require(
-            stage.micro_batch_size is None or stage.micro_batch_size > 0,
-            f"{where}.micro_batch_size",
-            stage.micro_batch_size,
-            "a whole number > 0, or null",
-        )
-        for teacher_name in stage.teachers or []:
-            _one_of(f"{where}.teachers", teacher_name, tuple(recipe.teachers))
-    for key in (f.name for f in fields(LossRecipe)):
-        value = getattr(recipe.loss, key)
-        _require(math.isfinite(value) and value >= 0, f"loss.{key}", value, "a finite number >= 0")
-    for key in ("learning_rate", "max_grad_norm", "eps"):
-        _require(getattr(recipe.optimizer, key) > 0, f"optimizer.{key}", getattr(recipe.optimizer, key), "> 0")
-    _require(recipe.checkpoints.every_steps > 0, "checkpoints.every_steps", recipe.checkpoints.every_steps, "> 0")
-    _require(recipe.checkpoints.keep > 0, "checkpoints.keep", recipe.checkpoints.keep, "> 0")
-    _require(recipe.log_every_steps > 0, "log_every_steps", recipe.log_every_steps, "> 0")
-
-
-def micro_batch(stage: StageRecipe, processes: int) -> tuple[int, int]:
-    """(images a forward pass and process, forward passes an optimizer step)."""
-    size = stage.micro_batch_size or stage.batch_size // processes
-    if size <= 0 or stage.batch_size % (size * processes):
-        raise ValueError(
-            f"batch_size {stage.batch_size} does not split into {processes} processes x micro_batch_size {size}; "
-            f"make it a multiple of {max(size, 1) * processes}, or set micro_batch_size"
-        )
-    return size, stage.batch_size // (size * processes)
-
-
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    _require(value in known, name, value, f"one of {', '.join(known)}")

@@ -4,16 +4,21 @@ output_dir/
   run.yaml              the recipe with its overrides; a changed recipe does not continue it
   metrics.jsonl         one line a log interval
   checkpoints/          see checkpoint.py
+  statistics/           of the teachers' features, with loss.standardization
   student/              the finished student, a Hugging Face folder
 """
 
 import json
+import logging
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
 from .recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -21,8 +26,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.yaml"
+MANIFEST = "manifest.json"  # of a checkpoint
 # All that a run writes; nothing else in output_dir is ever deleted.
-WRITTEN = (RUN_FILE, f"{RUN_FILE}.tmp", "metrics.jsonl", "checkpoints", "student", "student.tmp", "tracker", ".lock")
+WRITTEN = (
+    *(RUN_FILE, f"{RUN_FILE}.tmp", "metrics.jsonl", "checkpoints", "statistics"),
+    *("student", "student.tmp", "tracker", ".lock"),
+)
 # What may differ between two starts of one run: none of it changes which images the student sees or what it learns.
 # The data's position remembers its lanes and a fingerprint of the source.
 FREE_FIELDS = (
@@ -32,15 +41,41 @@ FREE_FIELDS = (
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; unfinished ones (`.tmp`) do not count."""
-    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+    """Checkpoints, oldest first; unfinished (`.tmp`) and damaged ones do not count."""
+    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.suffix == "")
+
+
+def checksum(path: Path) -> int:
+    """CRC-32, which finds what a dying disk or machine leaves."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, compared with its manifest; None when it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, crc) in manifest.items():
+            if (found := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if checksum(checkpoint / name) != crc:
+                return f"{name} has another checksum"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     """Whether output_dir holds this run finished, and the checkpoint to go on from, if any. Changes nothing.
 
+    That is the newest that is whole; what is wrong with newer ones is logged.
+
     Raises:
         FileExistsError: the folder holds a run of another recipe, or files that are no run.
+        ValueError: all checkpoints are damaged.
     """
     output_dir = Path(recipe.output_dir)
     checkpoints = find_checkpoints(output_dir)
@@ -55,14 +90,23 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     if not (checkpoints or finished):
         return False, None
     changed = _changed_fields(recipe, output_dir / RUN_FILE)
-    if recipe.overwrite and (changed or finished):
+    if recipe.overwrite and (changed or finished or all(damage(one) for one in checkpoints)):
         return False, None
     if changed:
         raise FileExistsError(
             f"output_dir {output_dir} holds a run of another recipe; it differs in {', '.join(changed)}. "
             "Restore these to continue it, choose another output_dir, or set overwrite=true to delete it"
         )
-    return finished, None if finished else checkpoints[-1]
+    if finished:
+        return True, None
+    for checkpoint in reversed(checkpoints):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return False, checkpoint
+        logger.warning("checkpoint %s is damaged (%s); falling back to the one before", checkpoint, wrong)
+    raise ValueError(
+        f"all checkpoints in {output_dir / 'checkpoints'} are damaged; restore one, or set overwrite=true (start over)"
+    )
 
 
 def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
@@ -93,6 +137,10 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
                 path.unlink(missing_ok=True)
     for leftover in (output_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(leftover)
+    for newer in find_checkpoints(output_dir):
+        if resume_from is not None and newer > resume_from:  # damaged: out of the way of the one to be written again
+            shutil.rmtree(newer.with_name(newer.name + ".damaged"), ignore_errors=True)
+            os.replace(newer, newer.with_name(newer.name + ".damaged"))
     temporary = output_dir / f"{RUN_FILE}.tmp"
     save_recipe(recipe, temporary)
     os.replace(temporary, output_dir / RUN_FILE)

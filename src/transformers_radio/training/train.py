@@ -1,37 +1,45 @@
 """The training loop: one Accelerate process group, one student, frozen teachers, streamed images."""
 
 import json
-import signal
-import time
-from collections import defaultdict
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from transformers_radio.data import Batch, ImageStream
+from transformers_radio.data import ImageStream
 from transformers_radio.modeling import RadioModel
-from transformers_radio.teachers import Teacher
+from transformers_radio.teachers import Teacher, TeacherOutput
 
-from .checkpoint import load_checkpoint, publish_student, save_checkpoint, skipped_images
+from .balancing import AdaLossBalancing, build_balancing
+from .checkpoint import load_training, load_weights, read_state, save_checkpoint, skipped_images
 from .checks import check_before_training
 from .distill import (
+    Distillation,
+    TeacherShape,
     build_student,
-    build_teachers,
-    distillation_losses,
     raise_if_not_finite,
+    stage_student,
     teacher_targets,
-    weighted_sum,
+    term_weights,
 )
+from .ema import EMA
+from .export import publish_student
 from .optimizer import build_optimizer, start_schedule
-from .recipe import Recipe, StageRecipe, micro_batch
+from .partition import Group, passes_in_step, stage_groups
+from .placement import build_teachers, gather_shapes
+from .processes import build_accelerator, on_main_process
+from .progress import Log, StopSignal, TermSums, to_device
+from .recipe import Recipe
 from .run_folder import find_run, open_run, truncate_metrics
+from .spectral import add_spectral_reparam
+from .statistics import standardize_teachers
+from .weight_noise import add_weight_noise
 
 
 @dataclass
@@ -53,39 +61,48 @@ def train(recipe: Recipe) -> TrainResult:
     Raises:
         ValueError, FileNotFoundError, FileExistsError: before the first step, naming the field and the fix.
         FloatingPointError: a loss is NaN or infinite; the last good checkpoint is kept.
+        OSError: a checkpoint could not be written; the last good one is kept.
     """
     output_dir = Path(recipe.output_dir)
-    accelerator = _accelerator(recipe)
+    accelerator = build_accelerator(recipe)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     # Only the main process touches the folder; the others are told what it found.
-    finished, resume_from = _on_main_process(accelerator, lambda: find_run(recipe))
+    finished, resume_from = on_main_process(accelerator, lambda: find_run(recipe))
     student_dir = output_dir / "student"
     if finished:
         accelerator.print(f"{student_dir} is finished; choose another output_dir, or set overwrite=true to start over")
         return TrainResult(student_dir, sum(stage.steps for stage in recipe.stages.values()))
 
+    groups = {
+        name: stage_groups(name, stage, list(recipe.teachers), rank, world_size)
+        for name, stage in recipe.stages.items()
+    }
+    teachers = build_teachers(recipe, groups, accelerator.device)  # those that this process serves
+    shapes = gather_shapes(accelerator, recipe, teachers)  # of all
     set_seed(recipe.seed)  # the same initial student on every process
-    teachers = build_teachers(recipe, accelerator.device)
-    model = build_student(recipe, teachers)
-    check_before_training(recipe, model, teachers, accelerator)
+    student = build_student(recipe, shapes)
+    check_before_training(recipe, student, teachers, groups, accelerator)
     # Nothing in output_dir has changed so far; from here on this process group owns it.
     with open_run(recipe, resume_from) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        return _distil(recipe, accelerator, model, teachers, resume_from)
+        return _distil(recipe, accelerator, student, teachers, shapes, groups, resume_from)
 
 
 def _distil(
-    recipe: Recipe, accelerator: Accelerator, model: RadioModel, teachers: dict[str, Teacher], resume_from: Path | None
+    recipe: Recipe,
+    accelerator: Accelerator,
+    student: RadioModel,
+    teachers: dict[str, Teacher],
+    shapes: dict[str, TeacherShape],
+    groups: dict[str, list[Group]],
+    checkpoint: Path | None,
 ) -> TrainResult:
     """Runs the stages from the checkpoint on, and publishes the student at the end."""
     output_dir = Path(recipe.output_dir)
     total_steps = sum(stage.steps for stage in recipe.stages.values())
-    student = accelerator.prepare(model)
-    optimizer = accelerator.prepare(build_optimizer(student, recipe.optimizer))
-    set_seed(recipe.seed, device_specific=True)  # from here on every process samples its own position crops
-
-    state: dict[str, Any] = {"step": 0, "stage": None, "stream": None}
-    if resume_from is not None:
-        state = load_checkpoint(accelerator, resume_from)
+    state: dict[str, Any] = {"step": 0, "stage": None, "streams": {}}
+    if checkpoint is not None:
+        state = read_state(checkpoint)
         accelerator.print(f"continuing {output_dir} from step {state['step']} of {total_steps}")
     if accelerator.is_main_process:
         truncate_metrics(output_dir / "metrics.jsonl", state["step"])
@@ -102,10 +119,15 @@ def _distil(
     first_step = 0
     with StopSignal() as stop:
         for name, stage in recipe.stages.items():
-            if state["step"] < first_step + stage.steps and stop.number is None:
+            last = name == list(recipe.stages)[-1]
+            # A last stage that is complete but for the published student is entered once more, to publish it.
+            if (state["step"] < first_step + stage.steps or last) and stop.number is None:
+                standardize = standardize_teachers(recipe, accelerator, groups[name], teachers, shapes)
                 state = _run_stage(
-                    name, stage, first_step, recipe, accelerator, student, optimizer, teachers, state, progress, stop
-                )
+                    recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, state,
+                    progress, stop,
+                )  # fmt: skip
+                accelerator.free_memory()
             first_step += stage.steps
     progress.close()
     if recipe.tracker:
@@ -116,192 +138,158 @@ def _distil(
     if state["step"] < total_steps:
         accelerator.print(f"stopped by a signal at step {state['step']}; run the same command again to go on")
         return TrainResult(None, state["step"], skipped, stop.number)
-    student_dir = publish_student(accelerator, student, output_dir)
-    accelerator.print(f"the student is in {student_dir}")
-    return TrainResult(student_dir, state["step"], skipped)
+    accelerator.print(f"the student is in {output_dir / 'student'}")
+    return TrainResult(output_dir / "student", state["step"], skipped)
 
 
 def _run_stage(
-    stage_name: str,
-    stage: StageRecipe,
-    first_step: int,
     recipe: Recipe,
+    stage_name: str,
+    first_step: int,
     accelerator: Accelerator,
-    student: Any,
-    optimizer: Any,
+    full_student: RadioModel,
     teachers: dict[str, Teacher],
+    groups: list[Group],
+    standardize: dict[str, Any],
     state: dict[str, Any],
     progress: tqdm,
-    stop: "StopSignal",
+    stop: StopSignal,
 ) -> dict[str, Any]:
     """Runs one stage to its end or to a signal, and returns the state to go on from."""
-    names = stage.teachers or list(teachers)
-    teachers = {name: teachers[name] for name in names}
-    images_per_pass, accumulation = micro_batch(stage, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = accumulation
-    accelerator.step = 0  # Accelerate counts passes over all stages; a stage begins with an empty gradient
-    stream = ImageStream(
-        recipe.data,
-        resolutions=sorted({stage.resolution, *(teacher.image_size for teacher in teachers.values())}),
-        batch_size=images_per_pass,
-        seed=recipe.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    schedule = start_schedule(optimizer.optimizer, stage, recipe.optimizer.learning_rate)
-    if state["stream"] is not None:  # the next stage goes on with the images that the last one has not seen
-        stream.load_state_dict(state["stream"])
-    if state["stage"] == stage_name:
+    stage, output_dir = recipe.stages[stage_name], Path(recipe.output_dir)
+    checkpoint = output_dir / "checkpoints" / f"step-{state['step']:08d}" if state["step"] else None
+    model = build_distillation(recipe, stage_name, full_student)
+    terms = list(term_weights(recipe, model.student))
+    if checkpoint is not None:
+        load_weights(checkpoint, model)
+    optimizer = build_optimizer(model, recipe, stage)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    schedule = start_schedule(optimizer.optimizer, stage)
+    ema = EMA(accelerator.unwrap_model(model), recipe.ema_decay) if recipe.ema_decay else None
+    # From here on every process draws its own position crops.
+    set_seed(recipe.seed + first_step, device_specific=True)
+    if checkpoint is not None and state["stage"] == stage_name:
+        load_training(accelerator, checkpoint, model, optimizer.optimizer, ema, recipe.seed + state["step"])
         schedule.load_state_dict(state["schedule"])
-        # The schedule's constructor has set the rate of step 0.
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-    student.train()
-    patch_size = accelerator.unwrap_model(student).patch_size
-    student_grid = (stage.resolution // patch_size, stage.resolution // patch_size)
 
-    batches = iter(stream)
-    log = Log(accelerator, Path(recipe.output_dir) / "metrics.jsonl", recipe)
+    own = [group for group in groups if group.index is not None]
+    streams = {group.name: open_stream(recipe, group, teachers, state["streams"].get(group.name)) for group in own}
+    batches = {name: iter(stream) for name, stream in streams.items()}
+    model.train()
+    student = accelerator.unwrap_model(model).student
+    balancing = accelerator.unwrap_model(model).balancing
+    log = Log(accelerator, output_dir / "metrics.jsonl", recipe, terms)
+    balanced = TermSums(terms, accelerator.device)
+
     step = state["step"]
-    while step < first_step + stage.steps:
-        for _ in range(accumulation):
-            batch: Batch = next(batches)
-            images = to_device(batch, accelerator.device)
-            targets = teacher_targets(teachers, images)
-            with accelerator.accumulate(student):
+    stopped = False
+    while step < first_step + stage.steps and not stopped:
+        stage_step = step - first_step
+        passes = [group for group in own if group.takes_part(stage_step) for _ in range(group.passes)]
+        # Gradients are reduced once, in the last pass, so that every process needs one. Sharded weights are gathered
+        # in every pass: there all processes run equally many.
+        most = max(passes_in_step(groups, rank, stage_step) for rank in range(accelerator.num_processes))
+        idle = most - len(passes) if accelerator.is_fsdp2 else int(not passes)
+        windows = {group.name: sample_window(recipe, student, group, step) for group in own}
+        for number, group in enumerate([*passes, *[None] * idle], start=1):
+            last = number == len(passes) + idle
+            with nullcontext() if last else accelerator.no_sync(model):
+                targets: dict[str, TeacherOutput] = {}
+                weight, window = 0.0, None
+                if group is None:
+                    side = own[0].resolution
+                    pixels = torch.zeros(1, 3, side, side, device=accelerator.device)
+                else:
+                    batch = next(batches[group.name])
+                    images = to_device(batch, accelerator.device)
+                    pixels, weight, window = images[group.resolution], group.image_weight, windows[group.name]
+                    targets = teacher_targets({name: teachers[name] for name in group.teachers}, images, standardize)
                 with accelerator.autocast():
-                    output = student(images[stage.resolution], adaptors=names)
-                terms = distillation_losses(output, student_grid, targets, recipe.loss)
-                raise_if_not_finite(terms, step + 1)
-                loss = weighted_sum(terms, recipe.teachers)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(student.parameters(), recipe.optimizer.max_grad_norm)
-                    if recipe.mixed_precision != "fp16":  # there the scaler expects overflows and skips the step
-                        raise_if_not_finite({"gradient norm": torch.as_tensor(grad_norm)}, step + 1)
-                optimizer.step()
-                optimizer.zero_grad()
-            log.add({"loss": loss, **terms}, images=images_per_pass * accelerator.num_processes)
+                    totals, losses = model(pixels, targets, window_size=window)  # (B,), name -> (B,)
+                if losses:
+                    raise_if_not_finite(losses, step + 1)
+                loss = weight * totals.sum()
+                # The processes' gradients are averaged, but their losses are parts of one sum.
+                accelerator.backward(loss * accelerator.num_processes)
+            log.loss += loss.detach()
+            log.images += len(pixels) if losses else 0
+            log.terms.add(losses)
+            if isinstance(balancing, AdaLossBalancing):
+                balanced.add(losses)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
+        if recipe.mixed_precision != "fp16":  # there the scaler expects overflows and skips the step
+            raise_if_not_finite({"gradient norm": torch.as_tensor(grad_norm)}, step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler found an overflow
             schedule.step()
+            if ema is not None:
+                ema.update()
+        if isinstance(balancing, AdaLossBalancing):
+            balancing.update(balanced.means(accelerator))
         step += 1
+        log.steps += 1
         progress.update()
-        last = step == first_step + stage.steps
-        if step % recipe.log_every_steps == 0 or last:
-            log.write(step, stage_name, float(schedule.get_last_lr()[0]), grad_norm, batch.skipped, progress)
+        at_end = step == first_step + stage.steps
+        if step % recipe.log_every_steps == 0 or at_end:
+            skipped = sum(sum(stream.skipped.values()) for stream in streams.values())
+            log.write(step, stage_name, float(max(schedule.get_last_lr())), grad_norm, skipped, progress)
         stopped = stop.agreed(accelerator)
-        if step % recipe.checkpoints.every_steps == 0 or last or stopped:
-            state = {"step": step, "stage": stage_name, "schedule": schedule.state_dict()}
+        if step % recipe.checkpoints.every_steps == 0 or at_end or stopped:
+            state = {**state, "step": step, "stage": stage_name, "schedule": schedule.state_dict()}
             state = save_checkpoint(
-                accelerator, student, Path(recipe.output_dir), recipe.checkpoints.keep, state, stream.state_dict()
-            )
-        if stopped:
-            break
+                accelerator, model, optimizer.optimizer, ema, standardize, output_dir, recipe.checkpoints.keep, state,
+                {name: stream.state_dict() for name, stream in streams.items()},
+            )  # fmt: skip
+    for stream in streams.values():
+        stream.close()
+    if step == sum(one.steps for one in recipe.stages.values()):
+        publish_student(accelerator, model, ema, standardize, output_dir)
     return state
 
 
-def to_device(batch: Batch, device: torch.device) -> dict[int, torch.Tensor]:
-    """uint8 travels to the device, float in [0, 1] is made there: side -> (B, 3, side, side)."""
-    return {
-        side: pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        for side, pixels in batch.images.items()
-    }
+def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel) -> Distillation:
+    """What a stage trains, before it is wrapped."""
+    student = stage_student(full_student, recipe, stage_name)
+    if recipe.student.spectral_reparam:
+        add_spectral_reparam(student)
+    if recipe.student.weight_noise:
+        add_weight_noise(student, recipe.student.weight_noise)
+    if recipe.student.compile:
+        for layer in student.encoder.layer:
+            layer.compile()
+    taught = recipe.stages[stage_name].teacher_names(recipe)
+    weights = {term: w for term, w in term_weights(recipe, student).items() if term.split("/")[0] in taught}
+    config = student.config
+    summary_dim = config.hidden_size * (len(config.summary_idxs) if config.summary_type == "cls" else 1)
+    balancing = build_balancing(recipe.loss.balancing, weights, summary_dim, config.hidden_size)
+    return Distillation(student, balancing, recipe.loss)
 
 
-class Log:
-    """Means over a log interval, to metrics.jsonl, the tracker and the progress bar."""
-
-    def __init__(self, accelerator: Accelerator, path: Path, recipe: Recipe):
-        self.accelerator, self.path, self.recipe = accelerator, path, recipe
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self.passes = self.images = 0
-        self.started = time.perf_counter()
-
-    def add(self, terms: dict[str, torch.Tensor], images: int) -> None:
-        for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value.detach()
-        self.passes += 1
-        self.images += images
-
-    def write(
-        self, step: int, stage: str, learning_rate: float, grad_norm: Any, skipped: dict[str, int], progress: tqdm
-    ) -> None:
-        now = time.perf_counter()
-        means = torch.stack([torch.as_tensor(value) for value in self.sums.values()]) / self.passes
-        means = self.accelerator.reduce(means, "mean")
-        skipped_here = torch.tensor(sum(skipped.values()), device=self.accelerator.device)
-        values = dict(zip(self.sums, means.tolist(), strict=True))
-        values |= {
-            "lr": learning_rate,
-            "grad_norm": float(grad_norm),
-            "images_per_second": self.images / (now - self.started),
-            "skipped": int(self.accelerator.reduce(skipped_here, "sum")),
-        }
-        if self.accelerator.is_main_process:
-            line = {"step": step, "stage": stage, **values}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            heads = " ".join(f"{name}={values[name]:.3f}" for name in values if "/" in name)
-            progress.set_postfix_str(f"{values['images_per_second']:.0f} images/s loss={values['loss']:.3f} {heads}")
-        if self.recipe.tracker:
-            self.accelerator.log(values, step=step)
-        self._reset()
-        self.started = now  # the time that logging takes counts as training
-
-
-class StopSignal:
-    """Remembers the first Ctrl-C or SIGTERM, so that the step in hand ends and is saved; a second one is immediate."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self.before:
-            signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """True on every process as soon as one has been told to stop: all must save the same step."""
-        if accelerator.num_processes == 1:
-            return self.number is not None
-        told = torch.tensor([self.number or 0], device=accelerator.device)
-        number = int(accelerator.gather(told).max())
-        self.number = number or None
-        return self.number is not None
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    # Heads of teachers that a stage leaves out, or that a checkpoint brings and nothing trains, get no gradient.
-    unused = recipe.student.checkpoint is not None or any(stage.teachers for stage in recipe.stages.values())
-    return Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        log_with=recipe.tracker,
-        project_dir=recipe.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+def open_stream(
+    recipe: Recipe, group: Group, teachers: dict[str, Teacher], position: dict[str, Any] | None = None
+) -> ImageStream:
+    """The images of one group on this process. Each group goes through the data in an order of its own."""
+    stream = ImageStream(
+        recipe.data,
+        resolutions=sorted({group.resolution, *(teachers[name].image_size for name in group.teachers)}),
+        batch_size=group.micro_batch_size,
+        seed=recipe.seed + (0 if group.name == "all" else zlib.crc32(group.name.encode())),
+        rank=group.index or 0,
+        world_size=len(group.ranks),
     )
+    if position is not None:  # also from the stage before: it goes on with the images that were not seen yet
+        stream.load_state_dict(position)
+    return stream
 
 
-def _on_main_process(accelerator: Accelerator, function: Any) -> Any:
-    """The main process's result or error, on every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except (OSError, ValueError) as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+def sample_window(recipe: Recipe, student: RadioModel, group: Group, step: int) -> int | None:
+    """The attention window of a group's passes in a step: the same on all processes, as it decides the time of a pass.
+
+    None: no windows are sampled, and the student's own default holds.
+    """
+    if not student.config.train_window_sizes:
+        return None
+    seed = zlib.crc32(f"{recipe.seed} {group.name} {step}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    return student.sample_window_size(group.resolution, group.resolution, generator)

@@ -1,0 +1,139 @@
+"""Which process serves which group of teachers, and what it runs in a step (paper section 4, partitioning).
+
+Teachers that see the same images at one student resolution are a group. A process serves one group when there are
+enough processes, and several in turn when there are not; it builds only the teachers it serves. The images of a step,
+and the weight of each, follow from the recipe alone, so that the update does not depend on the number of processes.
+"""
+
+from dataclasses import dataclass
+
+from .recipe import GroupRecipe, StageRecipe
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of a stage as one process sees it.
+
+    Attributes:
+        name: its key in `stages.<stage>.groups`, or "all" in a stage without groups.
+        teachers: names; they see the same crops.
+        resolution: of the student, in pixels.
+        batch_size: images in a step in which the group takes part, over all its processes.
+        micro_batch_size: images in a forward pass of one process.
+        passes: forward passes of each of its processes in such a step.
+        rate: share of the steps in which it takes part, in (0, 1].
+        image_weight: what one image counts in a step's loss when all groups take part; they sum to 1.
+        ranks: the processes that serve it.
+        index: this process's place among them; None when it does not serve the group.
+    """
+
+    name: str
+    teachers: tuple[str, ...]
+    resolution: int
+    batch_size: int
+    micro_batch_size: int
+    passes: int
+    rate: float
+    image_weight: float
+    ranks: tuple[int, ...]
+    index: int | None
+
+    def takes_part(self, step: int) -> bool:
+        """Whether the group's turn is in this step of the stage, from 0: evenly spread, the first step included."""
+        # A little less than 1, so that the rounding of rates such as 1/3 moves no turn.
+        turns_before, turns_after = (int(1 - 1e-9 + n * self.rate) for n in (step, step + 1))
+        return turns_after > turns_before
+
+
+def stage_groups(
+    name: str, stage: StageRecipe, teachers: list[str], rank: int = 0, world_size: int = 1
+) -> list[Group]:
+    """The groups of a stage, in the recipe's order, with the processes that serve them.
+
+    Args:
+        name: of the stage, for messages.
+        teachers: all of the recipe's; a stage or group that lists none has them all.
+        rank, world_size: this process, and how many there are.
+
+    Raises:
+        ValueError: a group's batch does not split into equal passes of its processes; the message says what does.
+    """
+    recipes = stage.groups or {
+        "all": GroupRecipe(stage.teachers, stage.resolution, stage.batch_size, stage.micro_batch_size)
+    }
+    shares = {key: group.share for key, group in recipes.items()}
+    served = assign_ranks(shares, world_size)
+    total_images = sum(group.batch_size for group in recipes.values())
+    total_share = sum(shares.values())
+    groups = []
+    for key, group in recipes.items():
+        ranks = served[key]
+        where = f"stages.{name}.groups.{key}" if stage.groups else f"stages.{name}"
+        micro_batch_size, passes = micro_batch(where, group.batch_size, group.micro_batch_size, len(ranks))
+        by_image = 1 / total_images
+        by_rank = group.share / total_share / group.batch_size
+        groups.append(
+            Group(
+                name=key,
+                teachers=tuple(group.teachers or teachers),
+                resolution=group.resolution,
+                batch_size=group.batch_size,
+                micro_batch_size=micro_batch_size,
+                passes=passes,
+                rate=group.rate,
+                image_weight=by_image if stage.weighting == "per_image" else by_rank,
+                ranks=ranks,
+                index=ranks.index(rank) if rank in ranks else None,
+            )
+        )
+    return groups
+
+
+def assign_ranks(shares: dict[str, float], world_size: int) -> dict[str, tuple[int, ...]]:
+    """Deals the processes out to the groups by their shares.
+
+    With at least as many processes as groups each group has its own, neighbours in number: every group one, the others
+    by largest remainder. With fewer, each group is served by one process, the largest share first to the process with
+    the least to do.
+
+    Returns:
+        Group -> the numbers of its processes, ascending.
+    """
+    if world_size < len(shares):
+        load = [0.0] * world_size
+        served: dict[str, tuple[int, ...]] = {}
+        for name in sorted(shares, key=lambda name: -shares[name]):
+            rank = load.index(min(load))
+            load[rank] += shares[name]
+            served[name] = (rank,)
+        return {name: served[name] for name in shares}
+    spare = world_size - len(shares)
+    # What each group would have, less the one that it has for sure.
+    wanted = {name: max(share / sum(shares.values()) * world_size - 1, 0.0) for name, share in shares.items()}
+    scale = spare / sum(wanted.values()) if sum(wanted.values()) > 0 else 0.0
+    exact = {name: value * scale for name, value in wanted.items()}
+    counts = {name: int(value + 1e-9) for name, value in exact.items()}
+    by_remainder = sorted(shares, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: spare - sum(counts.values())]:
+        counts[name] += 1
+    served, first = {}, 0
+    for name in shares:
+        served[name] = tuple(range(first, first + counts[name] + 1))
+        first += counts[name] + 1
+    return served
+
+
+def micro_batch(where: str, batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:
+    """(images a forward pass and process, forward passes a process and step)."""
+    size = micro_batch_size or batch_size // processes
+    if size <= 0 or batch_size % (size * processes):
+        raise ValueError(
+            f"{where}.batch_size {batch_size} does not split into {processes} processes x micro_batch_size {size}; "
+            f"make it a multiple of {max(size, 1) * processes}, or set micro_batch_size"
+        )
+    return size, batch_size // (size * processes)
+
+
+def passes_in_step(groups: list[Group], rank: int, step: int) -> int:
+    """Forward passes that a process has to run in this step of the stage."""
+    return sum(group.passes for group in groups if rank in group.ranks and group.takes_part(step))

@@ -1,0 +1,91 @@
+"""The teachers of this process: on its device, on the CPU until they are needed, or sharded over several processes."""
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from transformers_radio.teachers import Teacher, build_teacher
+
+from .distill import TeacherShape
+from .partition import Group
+from .recipe import Recipe, TeacherRecipe
+
+
+def build_teachers(
+    recipe: Recipe, groups: dict[str, list[Group]], device: torch.device | str = "cpu"
+) -> dict[str, Teacher]:
+    """Loads the teachers that this process serves in any stage, frozen. Called by every process.
+
+    Raises:
+        ValueError: a teacher cannot be loaded (the message names it), or one that is to be sharded is served by
+            different processes in different groups.
+    """
+    served: dict[str, set[tuple[int, ...]]] = {name: set() for name in recipe.teachers}
+    own: set[str] = set()
+    for group in (group for stage in groups.values() for group in stage):
+        for name in group.teachers:
+            served[name].add(group.ranks)
+            if group.index is not None:
+                own.add(name)
+    teachers = {}
+    for name, spec in recipe.teachers.items():
+        mesh = _mesh(name, served[name], torch.device(device).type) if spec.placement == "sharded" else None
+        if name in own:
+            teacher = load_teacher(name, spec)
+            teachers[name] = _place(teacher, spec, torch.device(device), mesh)
+    return teachers
+
+
+def load_teacher(name: str, spec: TeacherRecipe) -> Teacher:
+    """One teacher of a recipe, on the CPU.
+
+    Raises:
+        ValueError: it could not be loaded; the message names the teacher.
+    """
+    try:
+        return build_teacher(spec.type, spec.checkpoint, image_size=spec.image_size, dtype=spec.dtype, **spec.options)
+    except Exception as error:
+        raise ValueError(f"teachers.{name} ({spec.type}, {spec.checkpoint}) could not be loaded: {error}") from error
+
+
+def gather_shapes(accelerator: Accelerator, recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, TeacherShape]:
+    """The shapes of all teachers of the recipe, on every process."""
+    own = [(name, TeacherShape.of(teacher)) for name, teacher in teachers.items()]
+    known = dict(gather_object(own))
+    return {name: known[name] for name in recipe.teachers if name in known}
+
+
+def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:
+    if spec.placement == "offloaded":
+        cpu_offload(teacher.model, execution_device=device)
+        teacher.mean, teacher.std = teacher.mean.to(device), teacher.std.to(device)
+    else:
+        teacher.to(device)
+    if mesh is not None:
+        for block in _stack(teacher.model):
+            fully_shard(block, mesh=mesh)
+    if spec.compile:
+        teacher.encode = torch.compile(teacher.encode)  # type: ignore[method-assign]
+    return teacher
+
+
+def _stack(network: nn.Module) -> Iterable[nn.Module]:
+    """The longest list of blocks in a network, which holds nearly all of its weights."""
+    stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()) * (len(stack) > 1)).children()
+
+
+def _mesh(name: str, served: set[tuple[int, ...]], device_type: str) -> DeviceMesh | None:
+    """Of the processes that serve a teacher together; None when it is one alone. All processes have to call it."""
+    if len(served) > 1:
+        raise ValueError(
+            f"teachers.{name}.placement is sharded, but its groups are served by different processes "
+            f"({', '.join(map(str, sorted(served)))}); put it into one group, or choose device or offloaded"
+        )
+    ranks = next(iter(served), ())
+    return DeviceMesh(device_type, list(ranks)) if len(ranks) > 1 else None

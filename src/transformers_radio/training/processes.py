@@ -1,0 +1,55 @@
+"""Accelerate's process group, as this loop needs it."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+
+from .recipe import Recipe
+
+Result = TypeVar("Result")
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """DDP, FSDP2 or one process: whatever `accelerate launch` was told.
+
+    Raises:
+        ValueError: FSDP in its first version, which cannot leave out the gradients' reduction in a pass.
+    """
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        log_with=recipe.tracker,
+        project_dir=recipe.output_dir,
+        # Every pass reaches every weight, and buffers are the same everywhere: nothing has to be searched or sent.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate shards on accelerators only. PyTorch does on CPUs too, where this very loop is tried out.
+        plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        # The partial state overwrites the other whenever somebody asks for it.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "fsdp_version is 1; set it to 2 in Accelerate's config file, as recipes/accelerate/fsdp2.yaml"
+        )
+    return accelerator
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """The main process's result or error, on every process."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,151 @@
+"""Several gloo processes against one: the same update whatever their number, engine or interruptions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from transformers_radio.training import load_recipe, train
+
+# Two groups, as the paper's second stage: SAM sees fewer images, at a higher student resolution, every second step.
+GROUPS = [
+    "stages.main={steps: 4, warmup_steps: 1, resolution: 0, groups: {"
+    "low: {teachers: [clip], resolution: 32, batch_size: 8, micro_batch_size: 2},"
+    "high: {teachers: [sam], resolution: 48, batch_size: 4, micro_batch_size: 2, rate: 0.5}}}",
+    "student.config.cpe_sampling=false",  # crops of the position table are drawn by each process for itself
+    "student.config.pos_dropout=0",
+    "student.config.train_window_sizes=[2, 3]",
+    "student.config.train_window_probability=0.5",
+    "data.lanes=4",
+    # A gradient that is zero but for rounding must not become a whole step of Adam.
+    "optimizer.eps=1e-3",
+    "checkpoints={every_steps: 2, keep: 9}",
+    "log_every_steps=1",
+]
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "RadioLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def start(processes, recipe, *overrides, **environment):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        **environment,
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, "-m", "transformers_radio.training", str(recipe), *overrides]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def children(process):
+    """The ranks that a launcher has started."""
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
+
+
+def run(processes, recipe, *overrides, **environment):
+    """To the end; a deadlock is a failure, and leaves no processes behind."""
+    process = start(processes, recipe, *overrides, **environment)
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        for child in children(process):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        pytest.fail(f"{processes} processes hang: {process.communicate()[0][-3000:]}")
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(left, right, atol):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, image_folder):
+    """One process that runs all groups in turn."""
+    from conftest import RECIPE
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    folder = tmp_path_factory.mktemp("alone")
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(output=folder / "run", images=image_folder))
+    train(load_recipe(path, GROUPS))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("processes", "engine"), [(2, {}), (4, {}), (2, FSDP), (4, FSDP)])
+def test_the_update_of_several_processes_is_that_of_one(processes, engine, alone, make_recipe, tmp_path):
+    recipe = make_recipe("several")
+    run(processes, recipe, *GROUPS, **engine)
+    several = tmp_path / "several"
+    for step in (2, 4):
+        checkpoint = f"checkpoints/step-{step:08d}"
+        assert_close(weights(alone / checkpoint), weights(several / checkpoint), atol=1e-6)
+    for one, many in zip(metrics(alone), metrics(several), strict=True):
+        assert one.keys() == many.keys()
+        for key in one.keys() - {"images_per_second", "stage"}:
+            assert one[key] == pytest.approx(many[key], abs=2e-5), (key, one["step"])
+    # Half of the steps have the second group.
+    assert ["sam/features" in line for line in metrics(several)] == [True, False, True, False]
+
+
+def test_a_checkpoint_goes_on_with_other_processes_and_another_engine(alone, make_recipe, tmp_path):
+    """Two processes with DDP to step 2, then FSDP2, then one process: as if nothing had changed."""
+    recipe = make_recipe("moved")
+    moved = tmp_path / "moved"
+    run(2, recipe, *GROUPS)
+    shutil.rmtree(moved / "student")
+    shutil.rmtree(moved / "checkpoints" / "step-00000004")
+    output = run(4, recipe, *GROUPS, **FSDP)
+    assert "from step 2 of 4" in output
+    assert_close(weights(alone / "student"), weights(moved / "student"), atol=1e-6)
+    shutil.rmtree(moved / "student")
+    shutil.rmtree(moved / "checkpoints" / "step-00000004")
+    train(load_recipe(recipe, GROUPS))
+    assert_close(weights(alone / "student"), weights(moved / "student"), atol=1e-6)
+
+
+def test_a_dead_process_stops_all_and_the_same_command_goes_on_to_the_bit(make_recipe, tmp_path):
+    options = ["stages.main.steps=60", "checkpoints.every_steps=5", "data.lanes=2"]
+    run(2, make_recipe("reference"), *options)
+    recipe = make_recipe("killed")
+    kills = 0
+    while kills < 2:
+        checkpoints = tmp_path / "killed" / "checkpoints"
+        before = set(checkpoints.glob("step-*[0-9]"))
+        process = start(2, recipe, *options)
+        while process.poll() is None and not set(checkpoints.glob("step-*[0-9]")) - before:
+            time.sleep(0.01)
+        os.kill(children(process)[kills], signal.SIGKILL)  # one of the two
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode != 0, output
+        kills += 1
+    run(2, recipe, *options)
+    left, right = weights(tmp_path / "reference" / "student"), weights(tmp_path / "killed" / "student")
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
