@@ -1,0 +1,162 @@
+"""Runs with everything that the recipe offers: they learn, resume to the bit, and leave a plain student."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from transformers_radio.modeling import RadioModel
+from transformers_radio.training import load_recipe, train
+from transformers_radio.training.distill import TeacherShape, build_student
+from transformers_radio.training.placement import load_teacher
+from transformers_radio.training.train import build_distillation
+
+ALL_AT_ONCE = [
+    "student.spectral_reparam=true",
+    "student.weight_noise=0.01",
+    "student.gradient_checkpointing=true",
+    "student.config.train_window_sizes=[2]",
+    "loss.balancing=adaloss",
+    "loss.standardization=phi_s",
+    "loss.statistics_images=16",
+    "loss.grid=smaller",
+    "ema_decay=0.9",
+    "optimizer.weight_decay=0.05",
+    "stages.main.freeze_trunk_steps=2",
+    "checkpoints.keep=9",
+]
+
+
+def state(run, step):
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "training_state" / "model.safetensors")
+
+
+def cut_back(run, step):
+    """As a run that was killed after this step's checkpoint."""
+    shutil.rmtree(run / "student")
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name[5:13]) > step:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("balancing", ["adaloss", "uncertainty", "amtml_kd"])
+def test_a_run_with_everything_resumes_to_the_bit(balancing, make_recipe, tmp_path):
+    options = [*ALL_AT_ONCE, f"loss.balancing={balancing}"]
+    recipe = make_recipe("whole")
+    train(load_recipe(recipe, options))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    cut_back(cut, 6)
+    train(load_recipe(make_recipe("cut"), options))
+    for name in ("model.safetensors", "ema.safetensors"):
+        left, right = (load_file(run / "checkpoints/step-00000012/training_state" / name) for run in (whole, cut))
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    left, right = (load_file(run / "student" / "model.safetensors") for run in (whole, cut))
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    first, second = ((run / "metrics.jsonl").read_text().splitlines() for run in (whole, cut))
+    assert [json.loads(line)["clip/features"] for line in first] == [
+        json.loads(line)["clip/features"] for line in second
+    ]
+
+
+def test_the_student_of_such_a_run_is_plain_and_speaks_the_teachers_space(make_recipe, tmp_path):
+    """Folded: no parametrisation is left, and its features are those of the trained model, put back in place."""
+    options = ["loss.standardization=phi_s", "loss.statistics_images=24", "student.spectral_reparam=true"]
+    recipe = load_recipe(make_recipe(), [*options, "stages.main.steps=40", "optimizer.learning_rate=3e-3"])
+    model = RadioModel.from_pretrained(train(recipe).student_dir).eval()
+    assert not [key for key in model.state_dict() if "parametrizations" in key]
+
+    shapes = {name: TeacherShape.of(load_teacher(name, spec)) for name, spec in recipe.teachers.items()}
+    trained = build_distillation(recipe, "main", build_student(recipe, shapes))
+    trained.load_state_dict(state(tmp_path / "run", 40))
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        raw, folded = (one.eval()(images).adaptors["sam"].features for one in (trained.student, model))
+    saved = load_file(tmp_path / "run" / "statistics" / "sam.safetensors")
+    restored = saved["phi"].float() * raw @ saved["rotation"] + saved["mean"]
+    torch.testing.assert_close(folded, restored, rtol=1e-4, atol=1e-4)
+    assert (raw - folded).abs().max() > 0.1
+
+
+def test_a_frozen_trunk_stays_while_the_heads_learn(make_recipe, tmp_path):
+    train(load_recipe(make_recipe(), ["stages.main.freeze_trunk_steps=6", "checkpoints.keep=9"]))
+    third, sixth, ninth = (state(tmp_path / "run", step) for step in (3, 6, 9))
+    for name in third:
+        frozen = not name.startswith("student.adaptors.")
+        moves = third[name].is_floating_point() and "norm_" not in name  # the conditioner's constants
+        assert torch.equal(third[name], sixth[name]) == (frozen or not moves), name
+        assert torch.equal(sixth[name], ninth[name]) == (not moves), name
+
+
+def test_the_average_of_the_weights_is_what_is_published(make_recipe, tmp_path):
+    """Against a loop over the checkpoints of every step."""
+    train(
+        load_recipe(make_recipe(), ["ema_decay=0.5", "checkpoints={every_steps: 1, keep: 99}", "stages.main.steps=5"])
+    )
+    run, name = tmp_path / "run", "encoder.layer.1.mlp.fc2.weight"
+    averages = []
+    for step in range(1, 6):
+        weight = state(run, step)[f"student.{name}"]
+        if not averages:  # the average starts from the initial weights, which are the first step's: its rate is 0
+            averages.append(weight)
+        averages.append(0.5 * averages[-1] + 0.5 * weight)
+    torch.testing.assert_close(load_file(run / "student" / "model.safetensors")[name], averages[-1])
+
+
+def test_a_damaged_checkpoint_is_said_so_and_the_one_before_is_used(make_recipe, tmp_path, caplog):
+    recipe = make_recipe("whole")
+    train(load_recipe(recipe, ["checkpoints.keep=9"]))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    cut_back(cut, 9)
+    weights = cut / "checkpoints" / "step-00000009" / "training_state" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1  # one bit
+    weights.write_bytes(content)
+    train(load_recipe(make_recipe("cut"), ["checkpoints.keep=9"]))
+    assert "step-00000009 is damaged (training_state/model.safetensors has another checksum)" in caplog.text
+    assert (cut / "checkpoints" / "step-00000009.damaged").exists()
+    left, right = (load_file(run / "student" / "model.safetensors") for run in (whole, cut))
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+    cut_back(cut, 9)
+    for checkpoint in (cut / "checkpoints").glob("step-*[0-9]"):
+        (checkpoint / "training_state" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="all checkpoints .* are damaged"):
+        train(load_recipe(make_recipe("cut"), ["checkpoints.keep=9"]))
+
+
+LIMITED = """
+import importlib, resource, sys
+module = importlib.import_module("transformers_radio.training.train")
+save = module.save_checkpoint
+def limited(*arguments):
+    if any(isinstance(one, dict) and one.get("step") == 6 for one in arguments):
+        # Like a disk that fills up: no file can grow further.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return save(*arguments)
+module.save_checkpoint = limited
+from transformers_radio.training.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(make_recipe, tmp_path):
+    train(load_recipe(make_recipe("whole")))
+    recipe = make_recipe("full")
+    command = [sys.executable, "-c", LIMITED, str(recipe)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    stopped = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr[-3000:]
+    assert "could not be written" in stopped.stderr and "make room on the disk" in stopped.stderr
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
+    train(load_recipe(recipe))
+    left, right = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "full"))
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
