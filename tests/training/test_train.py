@@ -303,3 +303,19 @@ def _wait_for_new_checkpoint(run, before, process):
         if {path.name for path in (run / "checkpoints").glob("step-*[0-9]")} - before:
             return
         time.sleep(0.01)
+
+
+def test_tensorboard_shows_every_step_once_after_a_kill(make_recipe, start_training, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = make_recipe("killed")
+    options = ["tracker=tensorboard", "checkpoints.every_steps=6", "log_every_steps=1", "stages.main.steps=40"]
+    process = start_training(recipe, *options)
+    _wait_for_step(tmp_path / "killed", 9, process)
+    process.kill()
+    process.communicate()
+    time.sleep(1.1)  # TensorBoard orders its files by the second they were opened in
+    train(load_recipe(recipe, options))
+    events = EventAccumulator(str(tmp_path / "killed" / "tracker"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 41))

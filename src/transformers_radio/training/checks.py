@@ -90,10 +90,12 @@ def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, 
 
 
 def check_disk(recipe: Recipe, student: RadioModel) -> None:
-    """Weights twice and Adam's two moments, for each checkpoint kept and the one being written; the final student."""
+    """Weights twice, Adam's two moments and the average, for each checkpoint kept and the one being written; the final
+    student."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     present = 0 if recipe.overwrite else len(find_checkpoints(Path(recipe.output_dir)))
-    needed = 4 * weights * (max(recipe.checkpoints.keep - present, 0) + 1) + weights
+    copies = 4 if recipe.ema_decay is None else 5
+    needed = copies * weights * (max(recipe.checkpoints.keep - present, 0) + 1) + weights
     folder = Path(recipe.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent

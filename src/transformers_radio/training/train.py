@@ -107,7 +107,9 @@ def _distil(
     if accelerator.is_main_process:
         truncate_metrics(output_dir / "metrics.jsonl", state["step"])
     if recipe.tracker:
-        accelerator.init_trackers("tracker", config=None)
+        # TensorBoard drops what a killed run logged after the checkpoint.
+        purge = {"tensorboard": {"purge_step": state["step"] + 1}} if state["step"] else {}
+        accelerator.init_trackers("tracker", config=None, init_kwargs=purge)
     progress = tqdm(
         total=total_steps,
         initial=state["step"],
