@@ -1,7 +1,17 @@
-"""Streaming images: one source, one shared random crop per image, one tensor per resolution, exact resume."""
+"""Streaming images: one source or a mixture, one shared random crop, one tensor per resolution, exact resume."""
 
+from .config import DataConfig, SourceConfig
 from .images import decode_rgb, random_crop
-from .source import DataConfig, SourceError
+from .source import SourceError
 from .stream import Batch, ImageStream, merge_states
 
-__all__ = ["Batch", "DataConfig", "ImageStream", "SourceError", "decode_rgb", "merge_states", "random_crop"]
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "ImageStream",
+    "SourceConfig",
+    "SourceError",
+    "decode_rgb",
+    "merge_states",
+    "random_crop",
+]

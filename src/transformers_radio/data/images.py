@@ -17,11 +17,12 @@ from torchvision.transforms.v2 import functional as F
 Image.init()
 # Raster formats only: the others that Pillow knows include ones that start programs (EPS) or are no photographs.
 FORMATS = tuple(
-    name
-    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-    if name in Image.OPEN
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 )
-EXTENSIONS = tuple(sorted(extension for extension, name in Image.registered_extensions().items() if name in FORMATS))
+# MPO (several JPEGs in one file, as stereo cameras write) is opened by the JPEG plugin.
+EXTENSIONS = tuple(
+    sorted(extension for extension, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+)
 EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what brings the stored pixels upright (1, or anything else: nothing).
 UPRIGHT = {

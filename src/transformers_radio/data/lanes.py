@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .config import DataConfig
 from .images import SkippedImage, load_crops
-from .source import DataConfig, Source, SourceError, read_image
+from .source import Source, SourceError
 
 # Images that are named in messages and in the state, per lane.
 MAX_OFFENDERS = 5
@@ -24,12 +26,17 @@ MIN_SHARDS_PER_LANE = 8
 # Batches that each worker makes ahead.
 PREFETCH = 2
 # First number of the key of every random draw, so that no two purposes share one.
-SHARD_ORDER, WINDOW_ORDER, CROP = 0, 1, 2
+SHARD_ORDER, WINDOW_ORDER, CROP, MIXTURE = 0, 1, 2, 3
 
 
 def new_position() -> dict[str, Any]:
     """What a lane has consumed: so many records of its unit-th unit in this epoch. The counters never restart."""
     return {"epoch": 0, "unit": 0, "consumed": 0, "seen": 0, "skipped": {}, "offenders": []}
+
+
+def position_key(name: str, lane: int) -> str:
+    """What a position is kept under: a lane of a data set, which has the name "" when it is the only one."""
+    return f"{name}/{lane}" if name else str(lane)
 
 
 def slot_bytes(batch_size: int, resolutions: list[int]) -> int:
@@ -44,24 +51,28 @@ class LaneBatches(IterableDataset):
     """The batches of one rank from its current position on; in a DataLoader worker, every num_workers-th of them.
 
     Args:
-        positions: lane -> `new_position` or a later one, for the lanes of this rank.
+        sources: name -> data set. Each has lanes of its own; a batch is filled from the same lane of all of them.
+        shares: name -> share of the images.
+        positions: `position_key` -> `new_position` or a later one, for the lanes of this rank.
         lanes: their number over all ranks.
         first, step: the rank makes the batches first, first + step, ... of the run.
     """
 
     def __init__(
         self,
-        source: Source,
+        sources: dict[str, Source],
+        shares: dict[str, float],
         config: DataConfig,
         resolutions: list[int],
         batch_size: int,
         seed: int,
-        positions: dict[int, dict[str, Any]],
+        positions: dict[str, dict[str, Any]],
         lanes: int,
         first: int,
         step: int,
     ):
-        self.source = source
+        self.sources = sources
+        self.shares = shares
         self.config = config
         self.resolutions = resolutions
         self.batch_size = batch_size
@@ -79,44 +90,61 @@ class LaneBatches(IterableDataset):
         if config.num_workers:
             self.slots.share_memory_()
         # Into how many interleaved parts each shard is split: one when there are plenty of shards.
-        shards = len(source.shards)
-        self.split = next(
-            n for n in itertools.count(1) if shards * n % lanes == 0 or shards * n >= MIN_SHARDS_PER_LANE * lanes
-        )
+        self.splits = {
+            name: next(
+                n
+                for n in itertools.count(1)
+                if len(source.shards) * n % lanes == 0 or len(source.shards) * n >= MIN_SHARDS_PER_LANE * lanes
+            )
+            for name, source in sources.items()
+        }
 
     def views(self, pixels: Tensor) -> dict[int, Tensor]:
         """Cut a slot, uint8 (bytes,), into resolution r -> (B, r, r, 3)."""
         parts = pixels.split([self.batch_size * 3 * r * r for r in self.resolutions])
         return {r: part.view(self.batch_size, r, r, 3) for r, part in zip(self.resolutions, parts, strict=True)}
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[str], list[int], int, dict[str, Any]]]:
-        """Yield (worker, slot, keys, epochs, lane, position) with the pixels in `slots[worker, slot]`."""
+    def __iter__(self) -> Iterator[tuple[int, int, list[str], list[int], dict[str, dict[str, Any]]]]:
+        """Yield (worker, slot, keys, epochs, positions that have moved) with the pixels in `slots[worker, slot]`."""
         worker = get_worker_info()
         worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # The loader takes from its workers in turn.
         first, step = self.first + worker_id * self.step, self.step * workers
-        samples: dict[int, Iterator[tuple[int, str, dict[int, Tensor]]]] = {}
+        samples: dict[str, Iterator[tuple[int, str, dict[int, Tensor]]]] = {}
         for number in itertools.count():
             lane = (first + number * step) % self.lanes
-            if lane not in samples:
-                samples[lane] = self._samples(lane, self.positions[lane])
-            epochs, keys, crops = zip(*itertools.islice(samples[lane], self.batch_size), strict=True)
+            names = self.mixture(first + number * step)
+            for name in names:
+                if position_key(name, lane) not in samples:
+                    samples[position_key(name, lane)] = self._samples(name, lane)
+            epochs, keys, crops = zip(*(next(samples[position_key(name, lane)]) for name in names), strict=True)
             slot = number % (PREFETCH + 1)
             for r, view in self.views(self.slots[worker_id, slot]).items():
                 # B x (3, r, r) -> (B, r, r, 3), which is how crops lie in memory: a plain copy
                 torch.stack([crop[r].permute(1, 2, 0) for crop in crops], out=view)
-            yield worker_id, slot, list(keys), list(epochs), lane, copy.deepcopy(self.positions[lane])
+            moved = sorted({position_key(name, lane) for name in names})
+            yield worker_id, slot, list(keys), list(epochs), {key: copy.deepcopy(self.positions[key]) for key in moved}
 
-    def _samples(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
-        """Decode the images of a lane from `position` on, and keep `position` just behind the one yielded."""
-        config = self.config
+    def mixture(self, batch: int) -> list[str]:
+        """The data set of every image of a batch, drawn by the shares from (seed, batch, place in the batch) alone."""
+        names = list(self.sources)
+        if len(names) == 1:
+            return names * self.batch_size
+        draws = np.random.default_rng([self.seed, MIXTURE, batch]).random(self.batch_size)
+        bounds = np.cumsum([self.shares[name] for name in names])[:-1]
+        return [names[i] for i in np.searchsorted(bounds, draws, side="right")]
+
+    def _samples(self, name: str, lane: int) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
+        """Decode the images of a lane from its position on, and keep the position just behind the one yielded."""
+        config, source = self.config, self.sources[name]
+        position = self.positions[position_key(name, lane)]
         used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: give it the benefit
-        for key, image, random_key in self._records(lane, position):
+        for key, image, random_key in self._records(name, lane, position):
             if random_key is None:  # the end of an epoch
                 if not used_in_epoch:
                     raise SourceError(
                         f"Lane {lane} of {self.lanes} found no usable image in a whole pass over its part of"
-                        f" {config.path} (skipped: {reasons_text(position['skipped']) or 'none'}"
+                        f" {source.path} (skipped: {reasons_text(position['skipped']) or 'none'}"
                         f" {'; '.join(position['offenders'])}). If the source is small, lower data.num_workers or"
                         " data.lanes."
                     )
@@ -127,7 +155,7 @@ class LaneBatches(IterableDataset):
             generator = np.random.default_rng([self.seed, CROP, *random_key])
             try:
                 crops = load_crops(
-                    read_image(image),
+                    source.read(image),
                     self.resolutions,
                     generator,
                     config.crop_scale,
@@ -136,35 +164,40 @@ class LaneBatches(IterableDataset):
                     config.min_side,
                 )
             except SkippedImage as error:
-                position["skipped"][error.reason] = position["skipped"].get(error.reason, 0) + 1
+                reason = f"{name}/{error.reason}" if name else error.reason
+                position["skipped"][reason] = position["skipped"].get(reason, 0) + 1
                 if len(position["offenders"]) < MAX_OFFENDERS:
                     position["offenders"].append(f"{key} ({error.reason})")
                 continue
             used_in_epoch = True
             yield position["epoch"], key, crops
 
-    def _records(self, lane: int, position: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[int, int, int] | None]]:
+    def _records(
+        self, name: str, lane: int, position: dict[str, Any]
+    ) -> Iterator[tuple[str, Any, tuple[int, ...] | None]]:
         """Yield (key, undecoded image, (epoch, shard, record)) for ever, and ("", None, None) after each epoch.
 
         Skips what `position` says is consumed without decoding it, and moves its epoch and unit on.
         """
-        window_size = self.config.shuffle_window
+        source, split, window_size = self.sources[name], self.splits[name], self.config.shuffle_window
+        # The sets of a mixture draw differently from each other, each as it would beside any other.
+        own = (zlib.crc32(name.encode()),) if name else ()
         while True:
             epoch = position["epoch"]
-            generator = np.random.default_rng([self.seed, SHARD_ORDER, epoch])
-            order = generator.permutation(len(self.source.shards) * self.split)
+            generator = np.random.default_rng([self.seed, SHARD_ORDER, epoch, *own])
+            order = generator.permutation(len(source.shards) * split)
             units = order[lane :: self.lanes].tolist()
             while position["unit"] < len(units):
                 unit = units[position["unit"]]
-                shard, offset = divmod(unit, self.split)
+                shard, offset = divmod(unit, split)
                 window, inside = divmod(position["consumed"], window_size)
-                first = offset + window * window_size * self.split
-                records = itertools.islice(enumerate(self.source.records(shard)), first, None, self.split)
+                first = offset + window * window_size * split
+                records = itertools.islice(enumerate(source.records(shard)), first, None, split)
                 while samples := list(itertools.islice(records, window_size)):
-                    generator = np.random.default_rng([self.seed, WINDOW_ORDER, epoch, unit, window])
+                    generator = np.random.default_rng([self.seed, WINDOW_ORDER, epoch, unit, window, *own])
                     for i in generator.permutation(len(samples))[inside:]:
                         index, (key, image) = samples[i]
-                        yield key, image, (epoch, shard, index)
+                        yield key, image, (epoch, shard, index, *own)
                     window, inside = window + 1, 0
                 position["unit"] += 1
                 position["consumed"] = 0

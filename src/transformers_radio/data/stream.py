@@ -4,12 +4,17 @@ The source is dealt out to `lanes`, and batch j of the run (counted over all ran
 lane reads its own part of every epoch in an order that is a function of (seed, epoch, position) alone. Ranks and
 workers only share out the lanes: neither their number nor their timing changes which images a batch holds. What a lane
 has consumed is a handful of numbers; they travel with each batch, and saving the latest ones saves the stream.
+
+Of a mixture each data set has lanes, epochs and positions of its own. Which set each image of batch j comes from is
+drawn from (seed, j); the batch is filled from lane j mod lanes of those sets.
 """
 
 import atexit
 import copy
+import functools
 import itertools
 import logging
+import math
 import os
 import shutil
 import weakref
@@ -23,9 +28,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .config import DataConfig
 from .images import SkippedImage, load_crops
-from .lanes import MAX_OFFENDERS, PREFETCH, LaneBatches, init_worker, new_position, reasons_text, slot_bytes, unchanged
-from .source import DataConfig, Source, SourceError, read_image
+from .lanes import (
+    MAX_OFFENDERS,
+    PREFETCH,
+    LaneBatches,
+    init_worker,
+    new_position,
+    position_key,
+    reasons_text,
+    slot_bytes,
+    unchanged,
+)
+from .source import Source, SourceError
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +55,11 @@ class Batch:
 
     Attributes:
         images: resolution r -> uint8 (B, 3, r, r), RGB, channels last in memory; the same crops at every resolution.
-        keys: name of each image: the file relative to the folder, `file.tar/key` or `file.parquet/row`.
-        epochs: the pass over the source that each image belongs to, from 0.
+        keys: name of each image: the file relative to the folder, `file.tar/key` or `file.parquet/row`. In a mixture
+            the name of the data set stands before it: `name/file.tar/key`.
+        epochs: the pass over its source that each image belongs to, from 0.
         seen: images that this rank has looked at since the start, skipped ones included.
-        skipped: reason -> images that this rank could not use since the start.
+        skipped: reason, in a mixture `name/reason` -> images that this rank could not use since the start.
     """
 
     images: dict[int, Tensor]
@@ -70,8 +87,9 @@ class ImageStream:
 
     Raises:
         FileNotFoundError, ValueError: the source cannot be opened, or an argument is out of range.
-        SourceError: while iterating, when more than `config.max_skipped_share` of the images were skipped (looked at
-            from the 200th image on, and at the end of every epoch), or a shard cannot be read.
+        SourceError: while iterating, when more than `config.max_skipped_share` of the images of a data set were
+            skipped (looked at from its 200th image on, and at the end of every epoch), or a shard cannot be read, of
+            a server not even after `config.retry_seconds`.
     """
 
     def __init__(
@@ -96,7 +114,14 @@ class ImageStream:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.source = Source(config)
+        named = config.named_sources()
+        self.sources = {name: Source(source, name, config.retry_seconds) for name, source in named.items()}
+        total = sum(source.weight for source in named.values())
+        self.shares = {name: source.weight / total for name, source in named.items()}
+        if rank == 0:
+            for source in self.sources.values():
+                for note in source.notes:
+                    _warn_once(f"{source.where}.path={source.path!r}: {note}")
         # Weak, as the generator refers to the stream: workers have to end as soon as nobody holds it.
         self._batches: weakref.ref[Generator[Batch]] | None = None
         self._start(config.lanes or max(1, config.num_workers) * world_size, next_batch=0, saved_lanes=None)
@@ -117,7 +142,8 @@ class ImageStream:
     def _iterate(self) -> Generator[Batch]:
         self._check_shared_memory()
         lane_batches = LaneBatches(
-            self.source,
+            self.sources,
+            self.shares,
             self.config,
             self.resolutions,
             self.batch_size,
@@ -137,7 +163,7 @@ class ImageStream:
             generator=torch.Generator(),  # without its own, the loader would draw from the global random state
         )
         try:
-            for worker, slot, keys, epochs, lane, position in loader:
+            for worker, slot, keys, epochs, positions in loader:
                 shared = lane_batches.slots[worker, slot]  # copied, as the worker will write to it again
                 if torch.cuda.is_available():
                     pixels = shared.pin_memory()
@@ -145,7 +171,7 @@ class ImageStream:
                     pixels = torch.from_numpy(shared.numpy().copy())
                 # (B, r, r, 3) -> (B, 3, r, r)
                 images = {r: view.permute(0, 3, 1, 2) for r, view in lane_batches.views(pixels).items()}
-                self._count(lane, position)
+                self._count(positions)
                 self._next_batch += self.world_size
                 yield Batch(images, keys, epochs, self.seen, self.skipped)
         except Exception as error:
@@ -163,7 +189,7 @@ class ImageStream:
     @property
     def skipped(self) -> dict[str, int]:
         """Reason -> number of images this rank has skipped since the start."""
-        return dict(sum((Counter(position["skipped"]) for position in self._lanes.values()), Counter()))
+        return _sum_skipped(list(self._lanes.values()))
 
     def check(self) -> None:
         """Read a little of the source before long work starts.
@@ -173,14 +199,18 @@ class ImageStream:
                 shared memory is too small for the batches of the workers.
         """
         self._check_shared_memory()
+        for name, source in self.sources.items():
+            self._check_source(source, self.shares[name])
+
+    def _check_source(self, source: Source, share: float) -> None:
         names, first, generator = [], Counter[str](), np.random.default_rng(0)
-        needed = max(self.batch_size * self.world_size, self.lanes)
-        records = itertools.chain.from_iterable(map(self.source.records, range(len(self.source.shards))))
+        needed = max(math.ceil(share * self.batch_size * self.world_size), self.lanes)
+        records = itertools.chain.from_iterable(map(source.records, range(len(source.shards))))
         count, decoded = 0, False
         for count, (key, image) in enumerate(records, start=1):
             if not decoded and count <= MIN_SEEN_FOR_SHARE:
                 try:
-                    load_crops(read_image(image), [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
+                    load_crops(source.read(image), [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
                     decoded = True
                 except SkippedImage as error:
                     first[error.reason] += 1
@@ -189,15 +219,15 @@ class ImageStream:
                 break
         if not decoded:
             raise ValueError(
-                f"data.path={self.config.path!r}: none of the first {len(names)} images can be used"
+                f"{source.where}.path={source.path!r}: none of the first {len(names)} images can be used"
                 f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. Does the column"
-                f" {'/'.join(self.source.image_columns)!r} hold images, and is data.min_side={self.config.min_side}"
-                " right?"
+                f" {'/'.join(source.image_columns)!r} hold images, and is data.min_side={self.config.min_side} right?"
             )
         if count < needed:
+            of_share = "" if share == 1 else f", of which it gives a share of {share:.3g},"
             raise ValueError(
-                f"data.path={self.config.path!r} holds {count} images; a batch of {self.batch_size} on each of"
-                f" {self.world_size} ranks over {self.lanes} lanes needs {needed}. Lower the batch size,"
+                f"{source.where}.path={source.path!r} holds {count} images; a batch of {self.batch_size} on each of"
+                f" {self.world_size} ranks{of_share} over {self.lanes} lanes needs {needed}. Lower the batch size,"
                 " data.num_workers or data.lanes."
             )
 
@@ -208,7 +238,7 @@ class ImageStream:
             "order": self._order(),
             "lane_count": self.lanes,
             "next_batch": self._next_batch,
-            "lanes": {str(lane): copy.deepcopy(position) for lane, position in sorted(self._lanes.items())},
+            "lanes": copy.deepcopy(self._lanes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,13 +250,13 @@ class ImageStream:
         """
         now = self._order()
         changed = [
-            f"{field}: {state['order'].get(field)!r} when saved, {now[field]!r} now"
-            for field in now
-            if state["order"].get(field) != now[field]
+            f"{field}: {state['order'].get(field)!r} when saved, {now.get(field)!r} now"
+            for field in {**now, **state["order"]}
+            if state["order"].get(field) != now.get(field)
         ]
         if changed:
             raise ValueError(
-                f"The saved position in {self.config.path!r} does not fit, as the order of the images has changed"
+                f"The saved position in {self._paths()} does not fit, as the order of the images has changed"
                 f" ({'; '.join(changed)}). Restore these, or start a new run."
             )
         lanes = self.config.lanes or state["lane_count"]
@@ -249,17 +279,19 @@ class ImageStream:
             )
         # This rank takes batches next_batch + rank, next_batch + rank + world_size, ...
         own = sorted({(next_batch + self.rank + i * self.world_size) % lanes for i in range(lanes // self.world_size)})
+        keys = [position_key(name, lane) for name in self.sources for lane in own]
         if saved_lanes is None:
-            saved_lanes = {str(lane): new_position() for lane in own}
-        missing = [lane for lane in own if str(lane) not in saved_lanes]
-        if missing:
+            saved_lanes = {key: new_position() for key in keys}
+        if any(key not in saved_lanes for key in keys):
             raise ValueError(
-                f"The state holds lanes {', '.join(saved_lanes)} but this rank reads {own}: it was saved by one of"
-                " several ranks. Join the states of all ranks with transformers_radio.data.merge_states first."
+                f"The state holds lanes {', '.join(saved_lanes)} but this rank reads {', '.join(keys)}: it was saved"
+                " by one of several ranks. Join the states of all ranks with transformers_radio.data.merge_states"
+                " first."
             )
         self.lanes = lanes
         self._next_batch = next_batch
-        self._lanes = {lane: copy.deepcopy(saved_lanes[str(lane)]) for lane in own}
+        self._lanes = {key: copy.deepcopy(saved_lanes[key]) for key in keys}
+        self._lanes_of = {name: [position_key(name, lane) for lane in own] for name in self.sources}
 
     def _check_shared_memory(self) -> None:
         needed = self.config.num_workers * (PREFETCH + 1) * slot_bytes(self.batch_size, self.resolutions)
@@ -271,13 +303,20 @@ class ImageStream:
             " data.num_workers or the batch size, or enlarge it (in Docker: --shm-size)."
         )
 
+    def _paths(self) -> str:
+        return ", ".join(repr(source.path) for source in self.sources.values())
+
     def _order(self) -> dict[str, Any]:
         """Everything that decides which image comes next in a lane."""
         config = self.config
+        order: dict[str, Any] = {"seed": self.seed}
+        for name, source in self.sources.items():
+            prefix = f"{name}." if name else ""
+            order |= {f"{prefix}shards": len(source.shards), f"{prefix}files": source.fingerprint}
+            if name:
+                order[f"{prefix}weight"] = config.sources[name].weight
         return {
-            "seed": self.seed,
-            "shards": len(self.source.shards),
-            "files": self.source.fingerprint,
+            **order,
             "shuffle_window": config.shuffle_window,
             "crop_scale": list(config.crop_scale),
             "crop_ratio": list(config.crop_ratio),
@@ -285,23 +324,33 @@ class ImageStream:
             "min_side": config.min_side,
         }
 
-    def _count(self, lane: int, position: dict[str, Any]) -> None:
-        before = self._lanes[lane]
-        for offender in position["offenders"][len(before["offenders"]) :]:
-            logger.warning("Skipped image %s", offender)
-        finished = min(other["epoch"] for other in self._lanes.values())
-        self._lanes[lane] = position
-        epoch_ended = min(other["epoch"] for other in self._lanes.values()) > finished
-        seen, skipped = self.seen, sum(self.skipped.values())
+    def _count(self, positions: dict[str, dict[str, Any]]) -> None:
+        """Move on to `positions`, and look at each data set's share of skipped images."""
+        epochs = {name: self._epoch(name) for name in self.sources}
+        for key, position in positions.items():
+            for offender in position["offenders"][len(self._lanes[key]["offenders"]) :]:
+                logger.warning("Skipped image %s", offender)
+            self._lanes[key] = position
+        for name in self.sources:
+            self._check_skipped(name, epoch_ended=self._epoch(name) > epochs[name])
+
+    def _epoch(self, name: str) -> int:
+        """The pass over a data set that is not yet finished by all lanes of this rank."""
+        return min(self._lanes[key]["epoch"] for key in self._lanes_of[name])
+
+    def _check_skipped(self, name: str, epoch_ended: bool) -> None:
+        lanes = [self._lanes[key] for key in self._lanes_of[name]]
+        seen, reasons = sum(lane["seen"] for lane in lanes), _sum_skipped(lanes)
+        counted = seen
         if seen < MIN_SEEN_FOR_SHARE:
             if not epoch_ended:
                 return
-            seen *= self.world_size  # too few to speak for the other ranks, whose images may all be fine
-        if skipped > self.config.max_skipped_share * seen:
-            offenders = [offender for other in self._lanes.values() for offender in other["offenders"]]
+            counted *= self.world_size  # too few to speak for the other ranks, whose images may all be fine
+        if sum(reasons.values()) > self.config.max_skipped_share * counted:
+            offenders = [offender for lane in lanes for offender in lane["offenders"]]
             raise SourceError(
-                f"{skipped} of {self.seen} images of {self.config.path} could not be used"
-                f" ({reasons_text(self.skipped)}), more than"
+                f"{sum(reasons.values())} of {seen} images of {self.sources[name].path} could not be used"
+                f" ({reasons_text(reasons)}), more than"
                 f" data.max_skipped_share={self.config.max_skipped_share} allows. The first:"
                 f" {'; '.join(offenders[:10])}. Repair the source, or raise data.max_skipped_share."
             )
@@ -322,6 +371,16 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
                 )
     lanes = {lane: position for state in states for lane, position in state["lanes"].items()}
     return {**states[0], "lanes": lanes}
+
+
+def _sum_skipped(lanes: list[dict[str, Any]]) -> dict[str, int]:
+    return dict(sum((Counter(lane["skipped"]) for lane in lanes), Counter()))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Every stage of a run opens its data anew."""
+    logger.warning(message)
 
 
 def _close(batches: "weakref.ref[Generator[Batch]]") -> None:

@@ -1,0 +1,114 @@
+"""Which images are read, and how they are cropped and shuffled."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class SourceConfig:
+    """One data set of a mixture.
+
+    Attributes:
+        path, split, name, image_column: As in `DataConfig`.
+        weight: Share of the images that come from here, relative to the other sets' weights.
+    """
+
+    path: str = MISSING
+    split: str = "train"
+    name: str | None = None
+    image_column: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Which images are read, and how they are cropped and shuffled.
+
+    Attributes:
+        path: A folder of images (nested as it likes), a webdataset tar or a parquet file, a folder of such files, a
+            glob pattern of any of these, the URL of a tar or parquet file, or the id of a dataset on the Hub.
+        split: Of a Hub dataset, its split. Of a local folder: the sub-folder of this name if there is one; else the
+            tar or parquet files whose names start with it; else, for `train`, everything.
+        name: The configuration of a Hub dataset that has several.
+        image_column: The column, or in tars the extension, of the image. Found by itself when there is only one.
+        num_workers: Processes per rank that read and decode. 0: in the training process itself.
+        shuffle_window: Samples of a shard that are read ahead and shuffled together; a worker holds this many
+            undecoded files in memory for each of its lanes (image folders: only their names).
+        crop_scale: Share of the image area that the random crop covers, smallest and largest.
+        crop_ratio: Width / height of the crop, smallest and largest.
+        horizontal_flip: Mirror half of the crops.
+        max_skipped_share: The run stops when more than this share of the images (of one data set) could not be used.
+        min_side: Images with a shorter side (in pixels) are skipped.
+        lanes: Number of parallel sequences the source is dealt out to (see `ImageStream`). Default: as many as there
+            are workers over all ranks. The order of the images depends on it, and on neither ranks nor workers.
+        sources: In place of `path`: several data sets by name, mixed by weight.
+        retry_seconds: How long a server that fails is tried again before the run stops. 0: not at all.
+    """
+
+    path: str | None = None
+    split: str = "train"
+    name: str | None = None
+    image_column: str | None = None
+    num_workers: int = 2
+    shuffle_window: int = 1000
+    # The paper (section 4, "General") applies "random scale + cropping" and gives no ranges: these are ours. Half of
+    # the area or more keeps a crop a picture of the same scene, at scales that the teachers know.
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: bool = False  # not in the paper; mirrored text would be a wrong target for CLIP
+    max_skipped_share: float = 0.01
+    min_side: int = 16
+    lanes: int | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    retry_seconds: float = 300.0
+
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """Name -> data set, by name; a single one given by `path` has the name ""."""
+        if self.sources:
+            return dict(sorted(self.sources.items()))
+        return {"": SourceConfig(self.path or "", self.split, self.name, self.image_column)}
+
+    def validate(self) -> None:
+        """Raises ValueError that names the first field out of range."""
+        if (self.path not in (None, "", MISSING)) == bool(self.sources):
+            raise ValueError(
+                f"data.path={self.path!r} and data.sources={sorted(self.sources)}: expected one of the two. data.path"
+                " is a folder, file, pattern or Hub dataset id; data.sources mixes several of them by weight."
+            )
+        self._validate_sources()
+        checks = {
+            "num_workers": (self.num_workers >= 0, "0 or more"),
+            "shuffle_window": (self.shuffle_window >= 1, "1 (no shuffling within a shard) or more"),
+            "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "shares 0 < smallest <= largest <= 1"),
+            "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "two numbers 0 < smallest <= largest"),
+            "max_skipped_share": (0 <= self.max_skipped_share <= 1, "a share between 0 and 1"),
+            "min_side": (self.min_side >= 1, "1 pixel or more"),
+            "lanes": (self.lanes is None or self.lanes >= 1, "empty (None) or 1 or more"),
+            "retry_seconds": (0 <= self.retry_seconds < math.inf, "0 (give up at once) or more seconds"),
+        }
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise ValueError(f"data.{name}={getattr(self, name)!r}: expected {expected}.")
+
+    def _validate_sources(self) -> None:
+        for name, source in self.sources.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"data.sources: {name!r} is no name; expected letters, digits, _ and -.")
+            if source.path in (None, "", MISSING):
+                raise ValueError(
+                    f"data.sources.{name}.path={source.path!r}: expected a folder, file, pattern or Hub dataset id."
+                )
+            if not 0 < source.weight < math.inf:
+                raise ValueError(
+                    f"data.sources.{name}.weight={source.weight!r}: expected a number > 0. Leave out a data set that"
+                    " is not to be used."
+                )
+        for key in ("split", "name", "image_column"):
+            if self.sources and getattr(self, key) != getattr(DataConfig, key):
+                raise ValueError(
+                    f"data.{key}={getattr(self, key)!r} says nothing beside data.sources: set"
+                    f" data.sources.{next(iter(self.sources))}.{key} instead."
+                )
