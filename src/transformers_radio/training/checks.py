@@ -11,6 +11,7 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
 from .distill import distillation_losses, raise_if_not_finite, teacher_targets
+from .hadamard import hadamard
 from .partition import Group
 from .recipe import Recipe
 from .run_folder import find_checkpoints
@@ -43,6 +44,13 @@ def check_before_training(
                 rank=group.index or 0,
                 world_size=len(group.ranks),
             ).check()
+    if recipe.loss.standardization == "phi_s":
+        for name, adaptor in student.config.adaptors.items():
+            if adaptor["feature_dim"] is not None:
+                try:
+                    hadamard(adaptor["feature_dim"])
+                except ValueError as error:
+                    raise ValueError(f"teachers.{name} cannot be standardised with phi_s: {error}") from error
     check_disk(recipe, student)
 
 

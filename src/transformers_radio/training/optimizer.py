@@ -12,7 +12,7 @@ HEADS = ("student.adaptors.", "balancing.")
 
 
 def build_optimizer(model: torch.nn.Module, recipe: Recipe, stage: StageRecipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: none on tokens, position table, norms and biases.
+    """AdamW with weight decay on matrices only: none on tokens, position table, norms, biases and the balancing.
 
     Args:
         model: the `Distillation`; its parameters' names tell the trunk from the heads.
@@ -21,7 +21,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, stage: StageRecipe) 
     groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            bare = parameter.ndim < 2 or name.endswith(UNDECAYED)
+            bare = parameter.ndim < 2 or name.endswith(UNDECAYED) or name.startswith("balancing.")
             groups.setdefault((not name.startswith(HEADS), 0.0 if bare else decay), []).append(parameter)
     return torch.optim.AdamW(
         [
