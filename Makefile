@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart seeds teachers test test-slow quality bench clean
+.PHONY: help quickstart seeds ablations teachers test test-slow quality bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -20,6 +20,9 @@ quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate 
 
 seeds: $(VENV)/installed  ## The quickstart over three seeds (about 18 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py
+
+ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (an hour or more)
+	$(BIN)/python benchmarks/ablations.py
 
 teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
 	$(BIN)/python -m transformers_radio.quickstart.train_teachers --output runs/teachers

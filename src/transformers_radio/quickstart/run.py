@@ -117,7 +117,7 @@ def evaluate(encoders: list[Encoder], world: Path, clip_checkpoint: str) -> Tabl
     speed = throughput({encoder.title: encoder.network for encoder in encoders}, inputs, repeats=8)
     rows = []
     for encoder in encoders:
-        bank, queries = (_resize(split.images, encoder.image_size) for split in (train_split, validation))
+        bank, queries = (resize_images(split.images, encoder.image_size) for split in (train_split, validation))
         metrics: dict[str, float | None] = {"Zero-shot": None, "k-NN": None}
         if encoder.title in ("CLIP", "RADIO student"):
             language = extract_summaries(encoder.language, queries, description=f"{encoder.title} zero-shot")
@@ -147,11 +147,11 @@ def picture(encoders: list[Encoder], world: Path, path: Path) -> None:
     columns = {}
     with torch.no_grad():
         for encoder in encoders:
-            columns[encoder.title] = encoder.features(_resize(images, encoder.image_size).float() / 255)
+            columns[encoder.title] = encoder.features(resize_images(images, encoder.image_size).float() / 255)
     teacher_student_figure(images, columns, path)
 
 
-def _resize(images: torch.Tensor, side: int) -> torch.Tensor:
+def resize_images(images: torch.Tensor, side: int) -> torch.Tensor:
     return resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
 
 

@@ -1,0 +1,142 @@
+"""The paper's Tables 3, 4 and 5 in miniature, on the quickstart's world: `make ablations`.
+
+Each row is the quickstart's recipe with a few fields changed and fewer steps, over three seeds; the table has the mean
+and the standard deviation. A row that is done is kept: the same command goes on after a stop.
+
+    python benchmarks/ablations.py [OUTPUT] [--steps 250] [--seeds 0 1 2] [--only table4]
+"""
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+
+import torch
+
+from transformers_radio.evaluation import knn_accuracy
+from transformers_radio.evaluation.features import extract_summaries
+from transformers_radio.evaluation.zero_shot import zero_shot_accuracy, zero_shot_classifier
+from transformers_radio.modeling import RadioModel
+from transformers_radio.quickstart.run import RECIPE, TEMPLATES, resize_images
+from transformers_radio.quickstart.scenes import CLASS_NAMES
+from transformers_radio.quickstart.teacher_data import Split, load_split
+from transformers_radio.quickstart.train_teachers import PROBE_GRID, cell_labels, linear_probe_miou
+from transformers_radio.quickstart.world import make_world
+from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.training import load_recipe, train
+
+NO_FEATURES = "teachers.{}.feature_weight=0"
+TABLES: dict[str, dict[str, list[str]]] = {
+    # SAM has features alone, so that it takes no part here: its weight is as in the other tables.
+    "table3": {
+        "none": [NO_FEATURES.format("clip"), NO_FEATURES.format("dinov2")],
+        "CLIP": [NO_FEATURES.format("dinov2")],
+        "DINOv2": [NO_FEATURES.format("clip")],
+        "both": [],
+    },
+    "table4": {
+        "naive": [],
+        "uncertainty": ["loss.balancing=uncertainty"],
+        "AdaLoss": ["loss.balancing=adaloss"],
+        "AMTML-KD": ["loss.balancing=amtml_kd"],
+        "naive, PHI-S": ["loss.standardization=phi_s"],
+    },
+    "table5": {
+        "a CLS token a teacher": [],
+        "one CLS token": ["student.summary=cls"],
+        "average pooling": ["student.summary=mean"],
+    },
+}
+METRICS = ("Zero-shot", "k-NN", "mIoU shapes", "mIoU materials")
+
+
+@torch.no_grad()
+def evaluate(student_dir: Path, splits: tuple[Split, Split], classifier: torch.Tensor) -> dict[str, float]:
+    """Percent: what the quickstart measures, and linear probes of the features on 8 x 8 cells."""
+    student = RadioModel.from_pretrained(student_dir).eval()
+    side = student.preferred_resolution
+    summaries, grids = [], []
+    for split in splits:
+        images = resize_images(split.images, side)
+        summaries.append(extract_summaries(lambda x: student(x, adaptors=[]).summary, images, description="summaries"))
+        features = extract_summaries(
+            lambda x: student(x, adaptors=[]).features.flatten(1), images, description="features"
+        )
+        # (N, h*w*C) -> (N, C, h, w) -> (N, C, 8, 8)
+        cells = side // student.patch_size
+        maps = features.unflatten(1, (cells, cells, -1)).permute(0, 3, 1, 2)
+        grids.append(torch.nn.functional.interpolate(maps, size=(PROBE_GRID, PROBE_GRID), mode="bilinear"))
+    bank, queries = splits
+    validation = resize_images(queries.images, side)
+    language = extract_summaries(lambda x: student(x, adaptors=["clip"]).adaptors["clip"].summary, validation)
+    with torch.enable_grad():
+        probes = {
+            part: linear_probe_miou(
+                grids[0], cell_labels(bank.semantic, part), grids[1], cell_labels(queries.semantic, part)
+            )
+            for part in ("shapes", "materials")
+        }
+    return {
+        "Zero-shot": zero_shot_accuracy(language, classifier, queries.classes),
+        "k-NN": knn_accuracy(summaries[0], bank.classes, summaries[1], queries.classes),
+        "mIoU shapes": probes["shapes"],
+        "mIoU materials": probes["materials"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, nargs="?", default=Path("runs/ablations"))
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", choices=list(TABLES), action="append")
+    options = parser.parse_args()
+    world = make_world(options.output / "world")
+    train_split, validation = (load_split(world.directory, split) for split in ("train", "validation"))
+    bank = Split(*(part[:4000] for part in vars(train_split).values()))
+    classifier = zero_shot_classifier(
+        load_text_encoder(load_recipe(RECIPE).teachers["clip"].checkpoint), CLASS_NAMES, TEMPLATES
+    )
+    results_path = options.output / "results.json"
+    results = json.loads(results_path.read_text(encoding="utf-8")) if results_path.exists() else {}
+    runs = [
+        (tuple(row), seed)
+        for seed in options.seeds
+        for table in options.only or TABLES
+        for row in TABLES[table].values()
+    ]
+    for overrides, seed in dict.fromkeys(runs):  # the unchanged recipe is a row of each table, and is run once
+        key = " ".join([f"steps={options.steps}", f"seed={seed}", *overrides])
+        if key in results:
+            continue
+        run = options.output / "runs" / "".join(c if c.isalnum() else "-" for c in key)
+        settings = [f"output_dir={run}", f"data.path={world.directory}", f"stages.main.steps={options.steps}"]
+        outcome = train(load_recipe(RECIPE, [*settings, f"seed={seed}", *overrides]))
+        if outcome.student_dir is None:
+            raise SystemExit("stopped; run the same command again to go on")
+        results[key] = evaluate(outcome.student_dir, (bank, validation), classifier)
+        print(key, json.dumps(results[key]), flush=True)
+        temporary = results_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, results_path)
+    report = "\n".join(markdown(table, results, options) for table in options.only or TABLES)
+    (options.output / "ablations.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+def markdown(table: str, results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
+    lines = [f"| {table} | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for name, overrides in TABLES[table].items():
+        keys = [" ".join([f"steps={options.steps}", f"seed={seed}", *overrides]) for seed in options.seeds]
+        cells = []
+        for metric in METRICS:
+            values = [results[key][metric] for key in keys]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
