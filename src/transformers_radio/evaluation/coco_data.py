@@ -1,0 +1,224 @@
+"""COCO-format annotations and detections as box prompts with masks, one list entry an image."""
+
+import importlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers_radio.data.images import SkippedImage, decode_rgb
+
+EXTRA = 'pip install "transformers_radio[evaluation]"'
+
+
+@dataclass
+class SamCocoConfig:
+    """The prompted-mask evaluation on one split of a COCO-format dataset.
+
+    images: folder that the annotations' file names are in.
+    annotations: the split's instance annotations (JSON).
+    detections: boxes to prompt with instead of the true ones, a COCO results file (JSON) of entries with image_id,
+        category_id, bbox and score. The figure is then COCO's mask AP instead of the mean mask IoU.
+    name, split, license: what a report says about the data.
+    sam: original SAM checkpoint whose prompt encoder, neck and decoder are used.
+    adaptor: the student's adaptor to SAM.
+    image_size: side of the student's input in pixels; None for SAM's own (1024).
+    window_size: of the student, in patches; None for its default, 0 for global attention.
+    best_of_three: take the mask with the highest predicted IoU out of SAM's three, instead of the single mask.
+    prompts_per_chunk: boxes that are decoded at once; memory grows with it (about 12 MB a box), results do not change.
+    """
+
+    images: str
+    annotations: str
+    detections: str | None = None
+    name: str = ""
+    split: str = ""
+    license: str = ""
+    sam: str = "sam_vit_h_4b8939.pth"
+    adaptor: str = "sam"
+    image_size: int | None = None
+    window_size: int | None = None
+    best_of_three: bool = False
+    prompts_per_chunk: int = 64
+
+
+@dataclass
+class PromptedImage:
+    """An image and the objects to prompt for: annotations (with a segmentation) or detections (with a score).
+
+    `size` is (H, W) as the annotation file states it.
+    """
+
+    id: int
+    path: Path
+    size: tuple[int, int]
+    objects: list[dict[str, Any]]
+
+    def read(self) -> torch.Tensor:
+        """uint8 RGB (3, H, W).
+
+        Raises:
+            ValueError: the file cannot be decoded, or is of another size than the annotations are made for.
+        """
+        try:
+            image = decode_rgb(self.path.read_bytes())
+        except SkippedImage as error:
+            raise ValueError(f"{self.path} cannot be decoded ({error.reason}): restore the file and go on.") from error
+        if (image.height, image.width) != self.size:
+            raise ValueError(
+                f"{self.path} is {image.height}x{image.width} pixels, but its annotations are made for "
+                f"{self.size[0]}x{self.size[1]}: the masks would not fit. Use the dataset's original images."
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+    def boxes(self) -> np.ndarray:
+        """COCO's x, y, width, height as float64 (N, 4) x0, y0, x1, y1 in pixels."""
+        boxes = np.array([entry["bbox"] for entry in self.objects], dtype=np.float64).reshape(-1, 4)
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def load_annotations(config: SamCocoConfig) -> tuple[list[PromptedImage], int]:
+    """All images with annotated objects, in the order of their ids, and the number of crowd regions left out.
+
+    Raises:
+        FileNotFoundError: the annotations or an image file are missing.
+        ValueError: the file is no COCO annotation file of instances, or an annotation has no image in it.
+    """
+    images, entries, _ = _read_annotations(config)
+    crowds = sum(bool(entry.get("iscrowd", 0)) for entry in entries)
+    kept = [entry for entry in entries if not entry.get("iscrowd", 0)]
+    if not kept:
+        raise ValueError(f"{config.annotations} has no object to prompt for ({crowds} crowd regions are left out).")
+    return _group(config, images, kept, "Annotation"), crowds
+
+
+def load_detections(config: SamCocoConfig) -> list[PromptedImage]:
+    """All images with detections, in the order of their ids.
+
+    Raises:
+        FileNotFoundError: the detections, the annotations or an image file are missing.
+        ValueError: the file is no COCO results file of boxes, or a detection's image or category is not in the
+            annotations.
+    """
+    assert config.detections is not None
+    images, _, categories = _read_annotations(config)
+    detections = _read_json(config.detections)
+    if not isinstance(detections, list) or not detections or not all(isinstance(entry, dict) for entry in detections):
+        raise ValueError(f"{config.detections} holds no detections: expected a non-empty list of COCO results.")
+    for index, entry in enumerate(detections):
+        missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
+        if missing:
+            raise ValueError(f"Detection {index} of {config.detections} lacks {', '.join(missing)}.")
+        if entry["category_id"] not in categories:
+            raise ValueError(
+                f"Detection {index} of {config.detections} has the category {entry['category_id']}, which is not in "
+                f"{config.annotations}: write COCO's category ids, not the detector's own numbers."
+            )
+    return _group(config, images, detections, "Detection")
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+
+
+def _read_annotations(config: SamCocoConfig) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], set[int]]:
+    """Image entries by id, all annotations, and the ids of the categories."""
+    content = _read_json(config.annotations)
+    parts = {
+        "images": ("id", "file_name", "height", "width"),
+        "annotations": ("id", "image_id", "category_id", "bbox", "segmentation", "area"),
+        "categories": ("id",),
+    }
+    for part, keys in parts.items():
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+            raise ValueError(f"{config.annotations} is no COCO annotation file: it has no list of {part}.")
+        for entry in content[part]:
+            missing = [key for key in keys if key not in entry]
+            if missing:
+                raise ValueError(
+                    f"{config.annotations} is no file of COCO's instance annotations: entry {entry.get('id')} of its "
+                    f"{part} lacks {', '.join(missing)}."
+                )
+    images = {entry["id"]: entry for entry in content["images"]}
+    return images, content["annotations"], {entry["id"] for entry in content["categories"]}
+
+
+def _group(
+    config: SamCocoConfig, images: dict[int, dict[str, Any]], entries: list[dict[str, Any]], kind: str
+) -> list[PromptedImage]:
+    """One PromptedImage for each image that an entry names; checks every box and that every image file is there."""
+    grouped: dict[int, PromptedImage] = {}
+    for index, entry in enumerate(entries):
+        number, image_id, box = entry.get("id", index), entry.get("image_id"), entry.get("bbox")
+        if image_id not in images:
+            raise ValueError(
+                f"{kind} {number} belongs to image {image_id}, which is not in {config.annotations}: the files are "
+                "not of one split, or the image entry was lost."
+            )
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
+            raise ValueError(f"{kind} {number} has the bbox {box!r}; expected [x, y, width, height] in pixels.")
+        if image_id not in grouped:
+            image = images[image_id]
+            path = Path(config.images) / image["file_name"]
+            grouped[image_id] = PromptedImage(image_id, path, (image["height"], image["width"]), [])
+        grouped[image_id].objects.append(entry)
+    missing = [image.path for image in grouped.values() if not image.path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(grouped)} image files are missing, the first is {missing[0]}: set images to the "
+            "folder that the file names of the annotations are in."
+        )
+    return [grouped[image_id] for image_id in sorted(grouped)]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def mask_library() -> Any:
+    """The `mask` module of faster-coco-eval, or else of pycocotools: the same functions.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    for name in ("faster_coco_eval.core.mask", "pycocotools.mask"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise ImportError(f"COCO's masks need faster-coco-eval (or pycocotools), which is not installed: {EXTRA}")
+
+
+def decode_segmentation(segmentation: list[Any] | dict[str, Any], size: tuple[int, int]) -> torch.Tensor:
+    """Polygons, uncompressed RLE or compressed RLE -> bool (H, W), by COCO's own functions.
+
+    Raises:
+        ImportError: no mask library is installed.
+        ValueError: an RLE of another size.
+    """
+    mask = mask_library()
+    height, width = size
+    if isinstance(segmentation, dict):
+        if tuple(segmentation["size"]) != (height, width):
+            raise ValueError(f"An RLE mask is {segmentation['size']}, but its image is [{height}, {width}].")
+        compressed = not isinstance(segmentation["counts"], list)
+        rle = segmentation if compressed else mask.frPyObjects(segmentation, height, width)
+    elif segmentation:
+        rle = mask.merge(mask.frPyObjects(segmentation, height, width))  # the union of an object's polygons
+    else:
+        return torch.zeros(height, width, dtype=torch.bool)
+    return torch.from_numpy(np.ascontiguousarray(mask.decode(rle))).bool()
+
+
+def encode_mask(mask: torch.Tensor) -> dict[str, Any]:
+    """Bool (H, W) -> compressed RLE that JSON can hold."""
+    rle = mask_library().encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
+    counts = rle["counts"]
+    return {"size": list(mask.shape), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}

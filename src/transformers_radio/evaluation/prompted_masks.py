@@ -1,0 +1,228 @@
+"""SAM's prompt encoder and mask decoder behind another image encoder: box prompts in, masks out.
+
+The paper (Section 3.1) puts the student in place of SAM's image encoder and leaves the rest of SAM frozen.
+An encoder is any callable: uint8 images (B, 3, H, W) -> embeddings (B, C, g, g) that SAM's decoder reads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+Encoder = Callable[[torch.Tensor], torch.Tensor]
+
+
+class SamEncoder(nn.Module):
+    """SAM's own image encoder: the row that a student is compared with.
+
+    Args:
+        sam: a whole SAM, see `teachers.segment_anything.load_sam`.
+    """
+
+    def __init__(self, sam: Any):
+        super().__init__()
+        self.image_encoder = sam.image_encoder
+        self.image_size: int = sam.image_encoder.img_size
+        self.window_size = None  # SAM's windows are its own
+        self.preprocess = sam.preprocess
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, H, W) of any size -> (B, C, g, g)."""
+        images = resize_longest_side(images, self.image_size)
+        return self.image_encoder(self.preprocess(images.float()))
+
+
+class StudentEncoder(nn.Module):
+    """A student's adaptor to SAM in place of SAM's image encoder.
+
+    Images are scaled as SAM scales them, longest side to image_size, and filled up to a square at the right and the
+    bottom with SAM's mean colour, so that the student sees what SAM sees. Its feature grid is brought to SAM's by
+    bilinear interpolation. Features of the width of SAM's blocks then pass SAM's own neck; features of the neck's
+    output width are the embedding already.
+
+    Args:
+        student: a `RadioModel` or another student with an adaptor to SAM, on SAM's device.
+        sam: the whole SAM whose image encoder was the adaptor's teacher, float32.
+        adaptor: its name.
+        image_size: side of the student's square input in pixels; None for SAM's own (1024).
+        window_size: as in the student's forward: None for its own default, 0 for global attention.
+
+    Raises:
+        ValueError: no such adaptor, an adaptor without features, or features of another width than this SAM's; an
+            image_size that the student (with these windows) does not take.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        sam: Any,
+        adaptor: str = "sam",
+        image_size: int | None = None,
+        window_size: int | None = None,
+    ):
+        super().__init__()
+        image_size = sam.image_encoder.img_size if image_size is None else image_size
+        step = student.min_resolution_step if window_size is None else student.patch_size * max(window_size, 1)
+        if image_size < step or image_size % step:
+            windows = f" with window_size {window_size}" if window_size else ""
+            raise ValueError(
+                f"image_size is {image_size}, but the student{windows} takes multiples of {step}: use "
+                f"{max(1, round(image_size / step)) * step}, or another window_size (0 for global attention)."
+            )
+        self.student = student
+        self.adaptor = adaptor
+        self.image_size = image_size
+        self.window_size = window_size
+        self.neck = sam.image_encoder.neck if _needs_neck(student, sam, adaptor) else nn.Identity()
+        self.grid: tuple[int, int] = tuple(sam.prompt_encoder.image_embedding_size)
+        self.padding: torch.Tensor
+        self.register_buffer("padding", sam.pixel_mean / 255, persistent=False)  # (3, 1, 1)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, H, W) of any size -> (B, C, g, g)."""
+        size = self.image_size
+        images = resize_longest_side(images, size).float() / 255
+        pixel_values = self.padding.repeat(len(images), 1, size, size)  # (3, 1, 1) -> (B, 3, size, size)
+        pixel_values[..., : images.shape[2], : images.shape[3]] = images
+        output = self.student(pixel_values, adaptors=[self.adaptor], window_size=self.window_size)
+        features = output.adaptors[self.adaptor].features
+        grid = self.student.features_to_grid(features, size, size)  # (B, h * w, C) -> (B, C, h, w)
+        if grid.shape[2:] != self.grid:
+            grid = F.interpolate(grid, size=self.grid, mode="bilinear", align_corners=False)
+        return self.neck(grid)
+
+
+def _needs_neck(student: Any, sam: Any, adaptor: str) -> bool:
+    """Whether the adaptor speaks the language of SAM's blocks (True) or of its neck's output (False)."""
+    adaptors = student.config.adaptors
+    if adaptor not in adaptors:
+        raise ValueError(
+            f"The student has no adaptor {adaptor!r}, it has {sorted(adaptors)}: name its adaptor to SAM, or distil a "
+            "student with SAM among its teachers."
+        )
+    width = adaptors[adaptor]["feature_dim"]
+    trunk, neck = sam.image_encoder.neck[0].in_channels, sam.image_encoder.neck[0].out_channels
+    if width not in (trunk, neck):
+        teacher = adaptors[adaptor].get("teacher") or "unknown"
+        raise ValueError(
+            f"The adaptor {adaptor!r} (teacher: {teacher}) has features of width {width}, but this SAM's have {trunk} "
+            f"before its neck and {neck} behind it: use the SAM checkpoint that the adaptor was distilled from."
+        )
+    if trunk == neck:
+        raise ValueError(
+            f"This SAM's features have width {trunk} both before and behind its neck, so the adaptor {adaptor!r} does "
+            "not tell which of them it was distilled from: use a SAM with two widths."
+        )
+    return width == trunk
+
+
+def resize_longest_side(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, h, w) with max(h, w) == size, by SAM's own resize (Pillow, bilinear).
+
+    Raises:
+        ValueError: other shapes or dtypes.
+    """
+    from segment_anything.utils.transforms import ResizeLongestSide  # whoever has a SAM has it installed
+
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, H, W).")
+    if max(images.shape[2:]) == size:
+        return images
+    resize = ResizeLongestSide(size).apply_image  # takes and gives (H, W, 3)
+    resized = [torch.from_numpy(resize(image.permute(1, 2, 0).cpu().numpy())) for image in images]
+    return torch.stack(resized).permute(0, 3, 1, 2).contiguous().to(images.device)  # (B, h, w, 3) -> (B, 3, h, w)
+
+
+@torch.no_grad()
+def predict_masks(
+    sam: Any, embedding: torch.Tensor, boxes: np.ndarray, original_size: tuple[int, int], best_of_three: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the boxes of one image, as `segment_anything.SamPredictor` makes them.
+
+    Args:
+        embedding: (1, C, g, g) from an encoder.
+        boxes: (N, 4), N >= 1; x0, y0, x1, y1 in pixels of the original image.
+        original_size: (H, W) of the image before it was resized.
+        best_of_three: of the three masks for unclear prompts, the one with the highest predicted IoU; otherwise the
+            single mask.
+
+    Returns:
+        bool (N, H, W), and the predicted IoU (N,).
+    """
+    from segment_anything.utils.transforms import ResizeLongestSide
+
+    side = sam.image_encoder.img_size
+    # float64 until the end, as in SamPredictor: prompts are equal to the last bit
+    scaled = ResizeLongestSide(side).apply_boxes(np.asarray(boxes, dtype=np.float64), original_size)
+    prompts = torch.as_tensor(scaled, dtype=torch.float32, device=embedding.device)
+    sparse, dense = sam.prompt_encoder(points=None, boxes=prompts, masks=None)
+    logits, predicted_iou = sam.mask_decoder(
+        image_embeddings=embedding,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=best_of_three,
+    )  # (N, M, 4 g, 4 g) and (N, M) with M = 1 or 3
+    predicted_iou, best = predicted_iou.max(dim=1)
+    logits = logits[torch.arange(len(logits)), best][:, None]  # (N, 1, 4 g, 4 g)
+    input_size = ResizeLongestSide.get_preprocess_shape(*original_size, side)
+    masks = sam.postprocess_masks(logits, input_size, original_size)[:, 0] > sam.mask_threshold  # (N, H, W)
+    return masks, predicted_iou
+
+
+def mask_overlap(predictions: torch.Tensor, truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels in the intersection and in the union of boolean masks (..., H, W): two int64 tensors (...)."""
+    return (predictions & truths).sum(dim=(-2, -1)), (predictions | truths).sum(dim=(-2, -1))
+
+
+@torch.no_grad()
+def prompted_mask_iou(
+    embed: Encoder,
+    sam: Any,
+    images: torch.Tensor,
+    boxes: Sequence[torch.Tensor],
+    instances: torch.Tensor,
+    batch_size: int = 64,
+) -> float:
+    """Percent mean IoU over all objects of small images in memory, each prompted by its true box (single mask).
+
+    Args:
+        embed: such as `SamEncoder` or `StudentEncoder`.
+        sam: the whole SAM that decodes.
+        images: uint8 (N, 3, H, W).
+        boxes: per image (K, 4), x0, y0, x1, y1 in pixels; its k-th object has the number k + 1 in `instances`.
+        instances: integers (N, H, W), 0 for background. An object without a pixel is left out.
+        batch_size: images that are encoded at once.
+
+    Raises:
+        ValueError: images, boxes and instances that do not fit together, or no object at all.
+    """
+    if not len(images) == len(boxes) == len(instances) or images.shape[2:] != instances.shape[1:]:
+        raise ValueError(
+            f"There are images {tuple(images.shape)}, boxes of {len(boxes)} images and instances "
+            f"{tuple(instances.shape)}; expected (N, 3, H, W), N and (N, H, W)."
+        )
+    height, width = images.shape[2:]
+    scores = []
+    for start in tqdm(range(0, len(images), batch_size), desc="prompted masks", unit="batch"):
+        embeddings = embed(images[start : start + batch_size].to(sam.device))
+        for embedding, box, instance in zip(
+            embeddings, boxes[start : start + batch_size], instances[start : start + batch_size], strict=True
+        ):
+            if len(box) == 0:
+                continue
+            masks, _ = predict_masks(sam, embedding[None], box.cpu().numpy(), (height, width))
+            numbers = torch.arange(1, len(box) + 1, device=sam.device)
+            truths = instance.to(sam.device) == numbers[:, None, None]  # (K, H, W)
+            intersection, union = mask_overlap(masks, truths)
+            visible = truths.flatten(1).any(dim=1)
+            scores.append((intersection[visible] / union[visible]).cpu())
+    if not sum(len(score) for score in scores):
+        raise ValueError("No image has an object with a visible pixel, so there is no mask to score.")
+    return 100 * torch.cat(scores).mean().item()
