@@ -162,6 +162,8 @@ def _sharded_average(rank: int, store: str) -> None:
                     model(x)  # leaves the root's parameters gathered
         if step % 2:
             torch.testing.assert_close(*evaluated)
+    assert not isinstance(dict(sharded.named_parameters())["0.weight"], DTensor)  # gathered, by the last forward
+    sharded.reshard()
     average = emas[1].averages["0.weight"]
     weight = dict(sharded.named_parameters())["0.weight"]
     assert isinstance(average, DTensor) and average.placements == weight.placements

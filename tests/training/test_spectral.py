@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.training.optimizer import build_optimizer
-from transformers_radio.training.recipe import OptimizerRecipe
+from transformers_radio.training.recipe import OptimizerRecipe, Recipe, StageRecipe
 from transformers_radio.training.spectral import add_spectral_reparam, fold_spectral, has_spectral_reparam
 from transformers_radio.training.weight_noise import add_weight_noise
 
@@ -148,7 +148,9 @@ def test_the_gradient_is_that_of_the_formula_with_constant_vectors():
 def test_weight_decay_applies_to_scale_and_matrix():
     model = tiny_student()
     add_spectral_reparam(model)
-    decayed = {id(parameter) for parameter in build_optimizer(model, OptimizerRecipe()).param_groups[0]["params"]}
+    recipe = Recipe(optimizer=OptimizerRecipe(weight_decay=0.02))
+    groups = build_optimizer(model, recipe, StageRecipe(steps=1, resolution=32)).param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] == 0.02 for parameter in group["params"]}
     for name in LINEARS:
         weights = model.get_submodule(name).parametrizations.weight
         assert {id(weights.original), id(weights[0].scale)} <= decayed
