@@ -1,6 +1,7 @@
 """SAM's prompt encoder and mask decoder behind another image encoder: box prompts in, masks out.
 
-The paper (Section 3.1) puts the student in place of SAM's image encoder and leaves the rest of SAM frozen.
+The paper's COCO column (Table 1) uses the teacher's decoder without finetuning it: the student's features take the
+place of SAM's own, and nothing is trained.
 An encoder is any callable: uint8 images (B, 3, H, W) -> embeddings (B, C, g, g) that SAM's decoder reads.
 """
 
