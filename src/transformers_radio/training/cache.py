@@ -1,0 +1,297 @@
+"""Teachers' outputs on disk: with the same crop in every epoch, an image is encoded once and read from then on.
+
+folder/<teacher>/
+  fingerprint.json                  what the outputs depend on; a cache of anything else is refused
+  000002/                           the outputs that the third flush added
+    00000-000007.safetensors        of some images, in bf16, with their keys: shard 7 of process 0
+  pending.tmp/                      shards since the last flush
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from transformers_radio.data import DataConfig
+from transformers_radio.teachers import Teacher, TeacherOutput
+
+from .processes import on_main_process
+from .recipe import TeacherRecipe
+from .run_folder import checksum, fcntl
+
+if TYPE_CHECKING:
+    from .distill import TeacherShape
+
+logger = logging.getLogger(__name__)
+
+# How far the mean of an image's pixels in [0, 1] may be from what it was when the image was encoded: decoders differ
+# by less; other images and other crops mostly by more.
+MEAN_TOLERANCE = 1 / 255
+
+
+class TeacherCache:
+    """The outputs of one teacher by image, on one of the processes that it serves.
+
+    What `targets` returns is rounded to bf16 also when it comes straight from the teacher, so that a run's targets do
+    not depend on what was cached. Nor do they after a kill, although the last bits of an output depend on the other
+    images of its batch: what a kill loses is computed again in the same batches (see `TeacherCaches.flush`).
+
+    Args:
+        folder: of this teacher.
+        rank: of this process.
+        shard_bytes: a shard ends with the batch that fills it; as much is held in memory.
+    """
+
+    def __init__(self, folder: Path, rank: int, shard_bytes: int = 256 << 20):
+        self.folder, self.writer, self.shard_bytes = folder, f"{rank:05d}", shard_bytes
+        self._recent: dict[str, dict[str, torch.Tensor]] = {}  # key -> what is not in a shard yet
+        self._index: dict[str, tuple[str, int]] = {}  # key -> (shard, row)
+        self._paths: dict[str, Path] = {}  # shard -> where it is now
+        self._grid = (0, 0)
+        self.refresh()
+
+    def targets(self, keys: list[str], images: torch.Tensor, teacher: Teacher) -> TeacherOutput:
+        """The teacher's outputs for a batch, rounded to bf16, in float32 and on the images' device.
+
+        Args:
+            keys: names of the images; one that comes twice is encoded once.
+            images: (B, 3, side, side) in [0, 1]. Those that are new run through the teacher together.
+
+        Raises:
+            ValueError: an image is not the one that was encoded under its name.
+            OSError: a shard could not be written.
+        """
+        means = images.mean(dim=(1, 2, 3)).cpu()  # (B, 3, side, side) -> (B,)
+        rows = {key: row for row, key in reversed(list(enumerate(keys)))}  # the first of each key
+        new = sorted(row for key, row in rows.items() if key not in self._recent and key not in self._index)
+        if new:
+            self._encode([keys[row] for row in new], images[new], means[new], teacher)
+        outputs = self._read(keys)
+        for key, output, mean in zip(keys, outputs, means, strict=True):
+            if not abs(output["mean"] - mean) <= MEAN_TOLERANCE:
+                raise ValueError(
+                    f"{key} is not the image whose outputs {self.folder} holds under this name (mean {mean:.4f}, was "
+                    f"{output['mean']:.4f}): two images have one name, it was replaced, or its crop is not the same "
+                    "in every epoch. Set data.frozen_crops=true, repair the data, or delete the folder"
+                )
+        batch = {name: torch.stack([output[name] for output in outputs]).to(images.device) for name in outputs[0]}
+        summary = batch["summary"].float() if "summary" in batch else None
+        return TeacherOutput(summary, batch["features"].float(), self._grid)
+
+    def write(self) -> None:
+        """Moves what is in memory into a shard that does not count before the flush."""
+        if not self._recent:
+            return
+        numbers = [int(name[6:12]) for name in self._paths if name.startswith(self.writer)]
+        name = f"{self.writer}-{max(numbers, default=-1) + 1:06d}.safetensors"
+        path = self.folder / "pending.tmp" / name
+        outputs = list(self._recent.values())
+        tensors = {part: torch.stack([output[part] for output in outputs]) for part in outputs[0]}
+        tensors["keys"] = torch.frombuffer(bytearray(json.dumps(list(self._recent)).encode()), dtype=torch.uint8)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file(tensors, path, metadata={"grid": json.dumps(self._grid)})
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())  # a power cut must not leave the name without the contents
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"a teacher's outputs could not be written to {self.folder} ({error}). Make room on the disk and run "
+                "the same command again: it goes on from the last checkpoint"
+            ) from error
+        self._paths[name] = path
+        self._index.update({key: (name, row) for row, key in enumerate(self._recent)})
+        self._recent = {}
+
+    def refresh(self) -> None:
+        """Takes in what has been flushed."""
+        new = []
+        for path in self.folder.glob("[0-9]*/*.safetensors"):
+            if path.name not in self._paths:
+                new.append(path)
+            self._paths[path.name] = path
+        # Two processes may have encoded the same image before they heard of each other: each goes on with its own.
+        for path in sorted(new, key=lambda path: (not path.name.startswith(self.writer), path)):
+            try:
+                with safe_open(path, "pt") as shard:
+                    keys = json.loads(shard.get_tensor("keys").numpy().tobytes())
+                    self._grid = tuple(json.loads(shard.metadata()["grid"]))
+            except (OSError, SafetensorError) as error:
+                logger.warning("%s is damaged (%s): delete it; its images are encoded again", path, error)
+                continue
+            for row, key in enumerate(keys):
+                self._index.setdefault(key, (path.name, row))
+
+    def _encode(self, keys: list[str], images: torch.Tensor, means: torch.Tensor, teacher: Teacher) -> None:
+        if sum(part.nbytes for output in self._recent.values() for part in output.values()) >= self.shard_bytes:
+            self.write()
+        output = teacher(images)
+        tensors = {"mean": means, "features": output.features.to(torch.bfloat16).cpu()}
+        if output.summary is not None:
+            tensors["summary"] = output.summary.to(torch.bfloat16).cpu()
+        for row, key in enumerate(keys):
+            self._recent[key] = {name: tensor[row] for name, tensor in tensors.items()}
+        self._grid = output.grid
+
+    def _read(self, keys: list[str]) -> list[dict[str, torch.Tensor]]:
+        outputs = [self._recent.get(key, {}) for key in keys]
+        in_shard: dict[str, list[int]] = defaultdict(list)
+        for i, key in enumerate(keys):
+            if not outputs[i]:
+                in_shard[self._index[key][0]].append(i)
+        for name, places in in_shard.items():
+            with safe_open(self._paths[name], "pt") as shard:
+                slices = {part: shard.get_slice(part) for part in shard.keys() if part != "keys"}
+                for i in places:
+                    outputs[i] = {part: rows[self._index[keys[i]][1]] for part, rows in slices.items()}
+        return outputs
+
+
+class TeacherCaches(dict[str, TeacherCache]):
+    """The caches of the teachers that this process serves, by name. Made and flushed by all processes together.
+
+    Args:
+        fingerprints: of all teachers, also those that other processes serve; from `cache_fingerprint`.
+        served: names of this process's.
+
+    Raises:
+        ValueError: the folder was filled under another fingerprint; the message says what differs.
+        FileExistsError: another run writes into the folder.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: str | Path,
+        fingerprints: dict[str, dict[str, Any]],
+        served: Iterable[str],
+        shard_bytes: int = 256 << 20,
+    ):
+        self.accelerator, self.folder = accelerator, Path(folder)
+        on_main_process(accelerator, lambda: self._open(fingerprints))
+        rank = accelerator.process_index
+        super().__init__({name: TeacherCache(self.folder / name, rank, shard_bytes) for name in served})
+
+    def flush(self) -> None:
+        """Keeps all outputs so far and shares them among the processes; to be called before every checkpoint.
+
+        What all processes have added to a teacher's cache since the last time counts at once or, when they are killed
+        before, not at all. A run that goes on from its checkpoint thus meets the same outputs as one that was not
+        killed, or encodes the same batches again.
+        """
+        for cache in self.values():
+            cache.write()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for pending in self.folder.glob("*/pending.tmp"):
+                number = max([int(path.name) for path in pending.parent.glob("[0-9]*")], default=-1) + 1
+                os.replace(pending, pending.with_name(f"{number:06d}"))
+        self.accelerator.wait_for_everyone()
+        for cache in self.values():
+            cache.refresh()
+
+    def close(self) -> None:
+        """Lets other runs write. What was not flushed is lost."""
+        if self.accelerator.is_main_process:
+            self._lock.close()
+
+    def _open(self, fingerprints: dict[str, dict[str, Any]]) -> None:
+        """Checks and takes the folder, on the main process."""
+        for name, fingerprint in fingerprints.items():
+            _check_fingerprint(self.folder / name / "fingerprint.json", fingerprint)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FileExistsError(
+                    f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose "
+                    "another folder"
+                ) from error
+        for name, fingerprint in fingerprints.items():
+            path = self.folder / name / "fingerprint.json"
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
+            if (path.parent / "pending.tmp").exists():  # of a run that was killed
+                shutil.rmtree(path.parent / "pending.tmp")
+
+
+def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
+    here = json.loads(json.dumps(fingerprint))
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
+    fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
+    if fields:
+        differs = [f"{field}: {there.get(field)!r} there, {here.get(field)!r} here" for field in fields]
+        raise ValueError(
+            f"{path.parent} holds outputs of another teacher or for other crops ({'; '.join(differs)}); restore "
+            "these, choose another folder, or delete this one"
+        )
+
+
+def cache_fingerprint(
+    teacher: TeacherRecipe, image_size: int, data: DataConfig, files: dict[str, str], largest_side: int
+) -> dict[str, Any]:
+    """All that a teacher's output for an image depends on. Reads the teacher's weights, if they are local files.
+
+    Args:
+        image_size: of the teacher as it was built, in pixels.
+        files: data set -> the fingerprint of its source.
+        largest_side: of the stream's resolutions: JPEGs are decoded only as finely as that one needs.
+    """
+    checkpoint = teacher.checkpoint
+    for path in map(Path, (checkpoint, checkpoint.partition(":")[2])):  # or local-dir:PATH, ARCHITECTURE:PATH
+        if path != Path() and path.exists():  # may move or be written again: the contents count
+            parts = [path] if path.is_file() else sorted(part for part in path.rglob("[!.]*") if part.is_file())
+            sums = [f"{part.relative_to(path).as_posix()} {checksum(part)}" for part in parts]
+            checkpoint = f"{path.name} with checksum {zlib.crc32(' '.join(sums).encode()):08x}"
+            break
+    return {
+        **{"type": teacher.type, "checkpoint": checkpoint, "image_size": image_size, "dtype": teacher.dtype},
+        **{f"options.{key}": value for key, value in teacher.options.items()},
+        **{f"data.{key}": getattr(data, key) for key in ("crop_scale", "crop_ratio", "horizontal_flip")},
+        **{f"files of {f'data.sources.{name}' if name else 'data.path'}": value for name, value in files.items()},
+        "largest_side": largest_side,
+    }
+
+
+def estimate_bytes(images: int, shapes: Iterable["TeacherShape"]) -> int:
+    """What the outputs of some teachers for so many images take on the disk."""
+    an_image = 0
+    for shape in shapes:
+        an_image += (shape.image_size // shape.patch_size) ** 2 * shape.feature_dim + (shape.summary_dim or 0)
+    return 2 * images * an_image
+
+
+def check_room(folder: str | Path, bytes_needed: dict[str, int]) -> int:
+    """Whether caches (name -> bytes) fit on the disk. What they hold already counts.
+
+    Returns:
+        Bytes that are still to be written.
+
+    Raises:
+        OSError: there is no room for them.
+    """
+    folder = Path(folder).absolute()
+    missing = 0
+    for name, needed in bytes_needed.items():
+        held = sum(path.stat().st_size for path in (folder / name).glob("[0-9]*/*.safetensors"))
+        missing += max(needed - held, 0)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if missing > free:
+        each = ", ".join(f"{name} {needed / 1e9:,.1f} GB" for name, needed in bytes_needed.items())
+        raise OSError(
+            f"the outputs of the teachers ({each}) need another {missing / 1e9:,.1f} GB in {folder}, which has "
+            f"{free / 1e9:,.1f} GB free; choose a folder on a larger disk, take fewer images, or train without it"
+        )
+    return missing
