@@ -4,7 +4,7 @@ The numbers come from the libraries where they have them (OpenCLIP's model confi
 and are written out where a library reads them from the checkpoint (transformers).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ def known_teacher(
         return build(image_size=image_size, dtype=dtype, **options).to("meta")
 
 
-def _describe(teacher_class: Callable[..., Teacher], model: nn.Module, **promises: Any) -> Any:
+def _describe(teacher_class: type[Teacher], model: nn.Module, **promises: Any) -> Any:
     """A teacher of this class around a model that has no weights, which its own `__init__` would load."""
-    teacher = teacher_class.__new__(teacher_class)  # type: ignore[call-overload]
+    teacher = teacher_class.__new__(teacher_class)
     Teacher.__init__(teacher, model, **promises)
     return teacher
 
@@ -129,9 +129,9 @@ def _segment_anything(
 
 
 def _transformers(
-    teacher_class: Callable[..., Teacher],
+    teacher_class: type[Teacher],
     model_name: str,
-    normalisation: dict[str, tuple[float, ...]],
+    normalisation: Mapping[str, Sequence[float]],
     fields: dict[str, Any],
     image_size: int | None = None,
     dtype: str = "float32",
