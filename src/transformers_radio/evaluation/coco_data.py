@@ -29,7 +29,7 @@ class SamCocoConfig:
     image_size: side of the student's input in pixels; None for SAM's own (1024).
     window_size: of the student, in patches; None for its default, 0 for global attention.
     best_of_three: take the mask with the highest predicted IoU out of SAM's three, instead of the single mask.
-    prompts_per_chunk: boxes that are decoded at once; memory grows with it (about 12 MB a box), results do not change.
+    prompts_per_chunk: boxes that are decoded at once; memory grows with it, the result does not.
     """
 
     images: str
