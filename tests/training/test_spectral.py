@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.training.optimizer import build_optimizer
 from transformers_radio.training.recipe import OptimizerRecipe, Recipe, StageRecipe
-from transformers_radio.training.spectral import add_spectral_reparam, fold_spectral, has_spectral_reparam
+from transformers_radio.training.spectral import add_spectral_reparam, fold_spectral, has_spectral_reparam, power_steps
 from transformers_radio.training.weight_noise import add_weight_noise
 
 LINEARS = [
@@ -47,6 +47,7 @@ def outputs(model, pixels):
 
 
 def train_step(model, optimizer, pixels):
+    power_steps(model)
     loss = outputs(model, pixels).square().mean()
     loss.backward()
     optimizer.step()
@@ -91,14 +92,14 @@ def test_the_function_and_the_random_state_stay_as_they_are(pixels):
     torch.testing.assert_close(outputs(model, pixels), before, atol=1e-5, rtol=0)
 
 
-def test_the_largest_singular_value_is_the_scale_once_power_iteration_has_converged(pixels):
+def test_the_largest_singular_value_is_the_scale_once_power_iteration_has_converged():
     model = tiny_student()
     add_spectral_reparam(model, heads=True)
     with torch.no_grad():
         for index, reparam in enumerate(reparams(model)):
             reparam.scale.fill_(index / 4 - 2)
     for _ in range(300):
-        model(pixels[:1, :, :8, :8])
+        power_steps(model)
     assert len(reparams(model)) == len(LINEARS) + 4
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith(("encoder.", "adaptors.")):
@@ -107,18 +108,17 @@ def test_the_largest_singular_value_is_the_scale_once_power_iteration_has_conver
             assert norm == pytest.approx(math.log1p(math.exp(rho)) + 0.05, rel=1e-4), name
 
 
-def test_one_power_step_a_training_forward_and_none_in_eval(pixels):
+def test_a_power_step_moves_the_vectors_and_a_forward_does_not(pixels):
     model = tiny_student()
     add_spectral_reparam(model)
     linear = model.encoder.layer[0].mlp.fc1
     weight = linear.parametrizations.weight.original.detach().double().numpy()
     reparam = linear.parametrizations.weight[0]
     before = reparam._u.double().numpy().copy()
-    model.eval()
-    model(pixels)
-    assert np.array_equal(reparam._u.double().numpy(), before)
     model.train()
     model(pixels)
+    assert np.array_equal(reparam._u.double().numpy(), before)
+    power_steps(model)
     v = weight.T @ before
     v /= np.linalg.norm(v)
     u = weight @ v
@@ -253,6 +253,7 @@ def test_half_precision_autocast_leaves_vectors_and_weights_in_float32(pixels):
     for model, autocast in zip(models, (False, True), strict=True):
         add_spectral_reparam(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            power_steps(model)
             model(pixels)
             assert model.encoder.layer[0].mlp.fc1.weight.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(models[0].buffers(), models[1].buffers(), strict=True))

@@ -168,6 +168,7 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
     student.load_state_dict(
         {key: value for key, value in full.state_dict().items() if key in student.state_dict()}, assign=True
     )
+    student.set_attn_implementation(recipe.student.attn_implementation)
     for name in resting:
         student.adaptors[name].requires_grad_(False)
     if recipe.student.gradient_checkpointing:

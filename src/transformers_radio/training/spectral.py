@@ -53,7 +53,7 @@ class SpectralReparam(nn.Module):
         self._sn_version = nn.Buffer(torch.tensor(2, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        # copies: the next forward moves u and v in place, and the backward of this one may come after it
+        # copies: power steps move u and v in place, and a backward may come after the next one
         return _scaled(weight, self.scale, self._u.clone(), self._v.clone(), self._sn_version)
 
     @torch.no_grad()
@@ -75,9 +75,8 @@ class SpectralReparam(nn.Module):
 def add_spectral_reparam(model: RadioModel, heads: bool = False) -> None:
     """Reparametrises the Linears of the encoder layers, and of the adaptors with `heads`, in place.
 
-    The function that the model computes stays as it is. From now on each forward in training mode begins with one step
-    of power iteration, none in eval mode. Call it before the model is wrapped (DDP) or sharded (FSDP2). With gradient
-    checkpointing every forward needs its backward before the next forward.
+    The function that the model computes stays as it is. Call it before the model is wrapped (DDP) or sharded (FSDP2),
+    and `power_steps` once an optimizer step.
 
     Raises:
         ValueError: the model has it already, or a weight is too small (see SpectralReparam).
@@ -93,8 +92,6 @@ def add_spectral_reparam(model: RadioModel, heads: bool = False) -> None:
                 raise ValueError(f"{name}.weight: {error}") from error
     for linear, reparam in reparams:
         register_parametrization(linear, "weight", reparam)
-    # once a forward, outside the layers: gradient checkpointing computes a layer again with the same u and v
-    model.register_forward_pre_hook(_power_steps)
 
 
 def has_spectral_reparam(model: nn.Module) -> bool:
@@ -137,9 +134,10 @@ def _scaled(
         return (matrix * (scale / (sigma + _EPS))).to(weight.dtype)
 
 
-def _power_steps(model: nn.Module, _: object) -> None:
-    if not model.training:
-        return
+def power_steps(model: nn.Module) -> None:
+    """One step of power iteration for every reparametrised weight. Call once an optimizer step, before its first pass:
+    the passes of a step, whose number depends on the processes, and layers that gradient checkpointing computes again,
+    then see the same u and v. Sharded weights are gathered for it, on all processes together."""
     for module in model.modules():
         if isinstance(module, ParametrizationList) and isinstance(module[0], SpectralReparam):
             module[0].power_step(module.original)

@@ -37,7 +37,7 @@ from .processes import build_accelerator, on_main_process
 from .progress import Log, StopSignal, TermSums, to_device
 from .recipe import Recipe
 from .run_folder import find_run, open_run, truncate_metrics
-from .spectral import add_spectral_reparam
+from .spectral import add_spectral_reparam, power_steps
 from .statistics import standardize_teachers
 from .weight_noise import add_weight_noise
 
@@ -192,6 +192,8 @@ def _run_stage(
         # in every pass: there all processes run equally many.
         most = max(passes_in_step(groups, rank, stage_step) for rank in range(accelerator.num_processes))
         idle = most - len(passes) if accelerator.is_fsdp2 else int(not passes)
+        if recipe.student.spectral_reparam:
+            power_steps(student)
         windows = {group.name: sample_window(recipe, student, group, step) for group in own}
         for number, group in enumerate([*passes, *[None] * idle], start=1):
             last = number == len(passes) + idle

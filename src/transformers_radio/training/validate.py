@@ -63,7 +63,8 @@ def _validate_student(recipe: "Recipe") -> None:
             _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
     for name in student.config:
         _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
-    _at_least_zero("student.weight_noise", student.weight_noise)
+    _require(0 <= student.weight_noise < 1, "student.weight_noise", student.weight_noise, "0, or a number below 1")
+    _one_of("student.attn_implementation", student.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
 
 
 def _validate_stage(where: str, stage: "StageRecipe", teachers: tuple[str, ...]) -> None:
