@@ -27,7 +27,7 @@ class StudentRecipe:
     summary: str = "cls_per_teacher"  # cls_per_teacher | cls | mean (paper Table 5)
     head_hidden_dim: int | None = None  # null: the widest teacher (paper section 3.2)
     gradient_checkpointing: bool = False
-    # sdpa | eager | flash_attention_2. On a CPU with few tokens eager is the fastest: the backward of sdpa is slow there
+    # sdpa | eager | flash_attention_2. Eager is the fastest on a CPU with few tokens, where sdpa has a slow backward
     attn_implementation: str = "sdpa"
     compile: bool = False  # torch.compile the encoder's blocks
     # Spectral reparametrisation of the encoder's Linears (paper section 4: it steadies training at high resolution).
