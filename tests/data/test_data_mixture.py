@@ -172,12 +172,13 @@ def test_a_changed_mixture_is_refused(sets):
 
 
 def test_a_small_set_that_is_broken_stops_the_run(sets, tmp_path):
-    """3 % of all images, but a quarter of its own set."""
+    """A quarter of its own images, but few of all."""
     for n in range(12):
         (tmp_path / f"{n}.jpg").write_bytes(encode(picture(n)) if n % 4 else b"broken")
     stream = stream_of({"web": sets["web"], "small": str(tmp_path)}, weights=(9, 1), max_skipped_share=0.1)
-    with pytest.raises(RuntimeError, match=rf"[34] of 1\d images of {tmp_path} .*small/undecodable.*small/\d+\.jpg"):
-        take(stream, 100)
+    with pytest.raises(RuntimeError, match=rf"of \d+ images of {tmp_path} .*small/undecodable.*small/\d+\.jpg"):
+        take(stream, 200)
+    assert sum(stream.skipped.values()) < 0.1 * stream.seen  # all together are not too many
 
 
 def test_check_looks_at_every_set(sets, tmp_path):

@@ -4,7 +4,6 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 
 from .images import EXTENSIONS
 
@@ -54,11 +53,12 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     in_split = os.path.isdir(os.path.join(folder, split))
     notes: list[str] = []
     if os.path.isdir(folder):
-        found, notes = _walk(os.path.join(folder, split) if in_split else folder)
+        listed, notes = _walk(os.path.join(folder, split) if in_split else folder)
+        found = [os.path.join(parent, name) for parent, names in listed for name in names]
     elif os.path.isfile(folder):
         found = [folder]
     else:
-        found = _without_repeats(file for file in glob.glob(folder, recursive=True) if os.path.isfile(file))
+        found, notes = _glob(folder)
     files: dict[str, list[str]] = {}
     unknown = Counter[str]()
     for file in sorted(found):
@@ -94,13 +94,13 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     return kind, folder, paths, notes
 
 
-def _walk(root: str) -> tuple[list[str], list[str]]:
-    """-> (all files below a folder, sentences about what was left out).
+def _walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """-> (every folder from `root` on with the names of its files, sentences about what was left out).
 
     Links to folders are followed, but no folder is read twice: none that a link leads to a second time, and none that
     holds the root itself.
     """
-    files: list[str] = []
+    listed: list[tuple[str, list[str]]] = []
     refused: list[str] = []
     unreadable: list[OSError] = []
     real_root = os.path.realpath(root)
@@ -118,7 +118,7 @@ def _walk(root: str) -> tuple[list[str], list[str]]:
                 folders.clear()
                 continue
             read.add(real_parent)
-            files += [os.path.join(parent, name) for name in names]
+            listed.append((parent, names))
             links += [link for name in folders if os.path.islink(link := os.path.join(parent, name))]
         waiting += sorted(links)  # after the folders that are really here, whatever order the disk lists them in
     notes = []
@@ -127,19 +127,35 @@ def _walk(root: str) -> tuple[list[str], list[str]]:
     if unreadable:
         reasons = [f"{error.filename} ({error.strerror})" for error in unreadable]
         notes.append(f"left out {_count(len(reasons), 'folder')} that cannot be opened: {_listed(reasons)}")
-    return files, notes
+    return listed, notes
 
 
-def _without_repeats(files: Iterable[str]) -> list[str]:
-    """Each file once, by its shortest path: `**` follows links to folders, also in circles."""
-    real_folders: dict[str, str] = {}
+def _glob(pattern: str) -> tuple[list[str], list[str]]:
+    """-> (the files that match, each once by its shortest path; sentences about what was left out).
+
+    `glob.glob` by itself follows links in circles where it meets `**`, and with two of them for ever.
+    """
+    any_depth = os.sep + "**" + os.sep
+    before, found, after = (pattern + os.sep + "*" if pattern.endswith(any_depth[:-1]) else pattern).partition(
+        any_depth
+    )
+    if not found:
+        return [file for file in glob.glob(pattern) if os.path.isfile(file)], []
+    files, notes = [], []
+    for root in filter(os.path.isdir, glob.glob(before or os.sep)):
+        listed, left_out = _walk(root)
+        notes += left_out
+        for folder, _ in listed:
+            if os.sep + "." not in folder[len(root) :]:  # hidden folders are none of a pattern's matches
+                matching, left_out = _glob(os.path.join(glob.escape(folder), after))
+                files += matching
+                notes += left_out
+    real_folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(file) for file in files}}
     kept: dict[tuple[str, str], str] = {}
     for file in sorted(files, key=lambda file: (file.count(os.sep), file)):
         parent, name = os.path.split(file)
-        if parent not in real_folders:
-            real_folders[parent] = os.path.realpath(parent)
         kept.setdefault((real_folders[parent], name), file)
-    return list(kept.values())
+    return list(kept.values()), list(dict.fromkeys(notes))
 
 
 def _beside(folder: str, split: str, where: str) -> list[str]:

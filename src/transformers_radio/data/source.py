@@ -60,8 +60,7 @@ class Source:
         names = [Path(file[len(folder) :].lstrip(os.sep)).as_posix() for file in files]
         self.is_folder = kind == "imagefolder"
         self.is_remote = kind is None or ("://" in config.path and not config.path.startswith(("file:", "local:")))
-        # Of a local file a second attempt reads no more than the first.
-        self.retry_seconds = retry_seconds if self.is_remote else 0
+        self.retry_seconds = retry_seconds
         if self.is_folder:
             count = -(-len(names) // FILES_PER_FOLDER_SHARD)
             self.shards = [f"part {i}" for i in range(count)]
@@ -82,7 +81,7 @@ class Source:
         what = f"the Hub dataset {self.path!r} (no such local path exists)" if kind is None else self.path
         # Nobody answers in offline mode. `datasets` hides that behind a plain ConnectionError.
         offline = kind is None and datasets.config.HF_HUB_OFFLINE
-        retry = Retry(f"Opening {what}", 0 if offline else self.retry_seconds)
+        retry = Retry(f"Opening {what}", self.retry_seconds if self.is_remote and not offline else 0)
         while True:
             try:
                 return _open_dataset(kind, files, config, self.where)
@@ -101,7 +100,8 @@ class Source:
         dataset = self.dataset.shard(len(self.shards), shard, contiguous=False)
         name = self.shards[shard]
         prefix = (f"{self.label}/" if self.label else "") + ("" if self.is_folder else f"{name}/")
-        retry = Retry(f"Reading {name!r} of {self.path}", self.retry_seconds)
+        # Of a local file a second attempt reads no more than the first.
+        retry = Retry(f"Reading {name!r} of {self.path}", self.retry_seconds if self.is_remote else 0)
         done = 0
         while True:
             try:
@@ -119,27 +119,30 @@ class Source:
                 return
             except Exception as error:
                 if not retry.wait(error):
-                    raise self._error(f"{name!r} of {self.path}", error, retry) from error
+                    raise _error(f"{name!r} of {self.path}", error, retry, self.is_remote) from error
 
     def read(self, image: Any) -> bytes:
         """`read_image` of what `records` yields, tried again while a server fails."""
-        retry = Retry(f"Reading an image of {self.path}", self.retry_seconds)
+        path = image.get("path") if isinstance(image, dict) else image
+        is_remote = isinstance(path, str) and "://" in path
+        retry = Retry(f"Reading {path} of {self.path}", self.retry_seconds if is_remote else 0)
         while True:
             try:
                 return read_image(image)
             except Exception as error:
                 if retry.wait(error):
                     continue
-                if not self.is_remote:
+                if not is_remote:
                     raise
-                raise self._error(f"an image of {self.path}", error, retry) from error
+                raise _error(f"{path} of {self.path}", error, retry, is_remote) from error
 
-    def _error(self, what: str, error: Exception, retry: Retry) -> SourceError:
-        if self.is_remote and is_temporary(error):
-            advice = f"The server still fails ({retry}): resume when it is back, or raise data.retry_seconds."
-        else:
-            advice = "The file may be incomplete: replace it and resume, or remove it and start anew."
-        return SourceError(f"Reading {what} failed: {type(error).__name__}: {error}. {advice}")
+
+def _error(what: str, error: Exception, retry: Retry, is_remote: bool) -> SourceError:
+    if is_remote and is_temporary(error):
+        advice = f"The server still fails ({retry}): resume when it is back, or raise data.retry_seconds."
+    else:
+        advice = "The file may be incomplete: replace it and resume, or remove it and start anew."
+    return SourceError(f"Reading {what} failed: {type(error).__name__}: {error}. {advice}")
 
 
 def read_image(value: Any) -> bytes:
