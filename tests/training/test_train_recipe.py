@@ -133,6 +133,16 @@ def test_a_damaged_checkpoint_is_said_so_and_the_one_before_is_used(make_recipe,
         train(load_recipe(make_recipe("cut"), ["checkpoints.keep=9"]))
 
 
+def test_data_that_cannot_be_dealt_out_as_before_is_refused_unless_told(make_recipe, tmp_path, caplog):
+    train(load_recipe(make_recipe(), ["data.lanes=2"]))
+    cut_back(tmp_path / "run", 9)
+    with pytest.raises(ValueError, match=r"data.lanes=2 and cannot continue with 3.*restart_data=true"):
+        train(load_recipe(make_recipe(), ["data.lanes=3"]))
+    assert not (tmp_path / "run" / "student").exists()
+    result = train(load_recipe(make_recipe(), ["data.lanes=3", "restart_data=true"]))
+    assert result.step == 12 and "begins again" in caplog.text
+
+
 LIMITED = """
 import importlib, resource, sys
 module = importlib.import_module("transformers_radio.training.train")

@@ -139,6 +139,9 @@ class Recipe:
     seed: int = 0
     log_every_steps: int = 10
     tracker: str | None = "tensorboard"  # any tracker of Accelerate; null: metrics.jsonl alone
+    # true: when the saved position cannot be dealt to this number of processes, or the data has changed, the
+    # pass over the data begins again; false: that is an error
+    restart_data: bool = False
     overwrite: bool = False  # true: a finished run, or one of another recipe, in output_dir is deleted
 
 

@@ -33,10 +33,10 @@ WRITTEN = (
     *("student", "student.tmp", "tracker", ".lock"),
 )
 # What may differ between two starts of one run: none of it changes which images the student sees or what it learns.
-# The data's position remembers its lanes and a fingerprint of the source.
+# The data's position remembers its lanes and a fingerprint of the source, and does not fit others.
 FREE_FIELDS = (
-    *("output_dir", "checkpoints", "log_every_steps", "tracker", "overwrite"),
-    *("data.num_workers", "data.path", "data.max_skipped_share"),
+    *("output_dir", "checkpoints", "log_every_steps", "tracker", "overwrite", "restart_data"),
+    *("data.num_workers", "data.path", "data.max_skipped_share", "data.retry_seconds", "data.lanes"),
 )
 
 

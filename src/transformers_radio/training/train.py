@@ -1,6 +1,7 @@
 """The training loop: one Accelerate process group, one student, frozen teachers, streamed images."""
 
 import json
+import logging
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from .run_folder import find_run, open_run, truncate_metrics
 from .spectral import add_spectral_reparam, power_steps
 from .statistics import standardize_teachers
 from .weight_noise import add_weight_noise
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -283,7 +286,14 @@ def open_stream(
         world_size=len(group.ranks),
     )
     if position is not None:  # also from the stage before: it goes on with the images that were not seen yet
-        stream.load_state_dict(position)
+        try:
+            stream.load_state_dict(position)
+        except ValueError as error:
+            if not recipe.restart_data:
+                raise ValueError(
+                    f"{error} Or set restart_data=true: the pass over the data then begins again"
+                ) from error
+            logger.warning("the pass over the data begins again, as restart_data is true: %s", error)
     return stream
 
 
