@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from transformers_radio.training import load_recipe, train
@@ -113,6 +114,23 @@ def test_the_update_of_several_processes_is_that_of_one(processes, engine, alone
             assert one[key] == pytest.approx(many[key], abs=2e-5), (key, one["step"])
     # Half of the steps have the second group.
     assert ["sam/features" in line for line in metrics(several)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("placement", ["offloaded", "sharded"])
+def test_teachers_teach_the_same_wherever_their_weights_are(placement, make_recipe, tmp_path):
+    """The quickstart's three real architectures, by two processes."""
+    checkpoints = {"clip": ("open_clip", "clip"), "dinov2": ("transformers", "dinov2")}
+    checkpoints["sam"] = ("segment_anything", "sam/sam.pth")
+    for name in ("device", placement):
+        path = make_recipe(name)
+        recipe = yaml.safe_load(path.read_text())
+        recipe["teachers"] = {
+            teacher: {"type": kind, "checkpoint": f"${{package:quickstart/teachers/{file}}}", "placement": name}
+            for teacher, (kind, file) in checkpoints.items()
+        }
+        path.write_text(yaml.safe_dump(recipe))
+        run(2, path, "stages.main.steps=2", "stages.main.warmup_steps=1", "optimizer.eps=1e-3")
+    assert_close(weights(tmp_path / "device" / "student"), weights(tmp_path / placement / "student"), atol=1e-6)
 
 
 def test_a_checkpoint_goes_on_with_other_processes_and_another_engine(alone, make_recipe, tmp_path):

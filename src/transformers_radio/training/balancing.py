@@ -10,6 +10,7 @@ term of the recipe with its lambda_i (equation 1) or gamma_i (equation 3); a ter
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class AdaLossBalancing(nn.Module):
         return total
 
     @torch.no_grad()
-    def update(self, means: dict[str, float | torch.Tensor]) -> None:
+    def update(self, means: Mapping[str, float | torch.Tensor]) -> None:
         """Call once an optimizer step, on every process with the same values.
 
         Args:

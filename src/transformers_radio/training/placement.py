@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from accelerate import Accelerator, cpu_offload
+from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -61,11 +61,11 @@ def gather_shapes(accelerator: Accelerator, recipe: Recipe, teachers: dict[str, 
 
 
 def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:
+    teacher.to(device)
     if spec.placement == "offloaded":
-        cpu_offload(teacher.model, execution_device=device)
-        teacher.mean, teacher.std = teacher.mean.to(device), teacher.std.to(device)
-    else:
-        teacher.to(device)
+        hook = None
+        for block in _stack(teacher.model):  # on the device while it computes; the next block sends it back
+            _, hook = cpu_offload_with_hook(block, device, prev_module_hook=hook)
     if mesh is not None:
         for block in _stack(teacher.model):
             fully_shard(block, mesh=mesh)
@@ -75,9 +75,12 @@ def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: De
 
 
 def _stack(network: nn.Module) -> Iterable[nn.Module]:
-    """The longest list of blocks in a network, which holds nearly all of its weights."""
-    stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()) * (len(stack) > 1)).children()
+    """The blocks of a transformer, which hold nearly all of its weights; the network itself where there are none."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    stacks = [stack for stack in lists if len(stack) > 1]
+    if not stacks:
+        return [network]
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children()
 
 
 def _mesh(name: str, served: set[tuple[int, ...]], device_type: str) -> DeviceMesh | None:
