@@ -96,10 +96,10 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | 
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> list[Encoder]:
-    """The rows of the table: the recipe's teachers, then the student."""
+    """The rows of the table: the recipe's teachers, then the student; all in float32, also where they taught in less."""
     encoders = []
     for name, spec in recipe.teachers.items():
-        teacher = build_teacher(spec.type, spec.checkpoint, spec.image_size, spec.dtype, **spec.options)
+        teacher = build_teacher(spec.type, spec.checkpoint, spec.image_size, **spec.options)
         encoders.append(Encoder(TITLES.get(name, name), teacher, teacher.image_size, _count(teacher)))
     student = RadioModel.from_pretrained(student_dir).eval()
     resolution = list(recipe.stages.values())[-1].resolution
