@@ -199,6 +199,25 @@ def test_images_that_a_record_only_names(server, tmp_path, short_pauses):
     server.start()
 
 
+def test_a_hub_dataset_is_waited_for_once_it_has_been_opened(files, tmp_path, short_pauses, monkeypatch):
+    """The first time, a Hub that cannot be reached means a mistyped local path. A later stage opens it again."""
+    (tmp_path / "train.parquet").symlink_to(files / "train.parquet")
+    load, answers = datasets.load_dataset_builder, deque([False, True, False, False, True])
+
+    def sometimes(path, name):
+        if not answers.popleft():
+            raise ConnectionError("Couldn't reach the Hub")
+        return load(str(tmp_path))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", sometimes)
+    with pytest.raises(ValueError, match=r"'owner/seen_once'.*no such local path exists.*Couldn't reach the Hub$"):
+        stream_of("owner/seen_once")
+    stream_of("owner/seen_once")
+    assert len(answers) == 3
+    take(stream_of("owner/seen_once"), 2)
+    assert not answers
+
+
 SCRIPT = """
 import hashlib, sys, time
 

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 FILES_PER_FOLDER_SHARD = 1000
 # Samples of a tar that are looked at to learn which extension is the image's.
 SAMPLES_LOOKED_AT = 20
+# The ids of datasets that this process has opened before. Every stage of a run opens its data anew.
+_opened_on_hub: set[str] = set()
 
 
 class SourceError(RuntimeError):
@@ -76,15 +78,15 @@ class Source:
 
     def _open(self, kind: str | None, files: list[str], config: SourceConfig):
         """`_open_dataset`, tried again while a server fails."""
-        import datasets
-
-        what = f"the Hub dataset {self.path!r} (no such local path exists)" if kind is None else self.path
-        # Nobody answers in offline mode. `datasets` hides that behind a plain ConnectionError.
-        offline = kind is None and datasets.config.HF_HUB_OFFLINE
-        retry = Retry(f"Opening {what}", self.retry_seconds if self.is_remote and not offline else 0)
+        # What the Hub has never answered for is rather a mistyped local path than a failure of the Hub.
+        may_be_local = kind is None and self.path not in _opened_on_hub
+        retry = Retry(f"Opening {self.path}", self.retry_seconds if self.is_remote and not may_be_local else 0)
         while True:
             try:
-                return _open_dataset(kind, files, config, self.where)
+                opened = _open_dataset(kind, files, config, self.where)
+                if kind is None:
+                    _opened_on_hub.add(self.path)
+                return opened
             except ValueError as error:
                 if retry.wait(error):
                     continue
