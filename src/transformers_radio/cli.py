@@ -23,13 +23,20 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(help="Number of processes the run will have.")] = 1,
+    processes: Annotated[
+        int, typer.Option("--processes", "--gpus", help="Number of processes the run will have, one a GPU.")
+    ] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Also show time and memory on these: a100-40, a100-80, h100, h200, l40s, rtx4090, ..."),
+    ] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
 ) -> None:
-    """Show teachers, dims, resolutions, parameters, FLOPs and memory an image, samples seen. Runs nothing."""
+    """Show teachers, dims, resolutions, parameters, FLOPs, memory, samples seen; GPU-hours. Downloads nothing."""
     from transformers_radio.training.plan import print_plan
     from transformers_radio.training.recipe import load_recipe
 
-    print_plan(load_recipe(recipe, overrides), processes)
+    print_plan(load_recipe(recipe, overrides), processes, gpu, utilisation)
 
 
 @app.command()

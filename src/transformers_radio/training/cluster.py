@@ -12,8 +12,8 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak TFLOP/s without sparsity, in half precision with float32 sums, and in float32 outside the tensor cores (what
-    PyTorch does). Memory in GB of 10^9 bytes: a data sheet's are 7 % larger, which CUDA and fragmentation need.
+    """Peak TFLOP/s without sparsity, in half precision with float32 sums, and in float32 outside the tensor cores (as
+    PyTorch has it). Memory in GB of 10^9 bytes: a data sheet's are 7 % larger, which CUDA and fragmentation need.
     """
 
     half_tflops: float

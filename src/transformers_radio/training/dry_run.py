@@ -84,13 +84,15 @@ def run_step(
     """Targets, student, losses and backward of one pass, on tensors that have shapes and no memory.
 
     Spectral reparametrisation and torch.compile are left out: the first adds only products of a matrix and a vector.
+    Attention in Flash's kernels counts as PyTorch's own, which needs as much.
 
     Args:
         student: on the meta device, with the heads of all stages.
         outputs: of the group's teachers, as `run_teacher` gives them.
     """
-    plain = replace(recipe, student=replace(recipe.student, spectral_reparam=False, compile=False))
-    distillation = build_distillation(plain, stage, student).train()
+    attention = "eager" if recipe.student.attn_implementation == "eager" else "sdpa"
+    plain = replace(recipe.student, spectral_reparam=False, compile=False, attn_implementation=attention)
+    distillation = build_distillation(replace(recipe, student=plain), stage, student).train()
     side, images = group.resolution, group.micro_batch_size
     # Not the meta device itself: it has no autocast, and no fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):

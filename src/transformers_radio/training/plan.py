@@ -183,9 +183,10 @@ def _print_cluster(
         f"memory on {processes} x {name} ({gpu.memory_gb:g} GB), GB a process", 2, "stage", "processes", "states",
         "activations", "teachers", "all with DDP", "all with FSDP2",
     )  # fmt: skip
+    peak = f"{gpu.half_tflops:g} TFLOP/s (float32: {gpu.float32_tflops:g})"
     speed = _table(
-        f"time at {utilisation:.0%} of {gpu.half_tflops:g} TFLOP/s (float32: {gpu.float32_tflops:g})", 3, "stage",
-        "processes", "group", "images/step", "TFLOPs/step", "s/step", "busy", "images/s",
+        f"time of a process at {utilisation:.0%} of {peak}", 3, "stage", "processes", "group", "images/step",
+        "TFLOPs/step", "s/step", "busy", "images/s",
     )  # fmt: skip
     warnings, summary, total = [], [], 0.0
     for stage, stage_loads_ in loads.items():
