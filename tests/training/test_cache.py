@@ -299,6 +299,14 @@ def test_two_processes_share_a_folder_and_what_they_have_encoded(tmp_path):
             assert as_bytes(rounded).hex() == one
 
 
+def test_what_a_killed_run_had_not_flushed_never_counts(tmp_path):
+    leftover = tmp_path / "clip" / "pending.tmp" / "00003-000000.safetensors"  # of a fourth process
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half a sh")
+    fill(tmp_path)
+    assert {path.name[:5] for path in shards(tmp_path)} == {"00000"} and not leftover.exists()
+
+
 def test_another_run_is_kept_out_until_the_first_is_done(tmp_path):
     first = open_caches(tmp_path)
     with pytest.raises(FileExistsError, match="another run writes"):
