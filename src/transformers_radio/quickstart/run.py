@@ -96,7 +96,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | 
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> list[Encoder]:
-    """The rows of the table: the recipe's teachers, then the student; all in float32, also where they taught in less."""
+    """The rows of the table: the recipe's teachers, then the student; all in float32, whatever they taught in."""
     encoders = []
     for name, spec in recipe.teachers.items():
         teacher = build_teacher(spec.type, spec.checkpoint, spec.image_size, **spec.options)
