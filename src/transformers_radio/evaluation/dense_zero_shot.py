@@ -46,9 +46,9 @@ class TextHead(nn.Module):
 class PatchProjection(nn.Module):
     """An OpenCLIP ViT's own final norm and projection, for patch tokens: (..., width) -> (..., embed_dim).
 
-    Where the model averages normed patches, this is exactly the patch's part of the summary; where it reads the class
-    token, as most do, it is that token's projection applied to tokens that it was not trained on. Of the checkpoint only these
-    two small parts stay in memory.
+    Where the model averages normed patches, this is exactly the patch's part of the summary; where it reads the
+    class token, as most do, it is that token's projection applied to tokens that it was not trained on. Of the
+    checkpoint only these two small parts stay in memory.
 
     Args:
         checkpoint: as for the open_clip teacher.

@@ -10,6 +10,7 @@ output_dir/
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from .confusion import IGNORE_INDEX, confusion_matrix, iou_scores
@@ -101,6 +102,25 @@ class _TrainingCrops(Dataset):
         return training_sample(image, mask, self.config, generator, self.ignore_index)
 
 
+class _Positions(Sampler[list[int]]):
+    """The positions of this process's share of every batch, for the iterations `start` to `stop` - 1.
+
+    A class, because a DataLoader with workers begins more than one iteration over it.
+    """
+
+    def __init__(self, start: int, stop: int, batch_size: int, rank: int, processes: int):
+        self.steps, self.batch_size, self.share = range(start, stop), batch_size, batch_size // processes
+        self.offset = rank * self.share
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = step * self.batch_size + self.offset
+            yield list(range(first, first + self.share))
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, 0, epoch]).permutation(count).tolist()
@@ -141,13 +161,9 @@ def train_head(
         start = saved["iteration"]
     head, optimizer = accelerator.prepare(head.to(device), optimizer)
 
-    share, end = config.batch_size // processes, config.iterations * config.batch_size
     loader = DataLoader(
         _TrainingCrops(samples, config, ignore_index),
-        batch_sampler=(
-            list(range(first, first + share))
-            for first in range(start * config.batch_size + rank * share, end, config.batch_size)
-        ),
+        batch_sampler=_Positions(start, config.iterations, config.batch_size, rank, processes),
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
     )
@@ -160,6 +176,7 @@ def train_head(
         disable=not accelerator.is_main_process,
     )
     head.train()
+    done = start
     for step, (images, masks) in enumerate(progress, start):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
@@ -185,6 +202,8 @@ def train_head(
             temporary = checkpoint.with_name(checkpoint.name + ".tmp")
             torch.save({"head": weights, "optimizer": optimizer.state_dict(), "iteration": done}, temporary)
             os.replace(temporary, checkpoint)
+    if done != config.iterations:
+        raise RuntimeError(f"The data ended after {done} of {config.iterations} iterations.")
     accelerator.wait_for_everyone()
     return accelerator.unwrap_model(head).eval()
 
@@ -303,10 +322,11 @@ def _read_result(output: Path, settings: dict[str, Any], features_std: float) ->
     if not (output / "settings.json").exists():
         return None
     before = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    there, here = ({**values, **values["probe"]} for values in (before, settings))
     changed = [
-        f"{name} ({before.get(name)!r} there, {value!r} here)"
-        for name, value in {**settings, **settings["probe"]}.items()
-        if name not in ("probe", *FREE_FIELDS) and {**before, **before["probe"]}.get(name) != value
+        f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
+        for name in here
+        if there.get(name) != here[name] and name not in ("probe", *FREE_FIELDS)
     ]
     # Other weights under the same name would get the old encoder's score. Devices differ by less than this.
     if not changed and not math.isclose(before["features_std"], features_std, rel_tol=1e-3):

@@ -1,0 +1,117 @@
+"""The light probe against scikit-learn and against chance; zero-shot segmentation of images in memory by hand."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+from transformers_radio.evaluation.confusion import confusion_matrix, iou_scores
+from transformers_radio.evaluation.segmentation_light import _bilinear_weights, dense_zero_shot_miou, probe_miou
+
+torch.set_num_threads(1)
+
+
+def pictures(count, seed, block=1, side=32):
+    """Quarters in one of four colours, the class, with noise in blocks of pixels; the last row does not count."""
+    rng = np.random.default_rng(seed)
+    colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [190, 190, 70]])
+    mask = rng.integers(0, 4, (count, 2, 2)).repeat(side // 2, axis=1).repeat(side // 2, axis=2)
+    noise = rng.normal(0, 60, (count, side // block, side // block, 3)).repeat(block, axis=1).repeat(block, axis=2)
+    image = colours[mask] + noise
+    images = torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+    mask[:, -1] = 255
+    return images, torch.from_numpy(mask.astype(np.uint8))
+
+
+def patches(size):
+    def encode(images):
+        grid = F.avg_pool2d(images, size)
+        return grid.flatten(2).transpose(1, 2), tuple(grid.shape[-2:])
+
+    return encode
+
+
+TRAIN, VALIDATION = pictures(200, 0), pictures(60, 1)
+
+
+def test_weights_are_those_of_the_bilinear_resize():
+    maps = torch.randn(2, 5, 3, 4)
+    expected = F.interpolate(maps, size=(17, 10), mode="bilinear", align_corners=False)
+    weights = _bilinear_weights(maps.shape[-2:], expected.shape[-2:])
+    torch.testing.assert_close(maps.flatten(2) @ weights, expected.flatten(2))
+    assert int((weights > 0).sum(dim=0).max()) <= 4
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_it_scores_as_scikit_learns_logistic_regression(size):
+    """On the same features resized to the masks, pixel by pixel; grids of 32, 8 and 4 patches a side."""
+
+    def pixels(images):
+        features, grid = patches(size)(images.float() / 255)
+        maps = features.transpose(1, 2).unflatten(2, grid)
+        return F.interpolate(maps, size=(32, 32), mode="bilinear").permute(0, 2, 3, 1)  # (N, 32, 32, 3)
+
+    train, validation = pictures(200, 0, size), pictures(60, 1, size)
+    counted = train[1] != 255
+    chosen = np.random.default_rng(0).choice(int(counted.sum()), 20000, replace=False)
+    expert = LogisticRegression(C=1e4).fit(pixels(train[0])[counted][chosen], train[1][counted][chosen])
+    guess = torch.from_numpy(expert.predict(pixels(validation[0]).flatten(0, 2))).view(validation[1].shape)
+    expected = iou_scores(confusion_matrix(guess.long(), validation[1].long(), 4))["mIoU"]
+    score = probe_miou(patches(size), *train, *validation, num_classes=4)
+    assert score == pytest.approx(expected, abs=2.5)
+    assert 50 < score < 95  # neither chance nor perfect: the comparison says something
+
+
+def test_features_without_information_are_at_chance():
+    def blind(images):
+        return torch.randn(len(images), 16, 8), (4, 4)
+
+    assert probe_miou(blind, *TRAIN, *VALIDATION, num_classes=4, steps=100) < 22
+
+
+def test_a_seed_fixes_the_score_and_the_callers_random_numbers_stay():
+    torch.manual_seed(3)
+    first = probe_miou(patches(8), *TRAIN, *VALIDATION, num_classes=4, steps=20)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), after)
+    assert probe_miou(patches(8), *TRAIN, *VALIDATION, num_classes=4, steps=20) == first
+    assert probe_miou(patches(8), *TRAIN, *VALIDATION, num_classes=4, steps=20, seed=1) != first
+
+
+def test_images_and_masks_may_have_two_sizes():
+    masks = [
+        F.interpolate(part[1][None].float(), size=(64, 64), mode="nearest")[0].byte() for part in (TRAIN, VALIDATION)
+    ]
+    score = probe_miou(patches(4), TRAIN[0], masks[0], VALIDATION[0], masks[1], num_classes=4)
+    assert score == pytest.approx(probe_miou(patches(4), *TRAIN, *VALIDATION, num_classes=4), abs=3)
+
+
+def test_zero_shot_takes_the_most_similar_class_of_each_pixel():
+    directions = F.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    masks = torch.tensor([[0, 0, 3, 3], [1, 1, 255, 2]])[None].repeat_interleave(2, dim=1)  # (1, 4, 4)
+    true = torch.tensor([0, 3, 1, 2])
+
+    def encode(images):  # 2 x 2 patches; their lengths must not matter
+        return (directions[true] * torch.tensor([0.1, 100, 3, 1])[:, None])[None], (2, 2)
+
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    similar = F.interpolate((directions @ directions[true].T).view(1, 4, 2, 2), size=(4, 4), mode="bilinear")
+    expected = iou_scores(confusion_matrix(similar.argmax(dim=1), masks, 4))["mIoU"]
+    assert dense_zero_shot_miou(encode, directions, images, masks) == pytest.approx(expected)
+    assert expected > 60
+
+
+def test_bad_input_is_named():
+    images, masks = VALIDATION
+    with pytest.raises(ValueError, match="train images are torch.float32.*expected uint8"):
+        probe_miou(patches(8), images.float(), masks, images, masks, 4)
+    with pytest.raises(ValueError, match=r"validation masks are \(59, 32, 32\); expected \(60, H, W\)"):
+        probe_miou(patches(8), images, masks, images, masks[1:], 4)
+    wrong = masks.clone()
+    wrong[7, 3, 3] = 4
+    with pytest.raises(ValueError, match="train mask 7 has the id 4; expected 0 to 3 or 255"):
+        probe_miou(patches(8), images, wrong, images, masks, 4)
+    with pytest.raises(ValueError, match="Patches have 3 dimensions and the text 5"):
+        dense_zero_shot_miou(patches(8), torch.ones(4, 5), images, masks)
