@@ -147,6 +147,11 @@ def test_what_is_missing_or_forbidden_is_not_waited_for(server, files, tmp_path,
     monkeypatch.setattr("transformers_radio.data.retry.time", clock)
     with pytest.raises(ValueError, match=r"data\.path='http:.*missing\.tar' could not be opened"):
         stream_of(f"{server.url}/missing.tar")
+    server.folder = tmp_path
+    (tmp_path / "page.tar").write_text("<html>" + 2000 * "Please log in. ")
+    with pytest.raises(ValueError, match=r"page\.tar.*could not be opened"):
+        stream_of(f"{server.url}/page.tar")
+    server.folder = files
     stream = stream_of(f"{server.url}/train.tar")
     server.failures = deque(["403"])
     with pytest.raises(SourceError, match=r"train\.tar.*403"):
@@ -291,6 +296,7 @@ def answer(status: int) -> dict:
         (TimeoutError(), True),
         (FSTimeoutError(), True),
         (tarfile.ReadError("unexpected end of data"), True),
+        (tarfile.ReadError("invalid header"), False),
         (urllib.error.HTTPError("http://x", 503, "", {}, None), True),
         (urllib.error.HTTPError("http://x", 404, "", {}, None), False),
         (httpx2.ConnectError(""), True),

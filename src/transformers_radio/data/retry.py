@@ -26,8 +26,7 @@ PERMANENT_ERRORS = (
 )
 TEMPORARY_ERRORS = (
     *(OSError, asyncio.TimeoutError, concurrent.futures.TimeoutError, http.client.HTTPException),
-    # What a transfer that ended early looks like to those who read it.
-    *(EOFError, tarfile.ReadError, zlib.error),
+    *(EOFError, zlib.error),  # a transfer that ended early
 )
 
 
@@ -93,6 +92,8 @@ def _verdict(error: BaseException) -> bool | None:
         return status >= 500 or status in TEMPORARY_STATUS
     if isinstance(error, PERMANENT_ERRORS):
         return False
+    if isinstance(error, tarfile.ReadError):  # the transfer has ended early, or this is no tar at all
+        return "unexpected end of data" in str(error)
     if isinstance(error, TEMPORARY_ERRORS):
         return True
     libraries = {base.__module__.partition(".")[0] for base in type(error).__mro__}
