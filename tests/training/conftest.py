@@ -46,6 +46,11 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def recipe_text():
+    return RECIPE
+
+
 @pytest.fixture
 def make_recipe(tmp_path, image_folder, monkeypatch):
     """Writes the tiny recipe for an output folder's name and returns the file."""

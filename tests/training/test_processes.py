@@ -88,14 +88,12 @@ def assert_close(left, right, atol):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, image_folder):
+def alone(tmp_path_factory, image_folder, recipe_text):
     """One process that runs all groups in turn."""
-    from conftest import RECIPE
-
     sys.path.insert(0, str(Path(__file__).parent))
     folder = tmp_path_factory.mktemp("alone")
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(output=folder / "run", images=image_folder))
+    path.write_text(recipe_text.format(output=folder / "run", images=image_folder))
     train(load_recipe(path, GROUPS))
     return folder / "run"
 
