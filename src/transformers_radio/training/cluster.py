@@ -78,7 +78,7 @@ class StageTime:
 
     Attributes:
         seconds: of a step.
-        bound_by: the groups of the process that is slowest in most steps.
+        bound_by: the groups of the processes that the others wait for most of the time.
         busy: load's ranks -> the share of the time that they compute, and do not wait for the slowest.
     """
 
@@ -159,13 +159,13 @@ def stage_time(loads: list[Load], steps: int, gpu: GPU, utilisation: float) -> S
         for group in load.groups
     }
     looked_at = min(steps, STEPS_LOOKED_AT)
-    total, busy, slowest = 0.0, dict.fromkeys((load.ranks for load in loads), 0.0), [0] * len(loads)
+    total, busy, slowest = 0.0, dict.fromkeys((load.ranks for load in loads), 0.0), [0.0] * len(loads)
     for step in range(looked_at):
         times = [
             sum(seconds[load.ranks, group.name] for group in load.groups if group.takes_part(step)) for load in loads
         ]
         total += max(times)
-        slowest[times.index(max(times))] += 1
+        slowest[times.index(max(times))] += max(times)
         for load, time in zip(loads, times, strict=True):
             busy[load.ranks] += time
     bound_by = loads[slowest.index(max(slowest))]
