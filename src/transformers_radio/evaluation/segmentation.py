@@ -256,7 +256,8 @@ def segmentation_probe(
     """Trains the probe on the split "train" and scores it on "validation"; the report, on every process.
 
     The same call continues what a kill has stopped, to the same bits (on the same number of processes), and returns
-    the report of a finished probe. Starts alone or under `accelerate launch`.
+    the report of a finished probe. Starts alone or under `accelerate launch`; not in a process that has trained with
+    another mixed precision, which Accelerate refuses.
 
     Args:
         encode: float images in [0, 1] (B, 3, H, W), on Accelerate's device -> features (B, h*w, C) and the grid
