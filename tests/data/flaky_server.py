@@ -19,8 +19,11 @@ os.register_at_fork(after_in_child=lambda: [listener.close() for listener in _li
 
 
 class FlakyServer:
-    """Serves the files of a folder. `failures` says what becomes of the next downloads, one after the other: "" (no
-    failure), a status such as "503", "cut" (the connection ends half-way) or "short" (and nobody notices)."""
+    """Serves the files of a folder. `failures` says what becomes of the next downloads, one after the other.
+
+    "" is no failure, "503" an answer with that status; "cut" ends the connection half-way, "cut@1024" after so many
+    bytes, and "short" half-way so that nobody can notice.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -88,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if with_body:
-            self.wfile.write(data[: len(data) // 2] if failure else data)
+            end = int(failure.partition("@")[2] or len(data) // 2) if failure else len(data)
+            self.wfile.write(data[:end])
         self.close_connection = True
 
 

@@ -239,9 +239,10 @@ for batch in stream:
 """
 
 
-def test_the_hub_through_its_own_client(server, files, tmp_path):
-    """hf:// as it is read in earnest, from a server that speaks the little of the Hub's language that is needed."""
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+@pytest.fixture
+def hub_reader(server, tmp_path):
+    """Reads the next batch in a process whose Hub is the server; returns the words that it prints."""
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
@@ -251,21 +252,45 @@ def test_the_hub_through_its_own_client(server, files, tmp_path):
             stderr=log,
             text=True,
         )
-    try:
-        assert process.stdout.readline() == "open\n", (tmp_path / "log").read_text()
-        server.failures = deque(["cut", *["503"] * 20, "cut", "cut", "", *["503"] * 13])
-        for step, batch in enumerate(take(stream_of(files / "train.tar"), 12)):
-            if step == 6:
-                server.stop_for(0.4)
-            process.stdin.write("\n")
-            process.stdin.flush()
-            digest = hashlib.sha256(batch.images[16].numpy().tobytes()).hexdigest()
-            assert process.stdout.readline().split() == [digest, *batch.keys], (tmp_path / "log").read_text()
-    finally:
-        process.kill()
-        process.communicate()
+
+    def read(order: str = "next\n") -> list[str]:
+        process.stdin.write(order)
+        process.stdin.flush()
+        return process.stdout.readline().split() or pytest.fail((tmp_path / "log").read_text())
+
+    yield read
+    process.kill()
+    process.communicate()
+
+
+def line_of(batch: Batch) -> list[str]:
+    return [hashlib.sha256(batch.images[16].numpy().tobytes()).hexdigest(), *batch.keys]
+
+
+def test_the_hub_through_its_own_client(server, files, hub_reader, tmp_path):
+    """hf:// as it is read in earnest, from a server that speaks the little of the Hub's language that is needed."""
+    assert hub_reader("") == ["open"]
+    server.failures = deque(["cut", *["503"] * 20, "cut", "cut", "", *["503"] * 13])
+    for step, batch in enumerate(take(stream_of(files / "train.tar"), 12)):
+        if step == 6:
+            server.stop_for(0.4)
+        assert hub_reader() == line_of(batch)
     assert not server.failures
     assert "Reading 'train.tar' of hf://datasets/owner/photos/train.tar failed" in (tmp_path / "log").read_text()
+
+
+def test_a_failure_between_two_files_of_a_tar_is_not_taken_for_its_end(server, hub_reader, tmp_path):
+    """Read on, the Hub's client returns nothing after these failures, which is how a tar ends."""
+    server.folder = tmp_path / "served"
+    # 1536 bytes each with their headers, so that one begins where the client's first two reads (512 + 10240) end.
+    blobs = [encode(picture(number, 16, 16)).ljust(1024, b"\0") for number in range(COUNT)]
+    assert {len(blob) for blob in blobs} == {1024}
+    write_tar(server.folder / "train.tar", {f"{number:03}": {"jpg": blob} for number, blob in enumerate(blobs)})
+    assert hub_reader("") == ["open"]
+    server.failures = deque(["cut@10752", *["504"] * 6])
+    for batch in take(stream_of(server.folder / "train.tar"), 6):
+        assert hub_reader() == line_of(batch)
+    assert not server.failures
 
 
 def raised(error: Exception, cause: Exception | None = None) -> Exception:
