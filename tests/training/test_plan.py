@@ -11,7 +11,7 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import TeacherOutput
 from transformers_radio.training import load_recipe
 from transformers_radio.training.cluster import GPU, stage_loads, stage_time, uneven_shares
-from transformers_radio.training.dry_run import StepCost, TeacherCost, run_step, run_teacher, window_saving
+from transformers_radio.training.dry_run import StepCost, TeacherCost, run_stage, run_teacher, window_saving
 from transformers_radio.training.partition import stage_groups
 from transformers_radio.training.plan import describe_student, describe_teacher, print_plan
 from transformers_radio.training.train import build_distillation
@@ -33,10 +33,11 @@ def parts(recipe, processes=1):
     return teachers, describe_student(recipe, teachers), groups
 
 
-def step(recipe, stage="main", group=0, processes=1):
-    teachers, student, groups = parts(recipe, processes)
+def step(recipe):
+    """The cost of the only group's pass."""
+    teachers, student, groups = parts(recipe)
     outputs = {name: run_teacher(teacher).output for name, teacher in teachers.items()}
-    return run_step(recipe, stage, groups[stage][group], student, outputs)
+    return run_stage(recipe, "main", groups["main"], student, outputs)["all"]
 
 
 def test_flops_are_those_counted_by_hand(make_recipe):
@@ -124,7 +125,7 @@ def test_shapes_that_do_not_fit_are_found(make_recipe):
     outputs = {name: run_teacher(teacher).output for name, teacher in teachers.items()}
     wrong = dataclasses.replace(outputs["sam"], features=torch.empty(1, 36, 21, device="meta"))
     with pytest.raises(RuntimeError, match="20.*21"):
-        run_step(recipe, "main", groups["main"][0], student, {**outputs, "sam": wrong})
+        run_stage(recipe, "main", groups["main"], student, {**outputs, "sam": wrong})
     teachers["clip"].feature_dim = 17
     with pytest.raises(RuntimeError, match="promised summary"):
         run_teacher(teachers["clip"])

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
+from .distill import Distillation
 from .partition import Group
 from .recipe import Recipe
 from .train import build_distillation
@@ -78,37 +79,48 @@ def run_teacher(teacher: Teacher) -> TeacherCost:
     return TeacherCost(counter.get_total_flops(), output)
 
 
-def run_step(
-    recipe: Recipe, stage: str, group: Group, student: RadioModel, outputs: dict[str, TeacherOutput]
-) -> StepCost:
-    """Targets, student, losses and backward of one pass, on tensors that have shapes and no memory.
+def run_stage(
+    recipe: Recipe, stage: str, groups: list[Group], student: RadioModel, outputs: dict[str, TeacherOutput]
+) -> dict[str, StepCost]:
+    """Targets, student, losses and backward of one pass of each group, on tensors that have shapes and no memory.
 
     Spectral reparametrisation and torch.compile are left out: the first adds only products of a matrix and a vector.
     Attention in Flash's kernels counts as PyTorch's own, which needs as much.
 
     Args:
+        groups: of the stage.
         student: on the meta device, with the heads of all stages.
-        outputs: of the group's teachers, as `run_teacher` gives them.
+        outputs: of the groups' teachers, as `run_teacher` gives them.
+
+    Returns:
+        Group -> cost.
     """
     attention = "eager" if recipe.student.attn_implementation == "eager" else "sdpa"
     plain = replace(recipe.student, spectral_reparam=False, compile=False, attn_implementation=attention)
     distillation = build_distillation(replace(recipe, student=plain), stage, student).train()
-    side, images = group.resolution, group.micro_batch_size
     # Not the meta device itself: it has no autocast, and no fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         distillation.to_empty(device="cpu")
-        pixels = torch.empty(images, 3, side, side)
-        targets = {name: _for_images(outputs[name], images) for name in group.teachers}
-        with _autocast(recipe), _kept(distillation) as kept, _counter() as forward:
-            totals, _ = distillation(pixels, targets, window_size=0)  # (B,)
-        with _counter() as backward:
-            totals.sum().backward()
-        if recipe.student.gradient_checkpointing:
-            layer = distillation.student.encoder.layer[-1]
-            tokens = (side // student.patch_size) ** 2 + student.config.num_summary_tokens
-            with _autocast(recipe), _kept(distillation) as kept_by_layer:
-                layer.forward(torch.empty(images, tokens, student.config.hidden_size))  # __call__ would checkpoint
-            kept.update(kept_by_layer)
+        return {group.name: _run_group(recipe, group, distillation, outputs) for group in groups}
+
+
+def _run_group(
+    recipe: Recipe, group: Group, distillation: Distillation, outputs: dict[str, TeacherOutput]
+) -> StepCost:
+    distillation.zero_grad()
+    student, side, images = distillation.student, group.resolution, group.micro_batch_size
+    pixels = torch.empty(images, 3, side, side)
+    targets = {name: _for_images(outputs[name], images) for name in group.teachers}
+    with _autocast(recipe), _kept(distillation) as kept, _counter() as forward:
+        totals, _ = distillation(pixels, targets, window_size=0)  # (B,)
+    with _counter() as backward:
+        totals.sum().backward()
+    if recipe.student.gradient_checkpointing:
+        tokens = (side // student.patch_size) ** 2 + student.config.num_summary_tokens
+        with _autocast(recipe), _kept(distillation) as kept_by_layer:
+            hidden_states = torch.empty(images, tokens, student.config.hidden_size)
+            student.encoder.layer[-1].forward(hidden_states)  # __call__ would checkpoint
+        kept.update(kept_by_layer)
     return StepCost(
         forward_flops=forward.get_total_flops() // images,
         backward_flops=backward.get_total_flops() // images,

@@ -14,7 +14,7 @@ from transformers_radio.teachers.known import is_on_disk, known_teacher
 from .checks import check_disk, check_resolutions
 from .cluster import Load, find_gpu, stage_loads, stage_time, uneven_shares
 from .distill import TeacherShape, build_student
-from .dry_run import StepCost, TeacherCost, run_step, run_teacher
+from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
 from .partition import Group, stage_groups
 from .placement import load_teacher
 from .recipe import Recipe, StageRecipe, TeacherRecipe
@@ -49,10 +49,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     check_resolutions(student, groups)
     teacher_costs = {name: run_teacher(teacher) for name, teacher in teachers.items()}
     outputs = {name: cost.output for name, cost in teacher_costs.items()}
-    steps = {
-        stage: {group.name: run_step(recipe, stage, group, student, outputs) for group in groups[stage]}
-        for stage in recipe.stages
-    }
+    steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
 
     console = Console()
     console.print(_teachers_table(recipe, teachers, teacher_costs))
