@@ -164,8 +164,13 @@ def _changed_fields(recipe: Recipe, run_file: Path) -> list[str]:
     return [
         f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE_FIELDS and key.split(".")[0] not in FREE_FIELDS
+        if before.get(key) != now.get(key) and not _may_change(key)
     ]
+
+
+def _may_change(key: str) -> bool:
+    moved = key.startswith("data.sources.") and key.endswith(".path")  # as data.path: the same files elsewhere
+    return moved or key in FREE_FIELDS or key.split(".")[0] in FREE_FIELDS
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
