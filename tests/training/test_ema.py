@@ -184,5 +184,6 @@ def _sharded_average(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_average_of_sharded_weights_is_that_of_plain_ones(tmp_path):
     torch.multiprocessing.spawn(_sharded_average, args=(str(tmp_path / "store"),), nprocs=2)

@@ -302,5 +302,6 @@ def _sharded_training(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_over_two_processes_it_trains_as_in_one(tmp_path):
     torch.multiprocessing.spawn(_sharded_training, args=(str(tmp_path / "store"),), nprocs=2)
