@@ -164,6 +164,7 @@ def test_the_plan_refuses_what_training_would_refuse(make_recipe):
     refused("teachers.sam.type=segment_anything", match="teachers.sam .*known of the type segment_anything")
     refused("teachers.sam.options.depth=3", match="depth")
     refused("student.checkpoint=somebody/student", match="not on the disk")
+    refused("stages.main.teachers=[clip]", match="teachers.sam teaches in no stage")
     refused(match="gpu 'abacus' is unknown; choose one of a100-40", gpu="abacus")
     refused(match="utilisation is 0", gpu="h100", utilisation=0)
     refused(match="processes is 0", processes=0)

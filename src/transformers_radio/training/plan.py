@@ -43,6 +43,9 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
         name: stage_groups(name, stage, list(recipe.teachers), world_size=processes)
         for name, stage in recipe.stages.items()
     }
+    for name in recipe.teachers:
+        if not any(name in group.teachers for of_stage in groups.values() for group in of_stage):
+            raise ValueError(f"teachers.{name} teaches in no stage; remove it, or name it in a stage's teachers")
     _check_lanes(recipe, groups)
     teachers = {name: describe_teacher(name, spec) for name, spec in recipe.teachers.items()}
     student = describe_student(recipe, teachers)
