@@ -152,8 +152,8 @@ def _stages_table(
     teacher_costs: dict[str, TeacherCost],
 ) -> Table:
     table = _table(
-        "stages", 3, "stage", "group", "teachers", "resolution (grid)", "steps", "batch", "micro x passes x processes",
-        "samples seen", "student GFLOPs/image", "teachers GFLOPs/image", "activations MB/pass",
+        "stages (GFLOPs of one image)", 3, "stage", "group", "teachers", "resolution\n(grid)", "steps", "batch",
+        "micro x passes\nx processes", "samples seen", "student\nGFLOPs", "teachers\nGFLOPs", "activations\nMB/pass",
     )  # fmt: skip
     for name, stage in recipe.stages.items():
         for group in groups[name]:
@@ -245,7 +245,7 @@ def _notes(recipe: Recipe, groups: dict[str, list[Group]], student: RadioModel, 
         notes.append(f"stages.{name}: {parts} = {sum(images.values()):,.6g} images a step on average")
         shares = {key: group.share for key, group in stage.groups.items()}
         if processes < len(shares):
-            notes.append(f"stages.{name}: with {processes} processes its {len(shares)} groups run in turn")
+            notes.append(f"stages.{name}: its {len(shares)} groups run in turn, for want of processes")
         elif uneven_shares(groups[name], shares, processes):
             counts = " : ".join(str(len(group.ranks)) for group in groups[name])
             wanted = " : ".join(f"{share:g}" for share in shares.values())
