@@ -1,12 +1,11 @@
 """The metric of the `evaluate` library against a literal count, pixel by pixel."""
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 
-evaluate = pytest.importorskip("evaluate")
-
-from transformers_radio.evaluation.miou import MeanIoU  # noqa: E402
+from transformers_radio.evaluation.miou import MeanIoU
 
 
 def test_batches_and_single_images_of_any_size_are_one_count_over_the_split():

@@ -1,0 +1,41 @@
+"""A small RadioModel for the tests, and transformers' own class with its weights."""
+
+import torch
+import transformers
+
+from transformers_radio import RadioConfig, RadioModel
+
+TINY = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    mlp_ratio=2.0,
+    patch_size=16,
+    max_img_size=512,
+    num_cls_tokens=3,
+    num_registers=2,
+    summary_idxs=[0, 2],
+)
+
+
+def scramble(model):
+    """Weights far from their initialisation (zero biases, unit scales), so that nothing may go missing unseen."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim:
+            parameter.data = parameter.data + 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    return scramble(RadioModel(RadioConfig(**{**TINY, **fields})).eval())
+
+
+def native(model):
+    """transformers' own class with the weights of `model`."""
+    config = transformers.RadioConfig(**{name: getattr(model.config, name) for name in TINY})
+    config._attn_implementation = model.config._attn_implementation
+    twin = transformers.RadioModel(config).eval().to(model.dtype)
+    twin.load_state_dict({key: value for key, value in model.state_dict().items() if key in twin.state_dict()})
+    return twin
