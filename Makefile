@@ -39,9 +39,10 @@ quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/installed  ## Measure the framework's overhead and the input pipeline
+bench: $(VENV)/installed  ## Measure the framework's overhead, the input pipeline, and the cost model
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/input_pipeline.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## Remove the environment and caches (never runs/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -158,7 +158,7 @@ def test_the_plan_refuses_what_training_would_refuse(make_recipe):
             print_plan(load_recipe(make_recipe(), list(overrides)), **options)
 
     refused(match="make it a multiple of 3", processes=3)
-    refused("data.lanes=3", match="data.lanes is 3; group all has 2 processes x 1", processes=2)
+    refused("data.lanes=3", match="data.lanes is 3, .* in stages.main it has 2 processes x 1", processes=2)
     refused("data.crop_scale=[0.9, 0.1]", match="crop_scale")
     refused("stages.main.resolution=36", match="the nearest is")
     refused("teachers.sam.type=segment_anything", match="teachers.sam .*known of the type segment_anything")

@@ -131,6 +131,23 @@ def test_teachers_teach_the_same_wherever_their_weights_are(placement, make_reci
     assert_close(weights(tmp_path / "device" / "student"), weights(tmp_path / placement / "student"), atol=1e-6)
 
 
+@pytest.mark.parametrize("balancing", ["uncertainty", "amtml_kd"])
+def test_everything_at_once_on_sharded_weights_is_that_of_one_process(balancing, make_recipe, tmp_path):
+    options = [
+        *GROUPS,
+        f"loss.balancing={balancing}",
+        "loss.standardization=phi_s",
+        "loss.statistics_images=24",
+        "student.spectral_reparam=true",
+        "student.gradient_checkpointing=true",
+        "ema_decay=0.9",
+    ]
+    train(load_recipe(make_recipe("one"), options))
+    run(2, make_recipe("two"), *options, **FSDP)
+    for name in ("student", "checkpoints/step-00000004/training_state"):
+        assert_close(weights(tmp_path / "one" / name), weights(tmp_path / "two" / name), atol=1e-6)
+
+
 def test_a_checkpoint_goes_on_with_other_processes_and_another_engine(alone, make_recipe, tmp_path):
     """Two processes with DDP to step 2, then FSDP2, then one process: as if nothing had changed."""
     recipe = make_recipe("moved")

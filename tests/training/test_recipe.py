@@ -65,6 +65,7 @@ def test_a_saved_recipe_reads_back_the_same(recipe_file, tmp_path):
         ("mixed_precision=fp8", "one of no, bf16, fp16"),
         ("learning_rate", "not of the form key=value"),
         ("teachers.new.type=timm", "teachers.new.checkpoint unset"),
+        ("stages.main.teachers=[clip]", "teachers.sam teaches in no stage"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_expected(recipe_file, override, message):
@@ -93,3 +94,8 @@ def test_a_batch_that_does_not_split_names_a_multiple():
 def test_package_paths_resolve(recipe_file):
     recipe = load_recipe(recipe_file, ["teachers.clip.checkpoint=${package:quickstart}"])
     assert recipe.teachers["clip"].checkpoint.endswith("transformers_radio/quickstart")
+
+
+def test_no_mixed_precision_may_be_written_plainly(recipe_file):
+    """YAML reads a bare no as false."""
+    assert load_recipe(recipe_file, ["mixed_precision=no"]).mixed_precision == "no"

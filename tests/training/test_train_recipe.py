@@ -133,6 +133,39 @@ def test_a_damaged_checkpoint_is_said_so_and_the_one_before_is_used(make_recipe,
         train(load_recipe(make_recipe("cut"), ["checkpoints.keep=9"]))
 
 
+@pytest.mark.parametrize("balancing", ["uncertainty", "adaloss", "amtml_kd"])
+def test_a_stage_that_adds_a_teacher_balances_its_own_terms(balancing, make_recipe, tmp_path):
+    """The first stage has two terms, the second three, and one learns on where the other ended."""
+    stages = ["stages.main={steps: 3, teachers: [clip]}", "stages.high={steps: 3, resolution: 48, batch_size: 4}"]
+    options = [*stages, f"loss.balancing={balancing}", "checkpoints.keep=9"]
+    model = RadioModel.from_pretrained(train(load_recipe(make_recipe("whole"), options)).student_dir)
+    assert set(model.adaptors) == {"clip", "sam"} and model.preferred_resolution == 48
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cut_back(tmp_path / "cut", 3)  # the first stage's last checkpoint: the second begins from it
+    train(load_recipe(make_recipe("cut"), options))
+    left, right = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "cut"))
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def test_a_finished_run_that_was_killed_before_it_published_publishes(make_recipe, tmp_path):
+    recipe = load_recipe(make_recipe())
+    train(recipe)
+    run = tmp_path / "run"
+    published = {path.name: path.read_bytes() for path in (run / "student").iterdir()}
+    shutil.rmtree(run / "student")
+    (run / "student.tmp").mkdir()
+    assert train(recipe).step == 12
+    assert {path.name: path.read_bytes() for path in (run / "student").iterdir()} == published
+    assert not (run / "student.tmp").exists() and "training_state" not in published
+
+
+def test_a_later_stage_that_cannot_share_out_the_lanes_is_refused_at_once(make_recipe, tmp_path):
+    recipe = load_recipe(make_recipe(), ["data.lanes=3", "data.num_workers=2"])
+    with pytest.raises(ValueError, match="data.lanes is 3, which gives group all 3 lanes"):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_cannot_be_dealt_out_as_before_is_refused_unless_told(make_recipe, tmp_path, caplog):
     train(load_recipe(make_recipe(), ["data.lanes=2"]))
     cut_back(tmp_path / "run", 9)

@@ -1,6 +1,7 @@
 """Streaming images: one source or a mixture, one shared random crop, one tensor per resolution, exact resume."""
 
 from .config import DataConfig, SourceConfig
+from .count import count_images
 from .images import decode_rgb, random_crop
 from .source import SourceError
 from .stream import Batch, ImageStream, merge_states
@@ -11,6 +12,7 @@ __all__ = [
     "ImageStream",
     "SourceConfig",
     "SourceError",
+    "count_images",
     "decode_rgb",
     "merge_states",
     "random_crop",

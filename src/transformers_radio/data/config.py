@@ -40,6 +40,7 @@ class DataConfig:
         crop_scale: Share of the image area that the random crop covers, smallest and largest.
         crop_ratio: Width / height of the crop, smallest and largest.
         horizontal_flip: Mirror half of the crops.
+        frozen_crops: The crop of an image is the same in every epoch, and whatever the seed.
         max_skipped_share: The run stops when more than this share of the images (of one data set) could not be used.
         min_side: Images with a shorter side (in pixels) are skipped.
         lanes: Number of parallel sequences the source is dealt out to (see `ImageStream`). Default: as many as there
@@ -59,6 +60,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: bool = False  # not in the paper; mirrored text would be a wrong target for CLIP
+    frozen_crops: bool = False
     max_skipped_share: float = 0.01
     min_side: int = 16
     lanes: int | None = None

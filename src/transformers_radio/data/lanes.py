@@ -152,7 +152,9 @@ class LaneBatches(IterableDataset):
                 continue
             position["consumed"] += 1
             position["seen"] += 1
-            generator = np.random.default_rng([self.seed, CROP, *random_key])
+            # A group of teachers has a seed of its own; frozen crops are the same for all of them.
+            frozen = [0, CROP, 0, *random_key[1:]]
+            generator = np.random.default_rng(frozen if config.frozen_crops else [self.seed, CROP, *random_key])
             try:
                 crops = load_crops(
                     source.read(image),

@@ -321,6 +321,7 @@ class ImageStream:
             "crop_scale": list(config.crop_scale),
             "crop_ratio": list(config.crop_ratio),
             "horizontal_flip": config.horizontal_flip,
+            "frozen_crops": config.frozen_crops,
             "min_side": config.min_side,
         }
 

@@ -137,6 +137,8 @@ class AMTMLBalancing(nn.Module):
         self.v = nn.Parameter(torch.full((feature_dim,), feature_dim**-0.5))
 
     def forward(self, terms: dict[str, torch.Tensor], summary: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if not terms:  # a pass without teachers, for the sake of the other processes: gradients of zero
+            return summary.new_zeros(len(summary), dtype=torch.float32) + 0 * (self.theta.sum() + self.v.sum())
         losses: dict[str, torch.Tensor] = {}  # teacher -> (B,)
         for term, loss in terms.items():
             weighted = self.weights[term] * loss.float()

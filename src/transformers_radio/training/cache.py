@@ -239,6 +239,11 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
         )
 
 
+def cache_name(teacher: str, sides: Iterable[int]) -> str:
+    """Of the cache of a teacher beside others: JPEGs are decoded only as finely as the largest side needs."""
+    return f"{teacher}-{max(sides)}"
+
+
 def cache_fingerprint(
     teacher: TeacherRecipe, image_size: int, data: DataConfig, files: dict[str, str], largest_side: int
 ) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -87,7 +88,7 @@ def save_checkpoint(
                 save_file(averages, folder / "ema.safetensors")
             write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    except Exception as failure:  # safetensors has an error of its own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as failure:  # what each library makes of a full disk
         error = f"{type(failure).__name__}: {failure}"
     errors = [one for one in gather_object([error]) if one is not None]
     if accelerator.is_main_process:
@@ -114,17 +115,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "training_state" / "state.json").read_text(encoding="utf-8"))
 
 
-def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+def load_weights(checkpoint: Path, model: torch.nn.Module, same_stage: bool) -> None:
     """Weights of the unprepared `Distillation`: of this stage, or of the last one, whose student has fewer heads.
 
     Raises:
         ValueError: they are of another model.
     """
     saved = load_file(checkpoint / "training_state" / "model.safetensors")
+    if not same_stage:  # the balancing starts anew with the terms of a stage, whose number decides its shapes
+        saved = {name: value for name, value in saved.items() if not name.startswith("balancing.")}
     missing, unexpected = model.load_state_dict(saved, strict=False)
-    # The balancing starts anew with the terms of a stage; its shapes follow from their number.
-    missing = [name for name in missing if not name.startswith(("student.adaptors.", "balancing."))]
-    unexpected = [name for name in unexpected if not name.startswith("balancing.")]
+    if not same_stage:
+        missing = [name for name in missing if not name.startswith(("student.adaptors.", "balancing."))]
     if missing or unexpected:
         raise ValueError(
             f"{checkpoint} is of another model: it lacks {missing[:3]} and has {unexpected[:3]} in addition; restore "

@@ -32,6 +32,7 @@ def check_before_training(
         groups: stage -> its groups.
     """
     check_resolutions(student, groups)
+    check_lanes(recipe, groups)
     for stage, stage_groups in groups.items():
         for group in (group for group in stage_groups if group.index is not None):
             where = stage if group.name == "all" else f"{stage}.groups.{group.name}"
@@ -64,6 +65,21 @@ def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> No
                 raise ValueError(
                     f"{where}.resolution is {side}; the student takes multiples of {student.min_resolution_step} up "
                     f"to {student.max_resolution}, the nearest is {nearest}"
+                )
+
+
+def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
+    """A group's readers share out its lanes evenly in every stage: later stages go on with the lanes of the first."""
+    lanes: dict[str, int] = {}
+    for stage, stage_groups in groups.items():
+        for group in stage_groups:
+            readers = len(group.ranks) * max(1, recipe.data.num_workers)
+            of_group = lanes.setdefault(group.name, recipe.data.lanes or readers)
+            if of_group % readers:
+                raise ValueError(
+                    f"data.lanes is {recipe.data.lanes}, which gives group {group.name} {of_group} lanes; in "
+                    f"stages.{stage} it has {len(group.ranks)} processes x {max(1, recipe.data.num_workers)} "
+                    f"data.num_workers = {readers} readers: set data.lanes to a multiple of all groups' readers"
                 )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
+from .cache import TeacherCaches, cache_name
 from .losses import common_grid, cosine_loss, match_loss, resize_grid
 from .phi_s import PhiS
 from .recipe import LossRecipe, Recipe
@@ -165,9 +166,8 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
     config.preferred_resolution = recipe.stages[stage_name].top_resolution  # what its image processor resizes to
     with torch.device("meta"):
         student = RadioModel(config)
-    student.load_state_dict(
-        {key: value for key, value in full.state_dict().items() if key in student.state_dict()}, assign=True
-    )
+    wanted = student.state_dict().keys()
+    student.load_state_dict({key: value for key, value in full.state_dict().items() if key in wanted}, assign=True)
     student.set_attn_implementation(recipe.student.attn_implementation)
     for name in resting:
         student.adaptors[name].requires_grad_(False)
@@ -189,15 +189,27 @@ def term_weights(recipe: Recipe, student: RadioModel) -> dict[str, float]:
 
 @torch.no_grad()
 def teacher_targets(
-    teachers: dict[str, Teacher], images: dict[int, torch.Tensor], standardize: dict[str, PhiS] | None = None
+    teachers: dict[str, Teacher],
+    images: dict[int, torch.Tensor],
+    standardize: dict[str, PhiS] | None = None,
+    keys: list[str] | None = None,
+    caches: TeacherCaches | None = None,
 ) -> dict[str, TeacherOutput]:
     """Runs each teacher on the same crop at its own resolution.
 
     Args:
         images: side in pixels -> float (B, 3, side, side) in [0, 1].
         standardize: of the features of these teachers.
+        keys: names of the B images, needed with `caches`.
+        caches: of these teachers' outputs for these images, by `cache_name`.
     """
-    targets = {name: teacher(images[teacher.image_size]) for name, teacher in teachers.items()}
+    if caches is None:
+        targets = {name: teacher(images[teacher.image_size]) for name, teacher in teachers.items()}
+    else:
+        targets = {
+            name: caches[cache_name(name, images)].targets(keys or [], images[teacher.image_size], teacher)
+            for name, teacher in teachers.items()
+        }
     for name, transform in (standardize or {}).items():
         if name in targets:
             targets[name].features = transform.standardise(targets[name].features)

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils import logging as transformers_logging
 
 from transformers_radio.modeling import RadioConfig, RadioImageProcessor, RadioModel
 
-from .ema import EMA
 from .phi_s import PhiS
+from .run_folder import MANIFEST
 from .spectral import fold_spectral
 
 PREFIX = "student."
@@ -43,7 +42,7 @@ def write_student(
         averages: by the same names, in place of the trained weights where given.
         standardize: of teachers whose heads predict standardised features: the inverse goes into their last Linear.
     """
-    state = {**model_state, **{name.removeprefix("module."): value for name, value in (averages or {}).items()}}
+    state = {**model_state, **(averages or {})}
     state = fold_spectral(
         {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     )
@@ -64,18 +63,16 @@ def write_student(
     processor.save_pretrained(folder)
 
 
-def publish_student(
-    accelerator: Accelerator, model: nn.Module, ema: EMA | None, standardize: dict[str, PhiS], output_dir: Path
-) -> Path:
-    """Writes the finished student to output_dir/student, whole or not at all. For all processes together."""
+def publish_student(checkpoint: Path, output_dir: Path) -> Path:
+    """Copies the student of the last checkpoint to output_dir/student, whole or not at all. For the main process.
+
+    Raises:
+        OSError: the disk is full, or the like; nothing is left of the copy, and the checkpoint stays.
+    """
     temporary, path = output_dir / "student.tmp", output_dir / "student"
-    model_state = whole_state(model)
-    averages = None if ema is None else ema.state_dict()
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
-        os.replace(temporary, path)
-    accelerator.wait_for_everyone()
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
+    os.replace(temporary, path)
     return path
 
 

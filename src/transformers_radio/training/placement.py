@@ -1,5 +1,7 @@
 """The teachers of this process: on its device, on the CPU until they are needed, or sharded over several processes."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -9,10 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from transformers_radio.data import ImageStream, count_images
 from transformers_radio.teachers import Teacher, build_teacher
 
+from .cache import TeacherCaches, cache_fingerprint, cache_name, check_room, estimate_bytes
 from .distill import TeacherShape
 from .partition import Group
+from .processes import on_main_process
 from .recipe import Recipe, TeacherRecipe
 
 
@@ -58,6 +63,45 @@ def gather_shapes(accelerator: Accelerator, recipe: Recipe, teachers: dict[str, 
     own = [(name, TeacherShape.of(teacher)) for name, teacher in teachers.items()]
     known = dict(gather_object(own))
     return {name: known[name] for name in recipe.teachers if name in known}
+
+
+def open_caches(
+    accelerator: Accelerator, recipe: Recipe, groups: dict[str, list[Group]], shapes: dict[str, TeacherShape]
+) -> TeacherCaches | None:
+    """The caches of the teachers' outputs; None when the recipe has none. Called by every process.
+
+    Raises:
+        OSError: they do not fit on the disk, or another run writes into them.
+        ValueError: the folder holds the outputs of other teachers or for other crops.
+    """
+    if recipe.teacher_cache is None:
+        return None
+    folder = recipe.teacher_cache
+    of: dict[str, str] = {}  # cache -> teacher
+    sides: dict[str, int] = {}
+    seen = Counter[str]()  # images at most
+    served = set()
+    for stage, stage_groups in groups.items():
+        for group in stage_groups:
+            stream_sides = {group.resolution, *(shapes[name].image_size for name in group.teachers)}
+            for name in group.teachers:
+                cache = cache_name(name, stream_sides)
+                of[cache], sides[cache] = name, max(stream_sides)
+                seen[cache] += math.ceil(recipe.stages[stage].steps * group.rate) * group.batch_size
+                served |= {cache} if group.index is not None else set()
+
+    def look() -> dict[str, dict]:
+        images = count_images(recipe.data)
+        needed = {cache: estimate_bytes(min(images, seen[cache]), [shapes[name]]) for cache, name in of.items()}
+        missing = check_room(folder, needed)
+        accelerator.print(f"{folder} will grow by {missing / 1e9:,.1f} GB of teachers' outputs for {images:,} images")
+        files = {name: one.fingerprint for name, one in ImageStream(recipe.data, [1], 1, 0).sources.items()}
+        return {
+            cache: cache_fingerprint(recipe.teachers[name], shapes[name].image_size, recipe.data, files, sides[cache])
+            for cache, name in of.items()
+        }
+
+    return TeacherCaches(accelerator, folder, on_main_process(accelerator, look), served)
 
 
 def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:

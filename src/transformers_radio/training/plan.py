@@ -11,7 +11,7 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 from transformers_radio.teachers.known import is_on_disk, known_teacher
 
-from .checks import check_disk, check_resolutions
+from .checks import check_disk, check_lanes, check_resolutions
 from .cluster import Load, find_gpu, stage_loads, stage_time, uneven_shares
 from .distill import TeacherShape, build_student
 from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
@@ -43,10 +43,8 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
         name: stage_groups(name, stage, list(recipe.teachers), world_size=processes)
         for name, stage in recipe.stages.items()
     }
-    for name in recipe.teachers:
-        if not any(name in group.teachers for of_stage in groups.values() for group in of_stage):
-            raise ValueError(f"teachers.{name} teaches in no stage; remove it, or name it in a stage's teachers")
-    _check_lanes(recipe, groups)
+    recipe.data.validate()
+    check_lanes(recipe, groups)
     teachers = {name: describe_teacher(name, spec) for name, spec in recipe.teachers.items()}
     student = describe_student(recipe, teachers)
     check_resolutions(student, groups)
@@ -107,19 +105,6 @@ def describe_student(recipe: Recipe, teachers: dict[str, Teacher]) -> RadioModel
     if not Path(checkpoint).is_dir():
         raise ValueError(f"student.checkpoint {checkpoint} is not on the disk; download it and give its folder")
     return build_student(recipe, shapes).to("meta")
-
-
-def _check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
-    """The data's own values, and that every group's readers share out its lanes evenly."""
-    recipe.data.validate()
-    for group in (group for stage in groups.values() for group in stage):
-        readers = len(group.ranks) * max(1, recipe.data.num_workers)
-        if recipe.data.lanes is not None and recipe.data.lanes % readers:
-            raise ValueError(
-                f"data.lanes is {recipe.data.lanes}; group {group.name} has {len(group.ranks)} processes x "
-                f"{max(1, recipe.data.num_workers)} data.num_workers = {readers} readers: make it a multiple of all "
-                "groups' readers"
-            )
 
 
 def _teachers_table(recipe: Recipe, teachers: dict[str, Teacher], costs: dict[str, TeacherCost]) -> Table:

@@ -134,6 +134,8 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    # A folder for the teachers' outputs, which are then computed once an image; needs data.frozen_crops. null: none
+    teacher_cache: str | None = None
     mixed_precision: str = "no"  # no | bf16 | fp16
     ema_decay: float | None = None  # null: none; else the checkpoints hold the moving average of the weights
     seed: int = 0
@@ -183,6 +185,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except OmegaConfBaseException as error:
         raise ValueError(f"recipe {path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
     assert isinstance(recipe, Recipe)
+    if recipe.mixed_precision == "False":  # YAML reads a bare no as false
+        recipe.mixed_precision = "no"
     validate(recipe)
     return recipe
 

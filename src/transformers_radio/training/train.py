@@ -3,7 +3,7 @@
 import json
 import logging
 import zlib
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
 from .balancing import AdaLossBalancing, build_balancing
+from .cache import TeacherCaches
 from .checkpoint import load_training, load_weights, read_state, save_checkpoint, skipped_images
 from .checks import check_before_training
 from .distill import (
@@ -33,7 +34,7 @@ from .ema import EMA
 from .export import publish_student
 from .optimizer import build_optimizer, start_schedule
 from .partition import Group, passes_in_step, stage_groups
-from .placement import build_teachers, gather_shapes
+from .placement import build_teachers, gather_shapes, open_caches
 from .processes import build_accelerator, on_main_process
 from .progress import Log, StopSignal, TermSums, to_device
 from .recipe import Recipe
@@ -85,10 +86,14 @@ def train(recipe: Recipe) -> TrainResult:
     set_seed(recipe.seed)  # the same initial student on every process
     student = build_student(recipe, shapes)
     check_before_training(recipe, student, teachers, groups, accelerator)
+    caches = open_caches(accelerator, recipe, groups, shapes)
     # Nothing in output_dir has changed so far; from here on this process group owns it.
-    with open_run(recipe, resume_from) if accelerator.is_main_process else nullcontext():
+    with (
+        nullcontext() if caches is None else closing(caches),
+        open_run(recipe, resume_from) if accelerator.is_main_process else nullcontext(),
+    ):
         accelerator.wait_for_everyone()
-        return _distil(recipe, accelerator, student, teachers, shapes, groups, resume_from)
+        return _distil(recipe, accelerator, student, teachers, shapes, groups, caches, resume_from)
 
 
 def _distil(
@@ -98,6 +103,7 @@ def _distil(
     teachers: dict[str, Teacher],
     shapes: dict[str, TeacherShape],
     groups: dict[str, list[Group]],
+    caches: TeacherCaches | None,
     checkpoint: Path | None,
 ) -> TrainResult:
     """Runs the stages from the checkpoint on, and publishes the student at the end."""
@@ -124,12 +130,10 @@ def _distil(
     first_step = 0
     with StopSignal() as stop:
         for name, stage in recipe.stages.items():
-            last = name == list(recipe.stages)[-1]
-            # A last stage that is complete but for the published student is entered once more, to publish it.
-            if (state["step"] < first_step + stage.steps or last) and stop.number is None:
+            if state["step"] < first_step + stage.steps and stop.number is None:
                 standardize = standardize_teachers(recipe, accelerator, groups[name], teachers, shapes)
                 state = _run_stage(
-                    recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, state,
+                    recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, caches, state,
                     progress, stop,
                 )  # fmt: skip
                 accelerator.free_memory()
@@ -143,8 +147,11 @@ def _distil(
     if state["step"] < total_steps:
         accelerator.print(f"stopped by a signal at step {state['step']}; run the same command again to go on")
         return TrainResult(None, state["step"], skipped, stop.number)
-    accelerator.print(f"the student is in {output_dir / 'student'}")
-    return TrainResult(output_dir / "student", state["step"], skipped)
+    # The last step's checkpoint holds the student as others load it.
+    last = output_dir / "checkpoints" / f"step-{total_steps:08d}"
+    student_dir = on_main_process(accelerator, lambda: publish_student(last, output_dir))
+    accelerator.print(f"the student is in {student_dir}")
+    return TrainResult(student_dir, total_steps, skipped)
 
 
 def _run_stage(
@@ -156,6 +163,7 @@ def _run_stage(
     teachers: dict[str, Teacher],
     groups: list[Group],
     standardize: dict[str, Any],
+    caches: TeacherCaches | None,
     state: dict[str, Any],
     progress: tqdm,
     stop: StopSignal,
@@ -165,15 +173,16 @@ def _run_stage(
     checkpoint = output_dir / "checkpoints" / f"step-{state['step']:08d}" if state["step"] else None
     model = build_distillation(recipe, stage_name, full_student)
     terms = list(term_weights(recipe, model.student))
+    resuming = state["stage"] == stage_name
     if checkpoint is not None:
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, model, same_stage=resuming)
     optimizer = build_optimizer(model, recipe, stage)
     model, optimizer = accelerator.prepare(model, optimizer)
     schedule = start_schedule(optimizer.optimizer, stage)
     ema = EMA(accelerator.unwrap_model(model), recipe.ema_decay) if recipe.ema_decay else None
     # From here on every process draws its own position crops.
     set_seed(recipe.seed + first_step, device_specific=True)
-    if checkpoint is not None and state["stage"] == stage_name:
+    if checkpoint is not None and resuming:
         load_training(accelerator, checkpoint, model, optimizer.optimizer, ema, recipe.seed + state["step"])
         schedule.load_state_dict(state["schedule"])
 
@@ -210,7 +219,8 @@ def _run_stage(
                     batch = next(batches[group.name])
                     images = to_device(batch, accelerator.device)
                     pixels, weight, window = images[group.resolution], group.image_weight, windows[group.name]
-                    targets = teacher_targets({name: teachers[name] for name in group.teachers}, images, standardize)
+                    group_teachers = {name: teachers[name] for name in group.teachers}
+                    targets = teacher_targets(group_teachers, images, standardize, batch.keys, caches)
                 with accelerator.autocast():
                     totals, losses = model(pixels, targets, window_size=window)  # (B,), name -> (B,)
                 if losses:
@@ -243,6 +253,8 @@ def _run_stage(
             log.write(step, stage_name, float(max(schedule.get_last_lr())), grad_norm, skipped, progress)
         stopped = stop.agreed(accelerator)
         if step % recipe.checkpoints.every_steps == 0 or at_end or stopped:
+            if caches is not None:  # before the checkpoint: what it has seen is on the disk
+                caches.flush()
             state = {**state, "step": step, "stage": stage_name, "schedule": schedule.state_dict()}
             state = save_checkpoint(
                 accelerator, model, optimizer.optimizer, ema, standardize, output_dir, recipe.checkpoints.keep, state,
@@ -250,8 +262,6 @@ def _run_stage(
             )  # fmt: skip
     for stream in streams.values():
         stream.close()
-    if step == sum(one.steps for one in recipe.stages.values()):
-        publish_student(accelerator, model, ema, standardize, output_dir)
     return state
 
 

@@ -31,8 +31,17 @@ def validate(recipe: "Recipe") -> None:
         _one_of(f"{where}.placement", teacher.placement, ("device", "offloaded", "sharded"))
         for key in ("summary_weight", "feature_weight"):
             _at_least_zero(f"{where}.{key}", getattr(teacher, key))
+    if recipe.teacher_cache is not None:
+        _require(recipe.data.frozen_crops, "data.frozen_crops", False, "true, as teacher_cache keeps outputs of crops")
+        for name, teacher in recipe.teachers.items():  # its processes would have to encode equally many images
+            _require(
+                teacher.placement != "sharded", f"teachers.{name}.placement", "sharded", "another, with teacher_cache"
+            )
     for name, stage in recipe.stages.items():
         _validate_stage(f"stages.{name}", stage, tuple(recipe.teachers))
+    for name in recipe.teachers:
+        if not any(name in stage.teacher_names(recipe) for stage in recipe.stages.values()):
+            raise ValueError(f"teachers.{name} teaches in no stage; remove it, or name it in a stage's teachers")
     _one_of("loss.grid", recipe.loss.grid, ("larger", "smaller"))
     _one_of("loss.balancing", recipe.loss.balancing, ("naive", "uncertainty", "adaloss", "amtml_kd"))
     _one_of("loss.standardization", recipe.loss.standardization, ("none", "phi_s"))
