@@ -39,6 +39,31 @@ def plan(
     print_plan(load_recipe(recipe, overrides), processes, gpu, utilisation)
 
 
+@app.command("eval")
+def evaluate(
+    task: Annotated[
+        str, typer.Argument(help="knn, zero-shot, segmentation, sam-coco, llava, throughput, resolution or features.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="The task's settings as key=value.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or Hub id, or TYPE:CHECKPOINT of a teacher; TITLE=... before it. May be repeated."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder, or anything datasets.load_dataset opens.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Settings as YAML, see recipes/evaluation/.")] = None,
+    output: Annotated[Path, typer.Option(help="Results are OUTPUT/<model>/<task>.<data>.json.")] = Path("runs/eval"),
+) -> None:
+    """Measure one thing for one or more models: students, teachers, or vision models of transformers."""
+    from rich.console import Console
+
+    from transformers_radio.evaluation.run import run_task
+
+    console = Console()
+    for result in run_task(task, model or [], data, recipe, output, overrides):
+        figures = "  ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
+        console.print(f"[bold]{result.model}[/bold]  {figures}\n  {result.data}: {result.protocol}", soft_wrap=True)
+
+
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the made images, the run and the results.")] = Path(
@@ -57,7 +82,7 @@ def main() -> None:
     """User errors are one line; anything else keeps its traceback."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from segment_anything import SamPredictor
 from tiny_sam import as_batch, literal_iou, make_student, picture, some_boxes
@@ -27,7 +26,9 @@ from transformers_radio.evaluation.prompted_masks import (
     SamEncoder,
     StudentEncoder,
 )
+from transformers_radio.evaluation.run import load_config
 from transformers_radio.evaluation.sam_coco import evaluate_sam_coco, open_results
+from transformers_radio.evaluation.tasks.sam_coco import SamCocoTaskConfig
 
 
 def run_lengths(mask):
@@ -172,6 +173,7 @@ import torch
 torch.set_num_threads(1)
 from transformers_radio.evaluation.coco_data import SamCocoConfig
 from transformers_radio.evaluation.prompted_masks import SamEncoder
+from transformers_radio.evaluation.run import load_config
 from transformers_radio.evaluation.sam_coco import evaluate_sam_coco
 from transformers_radio.teachers.segment_anything import load_sam
 
@@ -355,8 +357,5 @@ def test_wrong_chunks_are_refused(dataset, sam):
 
 
 def test_the_recipe_is_a_complete_config():
-    recipe = Path(__file__).parents[2] / "recipes" / "evaluation" / "coco2017.yaml"
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SamCocoConfig), OmegaConf.load(recipe)))
-    assert isinstance(config, SamCocoConfig)
-    assert config.split in config.images and config.split in config.annotations
-    assert config.image_size == 1024 and not config.best_of_three and "CC BY 4.0" in config.license
+    config = load_config(SamCocoTaskConfig, None, Path(__file__).parents[2] / "recipes/evaluation/coco2017.yaml", [])
+    assert config.image_size == 1024 and not config.best_of_three and "CC BY 4.0" in config.licence

@@ -23,7 +23,6 @@ class SamCocoConfig:
     annotations: the split's instance annotations (JSON).
     detections: boxes to prompt with instead of the true ones, a COCO results file (JSON) of entries with image_id,
         category_id, bbox and score. The figure is then COCO's mask AP instead of the mean mask IoU.
-    name, split, license: what a report says about the data.
     sam: original SAM checkpoint whose prompt encoder, neck and decoder are used.
     adaptor: the student's adaptor to SAM.
     image_size: side of the student's input in pixels; None for SAM's own (1024).
@@ -35,9 +34,6 @@ class SamCocoConfig:
     images: str
     annotations: str
     detections: str | None = None
-    name: str = ""
-    split: str = ""
-    license: str = ""
     sam: str = "sam_vit_h_4b8939.pth"
     adaptor: str = "sam"
     image_size: int | None = None

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from .coco_data import (
@@ -24,6 +23,7 @@ from .coco_data import (
     load_detections,
     mask_library,
 )
+from .encoder import digest_weights
 from .prompted_masks import SamEncoder, StudentEncoder, mask_overlap, predict_masks
 
 AP_NAMES = {
@@ -149,22 +149,13 @@ def _average_precision(config: SamCocoConfig, records: list[dict[str, Any]]) -> 
 def _settings(encoder: SamEncoder | StudentEncoder, sam: Any, config: SamCocoConfig) -> dict[str, Any]:
     """All that the lines of a results file depend on."""
     return {
-        "weights": _digest_weights(encoder, sam.prompt_encoder, sam.mask_decoder),
+        "weights": digest_weights(encoder, sam.prompt_encoder, sam.mask_decoder),
         "annotations": _digest_file(config.annotations),
         "detections": None if config.detections is None else _digest_file(config.detections),
         "image_size": encoder.image_size,
         "window_size": encoder.window_size,
         "best_of_three": config.best_of_three,
     }
-
-
-def _digest_weights(*modules: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _digest_file(path: str) -> str:

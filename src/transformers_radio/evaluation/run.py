@@ -1,0 +1,71 @@
+"""`transformers-radio eval TASK`: a task's settings from its recipe and `key=value`, then the task itself."""
+
+import importlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .results import Result
+
+# task -> its module and its settings
+TASKS = {
+    "knn": ("knn", "KnnConfig"),
+    "zero-shot": ("zero_shot", "ZeroShotConfig"),
+    "segmentation": ("segmentation", "SegmentationTaskConfig"),
+    "sam-coco": ("sam_coco", "SamCocoTaskConfig"),
+    "llava": ("llava", "LlavaConfig"),
+    "throughput": ("throughput", "ThroughputConfig"),
+    "resolution": ("resolution", "ResolutionConfig"),
+    "features": ("features", "FeaturesConfig"),
+}
+
+
+def run_task(
+    task: str,
+    models: list[str],
+    data: str | None = None,
+    recipe: str | Path | None = None,
+    output: str | Path = "runs/eval",
+    overrides: list[str] | None = None,
+) -> list[Result]:
+    """Measure; what is finished in `output` with the same settings is not done again.
+
+    Args:
+        task: one of `TASKS`.
+        models: see `encoder.load_encoder`.
+        data: the field `data` of the task's settings.
+        recipe: a YAML file of settings, such as those in recipes/evaluation/.
+        output: OUTPUT/<model>/<task>.<data>.json holds a result.
+        overrides: `key=value`, over the recipe's.
+
+    Raises:
+        ValueError: an unknown task or setting, a missing one, or what the task itself refuses.
+    """
+    if task not in TASKS:
+        raise ValueError(f"There is no task {task!r}: use one of {', '.join(TASKS)}.")
+    if not models:
+        raise ValueError("There is no model to evaluate: name at least one with --model.")
+    module_name, config_name = TASKS[task]
+    module = importlib.import_module(f"transformers_radio.evaluation.tasks.{module_name}")
+    config = load_config(getattr(module, config_name), data, recipe, overrides)
+    return module.run(models, config, Path(output))
+
+
+def load_config(schema: type, data: str | None, recipe: str | Path | None, overrides: list[str] | None) -> Any:
+    """The task's settings, checked against its fields; the overrides win over the recipe, `data` over both."""
+    where = "the settings" if recipe is None else str(recipe)
+    try:
+        parts = [OmegaConf.structured(schema)]
+        if recipe is not None:
+            parts.append(OmegaConf.load(recipe))
+        parts.append(OmegaConf.from_dotlist(list(overrides or [])))
+        if data is not None:
+            nested = OmegaConf.is_config(parts[0].data) if not OmegaConf.is_missing(parts[0], "data") else False
+            parts.append(OmegaConf.create({"data": {"path": data} if nested else data}))
+        return OmegaConf.to_object(OmegaConf.merge(*parts))
+    except OmegaConfBaseException as error:
+        names = ", ".join(f.name for f in fields(schema))
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}. The settings are {names}.") from error

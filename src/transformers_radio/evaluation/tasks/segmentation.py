@@ -1,0 +1,115 @@
+"""`eval segmentation`: the linear probe, or classes by words alone, on ADE20K, PASCAL VOC or a set of one's own."""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from transformers_radio.modeling import RadioModel
+from transformers_radio.teachers import load_text_encoder
+
+from ..dense_zero_shot import PatchProjection, dense_zero_shot, projected_patches, summary_head_patches
+from ..encoder import VisionEncoder, load_encoder
+from ..results import Result, done, result_path, work_folder
+from ..segmentation import segmentation_probe
+from ..segmentation_config import SegmentationConfig
+from ..segmentation_data import SegmentationData, SegmentationSplit
+from ..segmentation_inference import Encoder
+from ..zero_shot import openai_imagenet_templates, zero_shot_classifier
+
+METHODS = ("probe", "summary_head", "projection")
+
+
+@dataclass
+class SegmentationTaskConfig:
+    """Settings of the task; recipes/evaluation/ade20k.yaml and voc2012.yaml have those of the paper."""
+
+    data: SegmentationData = field(default_factory=SegmentationData)
+    probe: SegmentationConfig = field(default_factory=SegmentationConfig)
+    # probe: a trained linear head. Without training, a student's patches against the classes' names:
+    # summary_head: through the language adaptor's summary head; projection: its features through CLIP's projection.
+    method: str = "probe"
+    text: str | None = None  # open_clip checkpoint of the text tower, as open_clip:...; null: the adaptor's teacher
+    adaptor: str | None = None  # the student's, for the methods without training
+    dtype: str = "float32"  # of the encoder
+    overwrite: bool = False
+
+
+def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list[Result]:
+    """One `Result` a model: mIoU, mAcc and aAcc in percent; IoU per class is in the work folder's result.json.
+
+    Raises:
+        FileNotFoundError, ValueError: data, settings or a model that cannot be used; before any training.
+    """
+    config.probe.check()
+    if config.method not in METHODS:
+        raise ValueError(f"method is {config.method!r}; expected one of {', '.join(METHODS)}.")
+    for split in ("train", "validation") if config.method == "probe" else ("validation",):
+        SegmentationSplit(config.data, split)
+    device = Accelerator(mixed_precision="no").device
+    # A teacher sees squares of one size: the window's.
+    encoders = [load_encoder(spec, config.probe.crop_size, config.dtype, device, config.adaptor) for spec in models]
+    for encoder in encoders:
+        encoder.check_size(config.probe.crop_size, config.probe.crop_size)
+        if config.probe.test_mode == "whole" and not encoder.is_student:
+            raise ValueError(f"{encoder.name} takes only squares of one size: use probe.test_mode=slide.")
+    return [_measure(encoder, config, output) for encoder in encoders]
+
+
+def _measure(encoder: VisionEncoder, config: SegmentationTaskConfig, output: Path) -> Result:
+    task = "segmentation" if config.method == "probe" else f"segmentation-{config.method}"
+    path = result_path(output, encoder.name, task, config.data.name)
+    folder = work_folder(output, encoder.name, task, config.data.name)
+    settings = {
+        **encoder.settings(),
+        "method": config.method,
+        "probe": {k: v for k, v in asdict(config.probe).items() if k not in ("num_workers", "checkpoint_every")},
+        "classes": config.data.classes,
+        "text": config.text,
+    }
+    finished = done(path, settings, config.overwrite)
+    if finished is not None:
+        return finished
+    if config.overwrite and folder.exists() and Accelerator(mixed_precision="no").is_main_process:
+        shutil.rmtree(folder)
+    if config.method == "probe":
+        report = segmentation_probe(encoder.features, encoder.name, config.data, config.probe, folder)
+        counts = {name: report[name] for name in ("train_images", "validation_images")}
+    else:
+        report = _without_training(encoder, config)
+        counts = {"validation_images": report["images"]}
+    result = Result(
+        "segmentation",
+        encoder.name,
+        config.data.name,
+        {name: report[name] for name in ("mIoU", "mAcc", "aAcc")},
+        report["protocol"],
+        settings,
+        counts | {"pixels": report["pixels"], "pixels_left_out": report["pixels_left_out"]},
+        encoder.params,
+        config.probe.crop_size,
+    )
+    if Accelerator(mixed_precision="no").is_main_process:
+        result.write(path)
+    return result
+
+
+def _without_training(encoder: VisionEncoder, config: SegmentationTaskConfig) -> dict:
+    tower = config.text or encoder.text_tower()
+    student = encoder.model
+    if not isinstance(student, RadioModel) or encoder.adaptor is None:
+        raise ValueError(f"method={config.method} needs a student with a language adaptor; {encoder.name} is none.")
+    kind, _, checkpoint = tower.partition(":")
+    if kind != "open_clip":
+        raise ValueError(f"The text tower {tower!r} is no OpenCLIP model; give one with text=open_clip:CHECKPOINT.")
+    patches: Encoder
+    if config.method == "summary_head":
+        patches = summary_head_patches(student, encoder.adaptor)
+    else:
+        patches = projected_patches(student, encoder.adaptor, PatchProjection(checkpoint).to(student.device))
+    classifier = zero_shot_classifier(
+        load_text_encoder(checkpoint), config.data.classes, openai_imagenet_templates()
+    ).to(student.device)
+    how = f"{config.method} on patches, text tower {tower}, 80 templates"
+    return dense_zero_shot(patches, encoder.name, classifier, config.data, config.probe, how)
