@@ -163,6 +163,39 @@ def test_spawned_workers_give_the_same_batches(folder):
     assert all(torch.equal(a.images[16], b.images[16]) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_killed_main_process(method, folder):
+    code = f"""
+import os, signal, sys
+from torch import multiprocessing
+from transformers_radio.data import DataConfig, ImageStream
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    batches = iter(ImageStream(DataConfig(sys.argv[1], num_workers=2, shuffle_window=5), [16], 4, seed=0))
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = folder.parent / f"killed_{method}.py"
+    script.write_text(code)
+    run = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert len(workers) == 2, run.stderr
+    deadline = time.monotonic() + 20
+    while (alive := [pid for pid in workers if _is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:  # a dead process that nobody has waited for yet still has a number
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_skipped_images_are_counted_and_the_first_are_named(broken_folder, caplog):
     stream = ImageStream(config_of(broken_folder, num_workers=2), [16], batch_size=4, seed=0)
     batches = take(stream, 18)  # two epochs of 36

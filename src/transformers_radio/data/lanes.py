@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -217,9 +218,28 @@ def init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_when_terminated_by, args=[os.getppid()], daemon=True).start()
+        parent = multiprocessing.parent_process()
+        assert parent is not None and parent.pid is not None  # this runs in workers only
+        threading.Thread(target=_exit_when_terminated_by, args=[parent.pid], daemon=True).start()
+    exit_with_parent()
     warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, once per image
     fsspec.asyn.reset_lock()  # a lock of remote file systems does not survive the fork
+
+
+def exit_with_parent(worker_id: int = 0) -> None:
+    """For a loader's `worker_init_fn`: a worker ends when its main process has been killed.
+
+    Torch's own watch looks at the parent's number, which under "forkserver" (Python's default from 3.14) is that of a
+    server which the workers themselves keep alive.
+    """
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _exit_when_terminated_by(parent: int) -> None:

@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from transformers_radio.data.lanes import exit_with_parent
+
 from .confusion import IGNORE_INDEX, confusion_matrix, iou_scores
 from .segmentation_config import SegmentationConfig
 from .segmentation_data import Samples, SegmentationData, SegmentationSplit
@@ -165,6 +167,7 @@ def train_head(
         _TrainingCrops(samples, config, ignore_index),
         batch_sampler=_Positions(start, config.iterations, config.batch_size, rank, processes),
         num_workers=config.num_workers,
+        worker_init_fn=exit_with_parent,
         pin_memory=device.type == "cuda",
     )
     progress = tqdm(
@@ -230,6 +233,7 @@ def evaluate_segmentation(
         batch_size=None,
         sampler=range(rank, len(samples), processes),
         num_workers=config.num_workers,
+        worker_init_fn=exit_with_parent,
     )
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     pixels = torch.zeros((), dtype=torch.int64, device=device)
