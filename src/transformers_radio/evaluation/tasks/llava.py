@@ -1,0 +1,194 @@
+"""`eval llava`: LLaVA-1.5 with a student as its vision tower, trained in its two phases and asked about images."""
+
+import gc
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from omegaconf import MISSING
+from transformers import AutoConfig, AutoTokenizer, set_seed
+
+from transformers_radio.modeling import RadioModel
+
+from ..encoder import count_parameters, digest_weights, split_spec, split_title
+from ..llava_answers import LlavaQuestions, Question, answer_questions, read_questions
+from ..llava_data import Conversations, read_conversations
+from ..llava_lmms import check_lmms_eval, evaluate_lmms
+from ..llava_model import build_llava, check_image_size, check_tokenizer, load_llava
+from ..llava_scorers import score
+from ..llava_train import (
+    LlavaHardware,
+    LlavaPhase,
+    check_batch_size,
+    claim_folder,
+    count_unreadable,
+    load_projector,
+    train_phase,
+)
+from ..results import Result, done, result_path, slug, work_folder
+
+
+@dataclass
+class LlavaConfig:
+    """Settings of the task; recipes/evaluation/llava.yaml has those of LLaVA-1.5 and the paper."""
+
+    data: str = MISSING  # folder that the paths below start from
+    name: str = "LLaVA-1.5"  # of the data, in results
+    language_model: str = MISSING  # folder or Hub id of a causal language model
+    image_size: int = 432  # longest side in pixels; the aspect ratio stays (paper, section 5.4)
+    pretrain: LlavaPhase = field(default_factory=LlavaPhase)  # the projector alone
+    finetune: LlavaPhase = field(default_factory=LlavaPhase)  # the projector and the language model
+    questions: dict[str, LlavaQuestions] = field(default_factory=dict)  # scored here; name -> file
+    lmms_eval_tasks: list[str] = field(default_factory=list)  # scored by lmms-eval; see llava_lmms.LMMS_TASKS
+    lmms_eval_limit: int | None = None  # only so many questions of each, for a first try
+    answer_batch_size: int = 16
+    max_skipped_share: float = 0.01  # of images that are missing or cannot be read
+    seed: int = 0
+    hardware: LlavaHardware = field(default_factory=LlavaHardware)
+    overwrite: bool = False  # replace the result, and the work that other settings left
+
+
+@dataclass
+class _Data:
+    pretrain: Conversations
+    finetune: Conversations
+    questions: dict[str, tuple[list[Question], str]]
+
+
+def run(models: list[str], config: LlavaConfig, output: Path) -> list[Result]:
+    """One `Result` a model: what each set of questions scores, in percent.
+
+    A model is a student. A killed run goes on where it was, within a phase or among the questions. The trained LLaVA
+    stays at OUTPUT/<model>/llava.<name>/finetune/llava. Under `accelerate launch` every process calls this.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: data, settings or a model that cannot be used; before the first step.
+        ImportError: lmms-eval is wanted and not installed.
+    """
+    data = _check(config)
+    students = {split_title(spec): _load_student(spec, config.image_size) for spec in models}
+    return [_measure(name, spec, student, config, data, output) for (name, spec), student in students.items()]
+
+
+def _check(config: LlavaConfig) -> _Data:
+    check_lmms_eval(config.lmms_eval_tasks)
+    if not config.questions and not config.lmms_eval_tasks:
+        raise ValueError("There is nothing to ask: name a file in questions, or a task in lmms_eval_tasks.")
+    AutoConfig.from_pretrained(config.language_model)
+    check_tokenizer(AutoTokenizer.from_pretrained(config.language_model), config.language_model)
+    root = Path(config.data).expanduser()
+    for phase in (config.pretrain, config.finetune):
+        check_batch_size(phase, config.hardware, PartialState().num_processes)
+    pretrain, finetune = (
+        read_conversations(root / phase.conversations, root / phase.images, config.max_skipped_share)
+        for phase in (config.pretrain, config.finetune)
+    )
+    questions = {
+        name: read_questions(root / one.questions, root / one.images, one.scorer)
+        for name, one in config.questions.items()
+    }
+    return _Data(pretrain, finetune, questions)
+
+
+def _load_student(spec: str, image_size: int) -> RadioModel:
+    kind, checkpoint = split_spec(split_title(spec)[1])
+    if kind != "student":
+        raise ValueError(f"{spec} is no student, so it cannot be the vision tower of this LLaVA.")
+    student = RadioModel.from_pretrained(checkpoint)
+    check_image_size(student, image_size)
+    return student
+
+
+def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, data: _Data, output: Path) -> Result:
+    pretrain = {
+        "model": spec,
+        "weights": digest_weights(student),
+        "language_model": config.language_model,
+        "image_size": config.image_size,
+        "pretrain": _phase_settings(config.pretrain, data.pretrain),
+        "bf16": config.hardware.bf16,
+        "seed": config.seed,
+    }
+    finetune = {**pretrain, "finetune": _phase_settings(config.finetune, data.finetune)}
+    asked = {key: {**asdict(one), "digest": data.questions[key][1]} for key, one in config.questions.items()}
+    lmms = {"lmms_eval": version("lmms_eval"), "limit": config.lmms_eval_limit} if config.lmms_eval_tasks else {}
+    settings = {**finetune, "questions": asked, **lmms, "lmms_eval_tasks": list(config.lmms_eval_tasks)}
+    path = result_path(output, name, "llava", config.name)
+    finished = done(path, settings, config.overwrite)
+    if finished is not None:
+        return finished
+
+    work = work_folder(output, name, "llava", config.name)
+    claim_folder(work / "pretrain", pretrain, config.overwrite)
+    claim_folder(work / "finetune", finetune, config.overwrite)
+    for key in asked:
+        claim_folder(work / "answers" / slug(key), {**finetune, "questions": asked[key]}, config.overwrite)
+    if lmms:
+        claim_folder(work / "lmms", {**finetune, **lmms}, config.overwrite)
+    folder = _train(student, config, data, work)
+
+    llava, processor = load_llava(str(folder), torch.bfloat16 if config.hardware.bf16 else torch.float32)
+    llava.to(PartialState().device)  # type: ignore[arg-type]
+    metrics: dict[str, float] = {}
+    for key, one in config.questions.items():
+        questions = data.questions[key][0]
+        answers = answer_questions(
+            llava, processor, questions, one, work / "answers" / slug(key), config.answer_batch_size, f"{name} {key}"
+        )
+        metrics |= score(one.scorer, key, answers, [question.answers for question in questions])
+    if config.lmms_eval_tasks:
+        metrics |= evaluate_lmms(
+            llava,
+            processor,
+            config.lmms_eval_tasks,
+            work / "lmms",
+            config.answer_batch_size,
+            config.lmms_eval_limit,
+        )
+    counts = {f"{key} questions": len(data.questions[key][0]) for key in config.questions}
+    for phase, conversations in (("pretrain", data.pretrain), ("finetune", data.finetune)):
+        counts[f"{phase} examples"] = len(conversations.examples)
+        counts[f"{phase} missing images"] = conversations.missing
+        counts[f"{phase} unreadable images"] = count_unreadable(work / phase)
+    language_model = split_title(config.language_model)[0]
+    result = Result(
+        "llava",
+        name,
+        config.name,
+        metrics,
+        f"LLaVA-1.5 with {language_model}, projector and then language model trained, tower frozen; longest side "
+        f"{config.image_size} px, aspect kept, patch tokens of the last layer; greedy answers",
+        settings,
+        counts,
+        count_parameters(student) - count_parameters(student.adaptors),
+        config.image_size,
+    )
+    return result.write(path) if PartialState().is_main_process else result
+
+
+def _phase_settings(phase: LlavaPhase, data: Conversations) -> dict[str, Any]:
+    return {**{key: value for key, value in asdict(phase).items() if key != "save_steps"}, "digest": data.digest}
+
+
+def _train(student: RadioModel, config: LlavaConfig, data: _Data, work: Path) -> Path:
+    """Both phases, or what is left of them; the folder of the trained LLaVA."""
+    trained = work / "finetune" / "llava"
+    if trained.exists():
+        return trained
+    rest = (config.hardware, config.max_skipped_share, config.seed)
+    set_seed(config.seed)
+    llava, processor = build_llava(student, config.language_model, config.image_size)
+    projector = work / "pretrain" / "projector"
+    if not projector.exists():
+        train_phase(llava, processor, data.pretrain, config.pretrain, work / "pretrain", True, *rest)
+        # Built again, so that the second phase begins alike whether or not the first one ran in this process; and
+        # the first one's optimizer makes room for it.
+        del llava
+        gc.collect()
+        torch.cuda.empty_cache()
+        llava, processor = build_llava(student, config.language_model, config.image_size)
+    load_projector(llava, projector)
+    return train_phase(llava, processor, data.finetune, config.finetune, work / "finetune", False, *rest)
