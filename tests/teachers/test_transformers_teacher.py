@@ -329,9 +329,68 @@ def test_wrong_sam_arguments(save):
         build_teacher("transformers", path, adaptor="clip")
 
 
+def plain_vit():
+    return transformers.ViTModel(transformers.ViTConfig(**VIT, intermediate_size=48, image_size=48))
+
+
+def swin():
+    config = transformers.SwinConfig(image_size=64, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2])
+    return transformers.SwinModel(config)
+
+
+def convnext():
+    return transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1]))
+
+
+def test_any_other_vision_model(save, images, assert_contract):
+    model = plain_vit()
+
+    def expected(pixel_values):
+        tokens = model(pixel_values).last_hidden_state
+        return tokens[:, 0], tokens[:, 1:]
+
+    teacher = build_teacher("transformers", save(model))
+    assert_teacher(teacher, images, assert_contract, expected, summary_dim=32, feature_dim=32, size=48)
+
+
+def test_a_classifier_gives_its_backbone_and_another_size_its_resized_positions(save, images):
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**VIT, intermediate_size=48, image_size=48, num_labels=3)
+    )
+    teacher = build_teacher("transformers", save(model), image_size=64)
+    with torch.no_grad():
+        tokens = model.vit(normalised(images(64)), interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(teacher(images(64)).features, tokens[:, 1:])
+    torch.testing.assert_close(teacher(images(64)).summary, tokens[:, 0])
+
+
+def test_merged_patches_and_feature_maps_pool_as_their_models_do(save, images):
+    model = swin()
+    teacher = build_teacher("transformers", save(model))
+    with torch.no_grad():
+        expected = model(normalised(images(64)))
+    output = teacher(images(64))
+    assert output.grid == (8, 8) and teacher.patch_size == 8  # 4 pixels a patch, and one merge
+    torch.testing.assert_close(output.features, expected.last_hidden_state)
+    torch.testing.assert_close(output.summary, expected.pooler_output)
+    model = convnext()
+    teacher = build_teacher("transformers", save(model), image_size=64)
+    with torch.no_grad():
+        expected = model(normalised(images(64)))
+    output = teacher(images(64))
+    assert output.grid == (2, 2) and teacher.patch_size == 32
+    torch.testing.assert_close(output.features, expected.last_hidden_state.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(output.summary, expected.pooler_output)
+
+
+def test_a_size_that_a_model_does_not_take_is_named(save):
+    with pytest.raises(ValueError, match="image_size=50 is no positive multiple .* 8: use 48"):
+        build_teacher("transformers", save(plain_vit()), image_size=50)
+
+
 def test_unknown_model_type(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'bert', but teachers exist for clip"):
+    with pytest.raises(ValueError, match="model_type 'bert', which is no vision model"):
         build_teacher("transformers", str(tmp_path))
 
 

@@ -1,5 +1,7 @@
-"""transformers models as teachers: CLIP, DINOv2, DINOv3, SigLIP, SigLIP2, InternViT, SAM, and a RADIO student."""
+"""transformers models as teachers: CLIP, DINOv2/v3, SigLIP/2, InternViT, SAM, RADIO students, any other."""
 
+import inspect
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -241,6 +243,71 @@ class RadioTeacher(Teacher):
         return TeacherOutput(output.summary, output.features, grid_of(output.features))
 
 
+class VisionModelTeacher(Teacher):
+    """Any other vision model of transformers, as its AutoModel leaves the image: ViT, Swin, ConvNeXt, ResNet, ...
+
+    summary: the first of the tokens before the patches; without such tokens the pooled output, or else the mean of the
+    features. features: patch tokens, or the last feature map, of the last hidden state.
+    """
+
+    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+        from transformers import MODEL_MAPPING, AutoConfig
+
+        config = AutoConfig.from_pretrained(checkpoint)
+        kind: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+        if getattr(kind, "main_input_name", None) != "pixel_values":
+            raise ValueError(f"{checkpoint} has model_type {config.model_type!r}, which is no vision model")
+        heads = ("classifier.", "lm_head.", "decoder.", "head.")
+        model = _load_pretrained(checkpoint, "AutoModel", dtype, unused=heads, optional=("pooler.",))
+        native = getattr(model.config, "image_size", 224)
+        if not isinstance(native, int):
+            raise ValueError(f"{checkpoint} takes {native} images, but a teacher's input must be square")
+        patch = getattr(model.config, "patch_size", 1)
+        size = resolve_image_size(image_size, native, patch if isinstance(patch, int) else 1)
+        parameters = inspect.signature(model.forward).parameters
+        self_resizing = "interpolate_pos_encoding" in parameters
+        options = {"interpolate_pos_encoding": True} if size != native and self_resizing else {}
+        with torch.no_grad():  # shows the grid, and that this size is taken
+            try:
+                output = model(torch.zeros(1, 3, size, size, dtype=model.dtype), **options)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"{checkpoint} does not take images of {size} x {size}: {error}") from error
+        hidden = output.last_hidden_state  # (1, prefix + h*w, C) or (1, C, h, w)
+        if hidden.ndim == 4:
+            width, side, prefix = hidden.shape[1], hidden.shape[2], 0
+        else:
+            width, side = hidden.shape[2], size // patch if isinstance(patch, int) else 0
+            if not 0 < side * side <= hidden.shape[1]:  # the patches were merged, or are not named
+                side = math.isqrt(hidden.shape[1])
+            prefix = hidden.shape[1] - side * side
+        pooled = getattr(output, "pooler_output", None)
+        learned = any(name.startswith("pooler.") for name, _ in model.named_parameters())  # perhaps not in the file
+        pooled = None if prefix or learned or pooled is None else pooled.flatten(1)
+        super().__init__(
+            model,
+            image_size=size,
+            patch_size=size // side,
+            summary_dim=width if pooled is None else pooled.shape[1],
+            feature_dim=width,
+            **_normalisation(checkpoint),
+            dtype=dtype,
+        )
+        self.prefix, self.is_pooled, self.options = prefix, pooled is not None, options
+
+    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
+        output = self.model(pixel_values, **self.options)
+        if output.last_hidden_state.ndim == 4:
+            features, grid = flatten_grid(output.last_hidden_state)
+        else:
+            features = output.last_hidden_state[:, self.prefix :]
+            grid = grid_of(features)
+        if self.prefix:
+            summary = output.last_hidden_state[:, 0]
+        else:
+            summary = output.pooler_output.flatten(1) if self.is_pooled else features.mean(dim=1)
+        return TeacherOutput(summary, features, grid)
+
+
 BY_MODEL_TYPE: dict[str, Callable[..., Teacher]] = {
     "clip": ClipTeacher,
     "clip_vision_model": ClipTeacher,
@@ -261,7 +328,8 @@ BY_MODEL_TYPE: dict[str, Callable[..., Teacher]] = {
 def transformers_teacher(
     checkpoint: str, image_size: int | None = None, dtype: str = "float32", **options: Any
 ) -> Teacher:
-    """The teacher for a transformers checkpoint, chosen by its configuration's `model_type`.
+    """The teacher for a transformers checkpoint, chosen by its configuration's `model_type`; `VisionModelTeacher` for
+    a type that has none of its own.
 
     Args:
         checkpoint: Hub id or local folder (config, weights and preprocessor_config.json).
@@ -274,12 +342,11 @@ def transformers_teacher(
             or a checkpoint that does not say how its images are normalised.
     """
     model_type = _config_dict(checkpoint).get("model_type")
-    if model_type not in BY_MODEL_TYPE:
-        raise ValueError(
-            f"{checkpoint} has model_type {model_type!r}, but teachers exist for {', '.join(BY_MODEL_TYPE)}"
-        )
-    check_options(f"the {model_type} teacher", BY_MODEL_TYPE[model_type], options)
-    return BY_MODEL_TYPE[model_type](checkpoint, image_size, dtype, **options)
+    if model_type is None:
+        raise ValueError(f"the configuration of {checkpoint} names no model_type, so it is no transformers model")
+    teacher = BY_MODEL_TYPE.get(model_type, VisionModelTeacher)
+    check_options(f"the {model_type} teacher", teacher, options)
+    return teacher(checkpoint, image_size, dtype, **options)
 
 
 def _config_dict(checkpoint: str) -> dict[str, Any]:
@@ -289,9 +356,15 @@ def _config_dict(checkpoint: str) -> dict[str, Any]:
 
 
 def _load_pretrained(
-    checkpoint: str, model_class: Any, dtype: str, unused: tuple[str, ...] = (), config: Any = None
+    checkpoint: str,
+    model_class: Any,
+    dtype: str,
+    unused: tuple[str, ...] = (),
+    config: Any = None,
+    optional: tuple[str, ...] = (),
 ) -> Any:
-    """Load strictly: every parameter must come from the checkpoint, and its other keys must start with `unused`."""
+    """Load strictly: every parameter must come from the checkpoint, but for those that start with `optional` (whose
+    output nobody reads then), and its other keys must start with `unused`."""
     import transformers
 
     if dtype not in DTYPES:
@@ -309,7 +382,7 @@ def _load_pretrained(
         raise ValueError(unsafe_file_message(checkpoint)) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
     mismatched = sorted(str(entry) for entry in info["mismatched_keys"])
     unexpected = sorted(
         key for key in info["unexpected_keys"] if not key.startswith(unused) and not key.endswith("position_ids")
