@@ -12,18 +12,10 @@ import os
 import statistics
 from pathlib import Path
 
-import torch
-
-from transformers_radio.evaluation import knn_accuracy
-from transformers_radio.evaluation.features import extract_summaries
-from transformers_radio.evaluation.zero_shot import zero_shot_accuracy, zero_shot_classifier
-from transformers_radio.modeling import RadioModel
-from transformers_radio.quickstart.run import RECIPE, TEMPLATES, resize_images
-from transformers_radio.quickstart.scenes import CLASS_NAMES
-from transformers_radio.quickstart.teacher_data import Split, load_split
-from transformers_radio.quickstart.train_teachers import PROBE_GRID, cell_labels, linear_probe_miou
+from transformers_radio.evaluation.encoder import load_encoder
+from transformers_radio.quickstart.measure import Yardstick, measure
+from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.world import make_world
-from transformers_radio.teachers.open_clip import load_text_encoder
 from transformers_radio.training import load_recipe, train
 
 NO_FEATURES = "teachers.{}.feature_weight=0"
@@ -43,46 +35,12 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "naive, PHI-S": ["loss.standardization=phi_s"],
     },
     "table5": {
-        "a CLS token a teacher": [],
-        "one CLS token": ["student.summary=cls"],
+        "a CLS token a teacher": ["student.summary=cls_per_teacher"],
+        "one CLS token": [],
         "average pooling": ["student.summary=mean"],
     },
 }
-METRICS = ("Zero-shot", "k-NN", "mIoU shapes", "mIoU materials")
-
-
-@torch.no_grad()
-def evaluate(student_dir: Path, splits: tuple[Split, Split], classifier: torch.Tensor) -> dict[str, float]:
-    """Percent: what the quickstart measures, and linear probes of the features on 8 x 8 cells."""
-    student = RadioModel.from_pretrained(student_dir).eval()
-    side = student.preferred_resolution
-    summaries, grids = [], []
-    for split in splits:
-        images = resize_images(split.images, side)
-        summaries.append(extract_summaries(lambda x: student(x, adaptors=[]).summary, images, description="summaries"))
-        features = extract_summaries(
-            lambda x: student(x, adaptors=[]).features.flatten(1), images, description="features"
-        )
-        # (N, h*w*C) -> (N, C, h, w) -> (N, C, 8, 8)
-        cells = side // student.patch_size
-        maps = features.unflatten(1, (cells, cells, -1)).permute(0, 3, 1, 2)
-        grids.append(torch.nn.functional.interpolate(maps, size=(PROBE_GRID, PROBE_GRID), mode="bilinear"))
-    bank, queries = splits
-    validation = resize_images(queries.images, side)
-    language = extract_summaries(lambda x: student(x, adaptors=["clip"]).adaptors["clip"].summary, validation)
-    with torch.enable_grad():
-        probes = {
-            part: linear_probe_miou(
-                grids[0], cell_labels(bank.semantic, part), grids[1], cell_labels(queries.semantic, part)
-            )
-            for part in ("shapes", "materials")
-        }
-    return {
-        "Zero-shot": zero_shot_accuracy(language, classifier, queries.classes),
-        "k-NN": knn_accuracy(summaries[0], bank.classes, summaries[1], queries.classes),
-        "mIoU shapes": probes["shapes"],
-        "mIoU materials": probes["materials"],
-    }
+METRICS = ("Zero-shot", "k-NN", "mIoU", "Masks")
 
 
 def main() -> None:
@@ -93,11 +51,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(TABLES), action="append")
     options = parser.parse_args()
     world = make_world(options.output / "world")
-    train_split, validation = (load_split(world.directory, split) for split in ("train", "validation"))
-    bank = Split(*(part[:4000] for part in vars(train_split).values()))
-    classifier = zero_shot_classifier(
-        load_text_encoder(load_recipe(RECIPE).teachers["clip"].checkpoint), CLASS_NAMES, TEMPLATES
-    )
+    yardstick = Yardstick(world.directory, load_recipe(RECIPE))
     results_path = options.output / "results.json"
     results = json.loads(results_path.read_text(encoding="utf-8")) if results_path.exists() else {}
     runs = [
@@ -115,7 +69,7 @@ def main() -> None:
         outcome = train(load_recipe(RECIPE, [*settings, f"seed={seed}", *overrides]))
         if outcome.student_dir is None:
             raise SystemExit("stopped; run the same command again to go on")
-        results[key] = evaluate(outcome.student_dir, (bank, validation), classifier)
+        results[key] = measure(load_encoder(str(outcome.student_dir), adaptor="clip"), yardstick)
         print(key, json.dumps(results[key]), flush=True)
         temporary = results_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -125,13 +79,13 @@ def main() -> None:
     print(report)
 
 
-def markdown(table: str, results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
+def markdown(table: str, results: dict[str, dict[str, float | None]], options: argparse.Namespace) -> str:
     lines = [f"| {table} | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
     for name, overrides in TABLES[table].items():
         keys = [" ".join([f"steps={options.steps}", f"seed={seed}", *overrides]) for seed in options.seeds]
         cells = []
         for metric in METRICS:
-            values = [results[key][metric] for key in keys]
+            values = [results[key][metric] or 0.0 for key in keys]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -115,6 +115,19 @@ def test_heads_that_are_not_in_a_pass_get_a_gradient_of_zero(make_recipe):
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()] == []
 
 
+def test_the_preferred_resolution_is_one_at_which_the_summary_was_trained(make_recipe):
+    """SAM has no summary, so that at the resolution of its group the student's has never been seen by a loss."""
+    groups = "stages.main={{steps: 4, groups: {{low: {{teachers: [clip], resolution: 32, batch_size: 4}}, "
+    groups += "high: {{teachers: [sam], resolution: {}, batch_size: 4}}}}}}"
+    for high in (48, 64):
+        recipe = load_recipe(make_recipe(), [groups.format(high)])
+        full = build_student(recipe, build_teachers(recipe))
+        assert full.config.adaptors["sam"]["summary_dim"] is None
+        assert stage_student(full, recipe, "main").preferred_resolution == 32
+    recipe = load_recipe(make_recipe(), [groups.format(48), "stages.main.groups.high.teachers=[clip, sam]"])
+    assert stage_student(full, recipe, "main").preferred_resolution == 48
+
+
 def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
     stages = [
         "stages.main.teachers=[clip]",

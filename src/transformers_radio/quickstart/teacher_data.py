@@ -4,6 +4,7 @@ import math
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ class Split:
     boxes: list[torch.Tensor]
 
 
-def load_split(directory: Path, split: str) -> Split:
-    """Read a split of the made world into memory (about 80 kB a scene)."""
-    samples = list(read_split(directory, split))
+def load_split(directory: Path, split: str, limit: int | None = None) -> Split:
+    """Read a split of the made world, or its first `limit` scenes, into memory (about 80 kB a scene)."""
+    samples = list(islice(read_split(directory, split), limit))
     return Split(
         torch.from_numpy(np.stack([np.asarray(s["jpg"]) for s in samples])).permute(0, 3, 1, 2).contiguous(),
         [s["txt"] for s in samples],

@@ -163,7 +163,9 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
     config = RadioConfig.from_dict(
         {**full.config.to_dict(), "adaptors": {name: full.config.adaptors[name] for name in kept}}
     )
-    config.preferred_resolution = recipe.stages[stage_name].top_resolution  # what its image processor resizes to
+    summarised = {name for name in kept if full.config.adaptors[name]["summary_dim"] is not None}
+    # what its image processor resizes to
+    config.preferred_resolution = recipe.stages[stage_name].preferred_resolution(summarised)
     with torch.device("meta"):
         student = RadioModel(config)
     wanted = student.state_dict().keys()

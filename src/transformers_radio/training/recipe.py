@@ -110,10 +110,20 @@ class StageRecipe:
         lists = [group.teachers for group in self.groups.values()] or [self.teachers]
         return [name for name in recipe.teachers if any(not listed or name in listed for listed in lists)]
 
-    @property
-    def top_resolution(self) -> int:
-        """The highest of the student's resolutions, in pixels."""
-        return max([group.resolution for group in self.groups.values()] or [self.resolution])
+    def preferred_resolution(self, summarised: set[str]) -> int:
+        """The highest resolution in pixels at which a teacher with a summary teaches, or else the highest.
+
+        At the resolution of groups without one (SAM's, in the paper) the student's summary has never been trained.
+
+        Args:
+            summarised: the teachers that have a summary.
+        """
+        if not self.groups:
+            return self.resolution
+        trained = [
+            group.resolution for group in self.groups.values() if summarised & set(group.teachers or summarised)
+        ]
+        return max(trained or [group.resolution for group in self.groups.values()])
 
 
 @dataclass

@@ -1,0 +1,100 @@
+"""The quickstart's columns: zero-shot, k-NN, a linear segmentation probe, masks from SAM's own decoder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from transformers_radio.evaluation.encoder import VisionEncoder
+from transformers_radio.evaluation.features import extract_summaries
+from transformers_radio.evaluation.knn import knn_accuracy
+from transformers_radio.evaluation.prompted_masks import SamEncoder, StudentEncoder, prompted_mask_iou
+from transformers_radio.evaluation.segmentation_light import probe_miou
+from transformers_radio.evaluation.zero_shot import zero_shot_accuracy, zero_shot_classifier
+from transformers_radio.teachers import load_sam
+from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.training import Recipe
+
+from .scenes import CLASS_NAMES
+from .teacher_data import Split, load_split
+
+TEMPLATES = ["a {}", "a photo of a {}", "a picture of a {}"]
+BANK_IMAGES = 2880  # of the training split, 30 a class: enough for k = 20, and half a minute less than all
+PROBE_IMAGES = 1500
+SCORED_IMAGES = 500  # of the validation split, for masks, which cost more than labels
+
+
+@dataclass
+class Yardstick:
+    """What all rows are measured with; loaded once."""
+
+    world: Path
+    recipe: Recipe
+    train: Split = field(init=False)
+    validation: Split = field(init=False)
+    classifier: torch.Tensor = field(init=False)
+    sam: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.train, self.validation = (
+            load_split(self.world, "train", BANK_IMAGES),
+            load_split(self.world, "validation"),
+        )
+        text_encoder = load_text_encoder(self.recipe.teachers["clip"].checkpoint)
+        self.classifier = zero_shot_classifier(text_encoder, CLASS_NAMES, TEMPLATES)
+        self.sam = load_sam(self.recipe.teachers["sam"].checkpoint)
+
+    @property
+    def notes(self) -> list[str]:
+        images, classes = len(self.validation.classes), len(CLASS_NAMES)
+        return [
+            f"{images} validation images of {classes} classes; k-NN: k = 20, temperature 0.07, bank of {BANK_IMAGES} "
+            f"training images; zero-shot: {len(TEMPLATES)} templates.",
+            f"mIoU: linear probe on the features of {PROBE_IMAGES} training images, {classes} classes and background. "
+            "Masks: mean IoU under true boxes through SAM's own decoder, from an input of "
+            f"{self.sam.image_encoder.img_size} pixels. Both on {SCORED_IMAGES} validation images.",
+        ]
+
+
+def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | None]:
+    """Column -> percent; None where a model has no such output."""
+    train, validation, side, name = yardstick.train, yardstick.validation, encoder.image_size, encoder.name
+    bank, queries = (resize_images(split.images, side) for split in (train, validation))
+    metrics: dict[str, float | None] = {"Zero-shot": None, "k-NN": None, "mIoU": None, "Masks": None}
+    if encoder.is_student or encoder.spec.startswith("open_clip:"):
+        language = extract_summaries(encoder.language, queries, description=f"{name}: zero-shot")
+        metrics["Zero-shot"] = zero_shot_accuracy(language, yardstick.classifier, validation.classes)
+    metrics["k-NN"] = knn_accuracy(
+        extract_summaries(encoder.summary, bank, description=f"{name}: bank"),
+        train.classes,
+        extract_summaries(encoder.summary, queries, description=f"{name}: queries"),
+        validation.classes,
+    )
+    metrics["mIoU"] = probe_miou(
+        lambda images: encoder.features(resize_images(images, side).clamp(0, 1)),
+        train.images[:PROBE_IMAGES],
+        train.semantic[:PROBE_IMAGES],
+        validation.images[:SCORED_IMAGES],
+        validation.semantic[:SCORED_IMAGES],
+        num_classes=1 + len(CLASS_NAMES),
+        description=f"{name}: probe",
+    )
+    if encoder.is_student or encoder.spec.startswith("segment_anything:"):
+        sam = yardstick.sam
+        embed: nn.Module = StudentEncoder(encoder.model, sam) if encoder.is_student else SamEncoder(sam)
+        metrics["Masks"] = prompted_mask_iou(
+            embed,
+            sam,
+            validation.images[:SCORED_IMAGES],
+            validation.boxes[:SCORED_IMAGES],
+            validation.instances[:SCORED_IMAGES],
+        )
+    return metrics
+
+
+def resize_images(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 3, side, side), bicubic."""
+    return resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
