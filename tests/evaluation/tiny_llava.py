@@ -79,9 +79,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def save_language_model(folder: Path) -> Path:
@@ -121,11 +119,11 @@ def save_student(folder: Path) -> Path:
     return folder
 
 
-def settings(world: Path, language_model: Path, **overrides) -> list[str]:
+def settings(world: Path, folder: Path, **overrides) -> list[str]:
     """`key=value` for the command line."""
     values = {
         "name": "made",
-        "language_model": language_model,
+        "language_model": folder,
         "image_size": IMAGE_SIZE,
         "pretrain.conversations": "pretrain.json",
         "pretrain.images": "images",

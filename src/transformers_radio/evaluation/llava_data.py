@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import LlavaProcessor
 
 from transformers_radio.data.images import SkippedImage, decode_rgb
@@ -64,7 +65,7 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path} holds no list of conversations; expected [{{'image': ..., 'conversations': ...}}].")
     examples, missing = [], 0
-    for number, item in enumerate(items):
+    for number, item in enumerate(tqdm(items, desc=path.name, unit=" items", leave=False)):
         name = f"item {number} of {path}"
         messages = _read_messages(item, name)
         image = images / item["image"] if item.get("image") else None
@@ -86,8 +87,8 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
 
 def _read_messages(item: Any, name: str) -> Messages:
     try:
-        turns = [(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]]
-    except (KeyError, TypeError) as error:
+        turns = [(ROLES[turn["from"]], turn["value"].strip()) for turn in item["conversations"]]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} is no conversation; expected 'conversations' of {{'from': 'human' or 'gpt', 'value': text}}."
         ) from error

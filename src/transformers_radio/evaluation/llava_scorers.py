@@ -15,8 +15,8 @@ CONTRACTIONS = {
     stem + ending.replace("'", ""): stem + ending
     for ending, stems in {
         "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-        "'ve": "could i might must should they we what where who would you",
-        "'ll": "how it that they what who why you",
+        "'ve": "could might must should they we what where who would you",
+        "'ll": "how it they what who why you",
         "'d": "he how it there they where who you",
         "'re": "there they what why you",
         "'s": "he how that there what when where who why someone",

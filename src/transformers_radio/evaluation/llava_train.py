@@ -43,13 +43,29 @@ class LlavaPhase:
 
 @dataclass
 class LlavaHardware:
-    """How a phase is run; none of it is part of what is measured."""
+    """How a phase is run; of these only `bf16` changes the numbers."""
 
     per_device_batch_size: int = 16
     num_workers: int = 4
     bf16: bool = True  # autocast; the weights that are trained stay float32
     gradient_checkpointing: bool = True
     log_steps: int = 10
+
+
+class LlavaTrainer(Trainer):
+    """A Trainer whose checkpoints do bring the weights back.
+
+    A LLaVA is saved under other names than its weights have in memory. The Trainer reads a checkpoint by the names in
+    memory and does not mind those it misses, so it would go on from the fresh model.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:  # FSDP's own files have the names in memory
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        target: Any = self.model if model is None else model
+        target.load_state_dict(saved.state_dict())  # strict: nothing may be missing
 
 
 def train_phase(
@@ -108,7 +124,7 @@ def train_phase(
         unreadable=folder / "unreadable.txt",
         max_skipped_share=max_skipped_share,
     )
-    trainer = Trainer(llava, arguments, train_dataset=dataset, data_collator=LlavaCollator(processor))
+    trainer = LlavaTrainer(llava, arguments, train_dataset=dataset, data_collator=LlavaCollator(processor))
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         logger.warning("%s goes on from %s", folder, checkpoint.name)

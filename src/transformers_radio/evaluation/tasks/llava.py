@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from omegaconf import MISSING
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, set_seed
 
 from transformers_radio.modeling import RadioModel
 
@@ -169,6 +169,11 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
     return result.write(path) if PartialState().is_main_process else result
 
 
+def _build(student: RadioModel, config: LlavaConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    set_seed(config.seed)  # of the projector's first weights
+    return build_llava(student, config.language_model, config.image_size)
+
+
 def _phase_settings(phase: LlavaPhase, data: Conversations) -> dict[str, Any]:
     return {**{key: value for key, value in asdict(phase).items() if key != "save_steps"}, "digest": data.digest}
 
@@ -179,8 +184,7 @@ def _train(student: RadioModel, config: LlavaConfig, data: _Data, work: Path) ->
     if trained.exists():
         return trained
     rest = (config.hardware, config.max_skipped_share, config.seed)
-    set_seed(config.seed)
-    llava, processor = build_llava(student, config.language_model, config.image_size)
+    llava, processor = _build(student, config)
     projector = work / "pretrain" / "projector"
     if not projector.exists():
         train_phase(llava, processor, data.pretrain, config.pretrain, work / "pretrain", True, *rest)
@@ -189,6 +193,6 @@ def _train(student: RadioModel, config: LlavaConfig, data: _Data, work: Path) ->
         del llava
         gc.collect()
         torch.cuda.empty_cache()
-        llava, processor = build_llava(student, config.language_model, config.image_size)
+        llava, processor = _build(student, config)
     load_projector(llava, projector)
     return train_phase(llava, processor, data.finetune, config.finetune, work / "finetune", False, *rest)

@@ -1,0 +1,239 @@
+"""The whole task on a made set whose answers need the image: accuracy, resuming, refusals."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_llava import make_world, save_language_model, save_student, settings
+
+from transformers_radio.evaluation.llava_answers import AnswerLog, answer_questions, read_questions
+from transformers_radio.evaluation.llava_model import load_llava
+from transformers_radio.evaluation.results import Result
+from transformers_radio.evaluation.run import run_task
+from transformers_radio.evaluation.tasks.llava import LlavaQuestions
+
+LEARNING = {
+    "finetune.epochs": 10,
+    "finetune.batch_size": 8,
+    "finetune.learning_rate": 3e-3,
+    "hardware.per_device_batch_size": 8,
+}
+SHORT = {"finetune.epochs": 5, "finetune.save_steps": 3, "finetune.batch_size": 8, "hardware.per_device_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("llava")
+    make_world(root / "world", images=300, questions=60)
+    make_world(root / "short", images=48, questions=5, seed=1)
+    save_language_model(root / "language_model")
+    save_student(root / "student")
+    return root
+
+
+def run(root, output, world="world", **overrides):
+    overrides = settings(root / world, root / "language_model", **overrides)
+    return run_task("llava", [f"tiny={root / 'student'}"], output=output, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(root):
+    (result,) = run(root, root / "out", **LEARNING)
+    return result
+
+
+def test_answers_come_from_the_image(root, trained):
+    questions, _ = read_questions(root / "world" / "questions.jsonl", root / "world" / "images", "exact_match")
+    # Without the image nothing beats the most frequent answer to each of the two questions.
+    by_text: dict[str, Counter] = {}
+    for question in questions:
+        by_text.setdefault(question.text, Counter())[question.answers[0]] += 1
+    blind = 100 * sum(answers.most_common(1)[0][1] for answers in by_text.values()) / len(questions)
+    assert blind < 40
+    assert trained.metrics["made"] > 80 > 2 * blind
+
+    # The same model asked about another question's image falls to chance.
+    llava, processor = load_llava(str(root / "out/tiny/llava.made/finetune/llava"))
+    images = [question.image for question in questions]
+    shuffled = [images[number - 4] for number in range(len(images))]  # two questions an image: two images further
+    for question, image in zip(questions, shuffled, strict=True):
+        question.image = image
+    answers = answer_questions(llava, processor, questions, LlavaQuestions(), root / "shuffled", 16, "shuffled")
+    right = sum(answer == question.answers[0] for answer, question in zip(answers, questions, strict=True))
+    assert 100 * right / len(questions) < 45 < trained.metrics["made"] - 30
+
+
+def test_result_says_what_was_done(root, trained):
+    file = root / "out" / "tiny" / "llava.made.json"
+    assert Result.read(file) == trained
+    assert trained.counts["finetune examples"] == 300 and trained.counts["made questions"] == 120
+    assert trained.resolution == 64 and "aspect kept" in trained.protocol
+    assert trained.settings["finetune"]["learning_rate"] == 3e-3
+    assert trained.params == transformers.RadioModel.from_pretrained(root / "student").num_parameters()
+    work = root / "out" / "tiny" / "llava.made"
+    assert not list(work.glob("*/checkpoint-*"))  # nothing but results is left
+
+    before = load_file(work / "pretrain" / "projector" / "model.safetensors")
+    after = load_file(work / "finetune" / "llava" / "model.safetensors")
+    language = load_file(root / "language_model" / "model.safetensors")
+    student = load_file(root / "student" / "model.safetensors")
+    projector = {key.split("multi_modal_projector.")[1]: key for key in after if "multi_modal_projector" in key}
+    assert set(projector) == set(before)
+    assert all(not torch.equal(before[name], after[key]) for name, key in projector.items())
+    tower = {key.split("vision_tower.model.")[1]: value for key, value in after.items() if "vision_tower" in key}
+    assert tower and all(torch.equal(value, student[key]) for key, value in tower.items())  # frozen to the end
+    trained_key = next(key for key in after if key.endswith("layers.0.self_attn.q_proj.weight") and "language" in key)
+    assert not torch.equal(after[trained_key], language["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_nothing_is_done_twice_and_nothing_is_replaced_unasked(root, trained, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("transformers_radio.evaluation.tasks.llava.train_phase", refuse)
+    started = time.time()
+    assert run(root, root / "out", **LEARNING) == [trained]
+    # the hardware is no part of it
+    assert run(root, root / "out", **LEARNING, **{"hardware.num_workers": 2, "finetune.save_steps": 7}) == [trained]
+    assert time.time() - started < 60
+    changed = {**LEARNING, "finetune.learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="differs in finetune .*overwrite=true"):
+        run(root, root / "out", **changed)
+    (root / "out/tiny/llava.made.json").rename(root / "result.json")
+    with pytest.raises(ValueError, match="finetune holds work of other settings.*overwrite=true"):
+        run(root, root / "out", **changed)
+
+    # Questions go on from the answers that are there, the last of which was cut while it was written.
+    answers = root / "out/tiny/llava.made/answers/made/0.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(lines[:50]) + lines[50][:10])
+    assert run(root, root / "out", **LEARNING) == [trained]
+    assert sorted(answers.read_text().splitlines(keepends=True)) == sorted(lines)
+    # Other questions to the same model are asked without training again.
+    questions = root / "world" / "few.jsonl"
+    questions.write_text("".join((root / "world" / "questions.jsonl").read_text().splitlines(keepends=True)[:4]))
+    more = {"questions.few.questions": "few.jsonl", "questions.few.images": "images", "overwrite": "true"}
+    (result,) = run(root, root / "out", **LEARNING, **more)
+    assert result.metrics["made"] == trained.metrics["made"] and result.counts["few questions"] == 4
+    os.replace(root / "result.json", root / "out/tiny/llava.made.json")
+
+
+def test_a_killed_run_goes_on_to_the_same_result(root):
+    overrides = settings(root / "short", root / "language_model", **SHORT)
+    code = (
+        "import sys\n"
+        "from transformers_radio.evaluation.run import run_task\n"
+        "run_task('llava', [sys.argv[1]], output=sys.argv[2], overrides=sys.argv[3:])\n"
+    )
+    killed = root / "killed"
+    command = [sys.executable, "-c", code, f"tiny={root / 'student'}", str(killed), *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = killed / "tiny" / "llava.made"
+    deadline = time.time() + 300
+    while not list((work / "finetune").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (work / "finetune" / "llava").exists()
+    assert (work / "pretrain" / "projector").exists()
+    projector_time = (work / "pretrain" / "projector").stat().st_mtime
+    # a checkpoint that was being written
+    torn = work / "finetune" / "checkpoint-29"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step"')
+
+    (resumed,) = run(root, killed, "short", **SHORT)
+    (whole,) = run(root, root / "whole", "short", **SHORT)
+    assert resumed.metrics == whole.metrics
+    assert (work / "pretrain" / "projector").stat().st_mtime == projector_time
+    expected = load_file(root / "whole/tiny/llava.made/finetune/llava/model.safetensors")
+    got = load_file(work / "finetune" / "llava" / "model.safetensors")
+    assert set(got) == set(expected)
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], atol=1e-5, rtol=1e-4)
+
+
+def test_several_processes_share_the_questions(tmp_path):
+    for rank in (0, 1):
+        AnswerLog(tmp_path, rank).add({f"{rank}": "red", f"{rank}-again": "blue\nline"})
+    assert AnswerLog(tmp_path, 2).answers == {"0": "red", "0-again": "blue\nline", "1": "red", "1-again": "blue\nline"}
+
+
+@pytest.mark.parametrize(
+    "overrides, error, message",
+    [
+        ({"image_size": 60}, ValueError, "image_size is 60"),
+        ({"finetune.batch_size": 12}, ValueError, "batch_size is 12"),
+        ({"questions.made.scorer": "bleu"}, ValueError, "scorer is 'bleu'"),
+        ({"questions.made.scorer": "yes_no"}, ValueError, "Line 1 of .* wants yes or no"),
+        ({"questions.made.questions": "none.jsonl"}, FileNotFoundError, "none.jsonl"),
+        ({"questions.made.images": "elsewhere"}, FileNotFoundError, "10 images"),
+        ({"pretrain.conversations": "none.json"}, FileNotFoundError, "none.json"),
+        ({"finetune.images": "none"}, FileNotFoundError, "none"),
+        ({"language_model": "/nowhere"}, OSError, "nowhere"),
+        ({"lmms_eval_tasks": "[mmlu]"}, ValueError, "lmms_eval_tasks has mmlu; choose from gqa"),
+        ({"finetune.epoch": 2}, ValueError, "epoch"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_work(root, tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message):
+        run(root, tmp_path / "out", "short", **overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_models_are_refused(root, tmp_path):
+    overrides = settings(root / "short", root / "language_model")
+    with pytest.raises(ValueError, match="no student"):
+        run_task("llava", ["transformers:anything"], output=tmp_path, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (['{"question_id": 1, "text": "?"}'], "Line 1 .* is no question"),
+        (['{"question_id": 1, "text": "?", "answer": "a"}'] * 2, "Line 2 .* question_id '1' again"),
+        (['{"question_id": 1, "text": "?", "answers": []}'], "has answers"),
+        (["no json"], "Line 1"),
+        ([], "holds no questions"),
+    ],
+)
+def test_wrong_questions_are_named(tmp_path, lines, message):
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_questions(tmp_path / "questions.jsonl", tmp_path, "exact_match")
+
+
+@pytest.mark.slow
+def test_trained_on_blank_images_it_guesses(root, trained):
+    """The blind baseline: the same training and questions, every image grey."""
+    blind = root / "blind"
+    shutil.copytree(root / "world", blind)
+    for path in (blind / "images").iterdir():
+        with Image.open(path) as image:
+            grey = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
+        Image.fromarray(grey).save(path)
+    (result,) = run(root, root / "out-blind", "blind", **LEARNING)
+    assert result.metrics["made"] < 40 < trained.metrics["made"] - 40
+
+
+def test_the_recipe_is_lla_va_s():
+    from transformers_radio.evaluation.run import load_config
+    from transformers_radio.evaluation.tasks.llava import LlavaConfig
+
+    recipe = Path(__file__).parents[2] / "recipes" / "evaluation" / "llava.yaml"
+    config = load_config(LlavaConfig, None, recipe, None)
+    assert (config.pretrain.learning_rate, config.pretrain.batch_size, config.pretrain.epochs) == (1e-3, 256, 1)
+    assert (config.finetune.learning_rate, config.finetune.batch_size, config.finetune.epochs) == (2e-5, 128, 1)
+    assert config.pretrain.warmup == config.finetune.warmup == 0.03
+    assert config.image_size == 432 and "vicuna-7b" in config.language_model
