@@ -1,4 +1,4 @@
-"""Images per second of several encoders, measured in one interleaved run."""
+"""Seconds and images per second of several encoders, measured in one interleaved run."""
 
 import statistics
 import time
@@ -14,7 +14,15 @@ Model = nn.Module | Callable[[torch.Tensor], object]
 def throughput(
     models: Mapping[str, Model], inputs: Mapping[str, torch.Tensor], repeats: int = 10, warmup: int = 2
 ) -> dict[str, float]:
-    """Median images/s of every model.
+    """Images/s of every model by the median of its rounds; see `latencies`."""
+    seconds = latencies(models, inputs, repeats, warmup)
+    return {name: len(inputs[name]) / statistics.median(times) for name, times in seconds.items()}
+
+
+def latencies(
+    models: Mapping[str, Model], inputs: Mapping[str, torch.Tensor], repeats: int = 10, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds that every model took for its batch, one figure a round.
 
     Each round times every model once, so that a machine that slows down slows all of them: ratios hold even where
     absolute figures wander. Timed is the forward pass on images that already are on the device, without gradients.
@@ -22,7 +30,7 @@ def throughput(
     Args:
         models: name -> module in eval mode, or any callable.
         inputs: name -> its batch (B, 3, H, W); the names are those of `models`. Sizes and devices may differ.
-        repeats: timed rounds, of which the median counts; warmup: rounds before them that do not count.
+        repeats: timed rounds; warmup: rounds before them that do not count.
     """
     if not models or set(models) != set(inputs):
         raise ValueError(f"models and inputs must have the same names; got {sorted(models)} and {sorted(inputs)}.")
@@ -41,19 +49,22 @@ def throughput(
                 _synchronize(inputs[name])
                 if step >= warmup:
                     seconds[name].append(time.perf_counter() - start)
-    return {name: len(inputs[name]) / statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def throughput_conditions(model: Model, images: torch.Tensor) -> str:
     """What a figure of `throughput` holds for, such as "batch 8, 432x432, float32, cpu (2 threads)"."""
     parameter = next(model.parameters(), images) if isinstance(model, nn.Module) else images
-    where = images.device.type
-    if where == "cpu":
-        where = f"cpu ({torch.get_num_threads()} threads)"
-    elif where == "cuda":
-        where = torch.cuda.get_device_name(images.device)
     batch, _, height, width = images.shape
-    return f"batch {batch}, {height}x{width}, {str(parameter.dtype).removeprefix('torch.')}, {where}"
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return f"batch {batch}, {height}x{width}, {dtype}, {device_name(images.device)}"
+
+
+def device_name(device: torch.device) -> str:
+    """Such as "cpu (2 threads)" or "NVIDIA A100-SXM4-80GB"."""
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _synchronize(images: torch.Tensor) -> None:

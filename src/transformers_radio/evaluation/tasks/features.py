@@ -1,0 +1,187 @@
+"""`eval features`: high-norm patches, activation statistics, and the noise of the position table."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from transformers_radio.data.config import SourceConfig
+from transformers_radio.data.images import SkippedImage, decode_rgb
+from transformers_radio.data.source import Source
+
+from ..encoder import VisionEncoder, load_encoder
+from ..feature_plot import features_figure
+from ..feature_statistics import (
+    DEAD_SHARE,
+    ChannelStatistics,
+    PatchNorms,
+    channel_statistics,
+    patch_norms,
+    position_noise,
+    position_table,
+)
+from ..features import resize_image
+from ..results import Result, done, result_path, work_folder
+
+POSITIONS_NAMED = 10
+
+
+@dataclass
+class FeaturesConfig:
+    """Settings of the task."""
+
+    data: str = MISSING  # images, with or without labels; what training reads
+    name: str | None = None  # of the data, in results; null: the last part of `data`
+    config_name: str | None = None  # of a Hub dataset that has several
+    split: str = "validation"
+    image_column: str | None = None  # null: the only one
+    images: int = 64  # the first ones
+    image_size: int | None = None  # side in pixels; null: each model's own
+    outlier_factor: float = 3.0  # a patch whose norm is above so many times the median is an outlier
+    dtype: str = "float32"
+    batch_size: int = 8
+    overwrite: bool = False
+
+
+def run(models: list[str], config: FeaturesConfig, output: Path) -> list[Result]:
+    """One `Result` a model; its picture is beside it, and all channels are in the work folder's statistics.json.
+
+    Raises:
+        FileNotFoundError, ValueError: data, settings or a model that cannot be used; before any image is encoded.
+    """
+    for name in ("images", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+    if not config.outlier_factor > 1:
+        raise ValueError(f"outlier_factor is {config.outlier_factor}; expected more than 1.")
+    device = Accelerator(mixed_precision="no").device
+    encoders = [load_encoder(spec, config.image_size, config.dtype, device) for spec in models]
+    if len({encoder.name for encoder in encoders}) < len(encoders):
+        raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
+    files, skipped = _read(config)
+    return [_measure(encoder, files, skipped, config, output) for encoder in encoders]
+
+
+def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
+    """The first readable images, undecoded, and the number of unreadable ones among them."""
+    source = Source(SourceConfig(config.data, config.split, config.config_name, config.image_column))
+    files: list[bytes] = []
+    skipped = Counter[str]()
+    for shard in range(len(source.shards)):
+        for _, image in source.records(shard):
+            content = source.read(image)
+            try:
+                decode_rgb(content)
+            except SkippedImage as error:
+                skipped[error.reason] += 1
+                continue
+            files.append(content)
+            if len(files) == config.images:
+                return files, skipped.total()
+    if not files:
+        raise ValueError(f"{config.data} ({config.split}) holds no readable image; skipped: {dict(skipped)}.")
+    return files, skipped.total()
+
+
+def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: FeaturesConfig, output: Path) -> Result:
+    name = config.name or Path(config.data).name
+    path = result_path(output, encoder.name, "features", name)
+    settings = {
+        **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "batch_size")},
+        **encoder.settings(),
+        "image_size": encoder.image_size,
+    }
+    finished = done(path, settings, config.overwrite)
+    if finished is not None:
+        return finished
+    features, grid = _encode(encoder, files, config.batch_size)
+    norms = patch_norms(features, grid, config.outlier_factor)
+    channels = channel_statistics(features)
+    table = position_table(encoder.model)
+    metrics = {
+        "Norm, median": norms.median,
+        "Norm, 99 %": norms.p99,
+        "Norm, largest": norms.norms.max().item(),
+        "High-norm patches": 100 * norms.share,
+        "Channel mean, median": channels.mean.median().item(),
+        "Channel std, median": channels.std.median().item(),
+        "Channel kurtosis, median": channels.kurtosis.nanmedian().item(),
+        "Largest channel over median": channels.largest_ratio,
+        "Dead channels": 100 * channels.dead.double().mean().item(),
+    }
+    if norms.share > 0:
+        metrics["High-norm patches at the border"] = 100 * norms.border_share
+    metrics |= _noise(encoder, table, grid)
+    folder = work_folder(output, encoder.name, "features", name)
+    _write_statistics(norms, channels, folder / "statistics.json")
+    features_figure(f"{encoder.name}, {encoder.image_size} px", norms, channels, table, path.with_suffix(".png"))
+    return Result(
+        "features",
+        encoder.name,
+        name,
+        # where all features are constant, some have no value
+        {metric: value for metric, value in metrics.items() if math.isfinite(value)},
+        f"{len(files)} whole images at {encoder.image_size} x {encoder.image_size}, {grid[0]} x {grid[1]} patches; "
+        f"high-norm: above {config.outlier_factor:g} x the median; dead: a channel whose deviation is below "
+        f"{DEAD_SHARE:g} of the median channel's; kurtosis: excess; position noise: share of the table's energy above "
+        "1/4 cycle a patch, white noise has 80 %",
+        {
+            **settings,
+            "high_norm_positions": [
+                list(one) for one in norms.most_frequent(POSITIONS_NAMED)
+            ],  # row, column, share of the images
+            "largest_channel": channels.largest,
+            "position_table": None if table is None else list(table.shape),
+        },
+        {
+            "images": len(files),
+            "skipped_images": skipped,
+            "patches": norms.norms.numel(),
+            "channels": len(channels.std),
+        },
+        encoder.params,
+        encoder.image_size,
+    ).write(path)
+
+
+def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """float32 (N, h*w, C) on the CPU, and (h, w)."""
+    device = next(encoder.model.parameters()).device
+    encoded, grid = [], (0, 0)
+    for start in tqdm(range(0, len(files), batch_size), desc=f"{encoder.name} features", unit="batch"):
+        images = [resize_image(decode_rgb(file), encoder.image_size) for file in files[start : start + batch_size]]
+        features, grid = encoder.features(torch.stack(images).to(device).float() / 255)
+        encoded.append(features.cpu())
+    return torch.cat(encoded), grid
+
+
+def _noise(encoder: VisionEncoder, table: torch.Tensor | None, grid: tuple[int, int]) -> dict[str, float]:
+    """Of the table as it is stored; and as a student resizes it to its patches, where these are others."""
+    if table is None:
+        return {}
+    noise = {"Position noise": 100 * position_noise(table)}
+    if encoder.is_student and grid != tuple(table.shape[:2]):
+        stored = table.permute(2, 0, 1)[None]  # (h, w, D) -> (1, D, h, w)
+        resized = F.interpolate(stored, size=grid, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+        noise["Position noise, resized"] = 100 * position_noise(resized)
+    return noise
+
+
+def _write_statistics(norms: PatchNorms, channels: ChannelStatistics, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    statistics = {
+        "mean": channels.mean.tolist(),
+        "std": channels.std.tolist(),
+        "kurtosis": [value if math.isfinite(value) else None for value in channels.kurtosis.tolist()],
+        "dead": channels.dead.nonzero()[:, 0].tolist(),
+        "mean_norm": norms.norms.mean(dim=0).tolist(),  # (h, w)
+        "high_norm_share": norms.positions.tolist(),  # (h, w)
+    }
+    path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")
