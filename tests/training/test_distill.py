@@ -117,7 +117,8 @@ def test_heads_that_are_not_in_a_pass_get_a_gradient_of_zero(make_recipe):
 
 def test_the_preferred_resolution_is_one_at_which_the_summary_was_trained(make_recipe):
     """SAM has no summary, so that at the resolution of its group the student's has never been seen by a loss."""
-    groups = "stages.main={{steps: 4, resolution: 0, groups: {{low: {{teachers: [clip], resolution: 32, batch_size: 4}}, "
+    groups = "stages.main={{steps: 4, resolution: 0, groups: {{"
+    groups += "low: {{teachers: [clip], resolution: 32, batch_size: 4}}, "
     groups += "high: {{teachers: [sam], resolution: {}, batch_size: 4}}}}}}"
     for high in (48, 64):
         recipe = load_recipe(make_recipe(), [groups.format(high)])

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import RadioModel as NativeRadioModel
 
-from transformers_radio.modeling import RadioModel
+from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import TEACHERS, Teacher, build_teacher
 from transformers_radio.teachers.base import DTYPES
 
@@ -174,7 +175,7 @@ def load_encoder(
     title, source = split_title(spec)
     kind, checkpoint = split_spec(source)
     if kind == "student":
-        student = RadioModel.from_pretrained(checkpoint, dtype=DTYPES[dtype])
+        student = load_student(checkpoint, dtype)
         adaptor = _language_adaptor(student, adaptor, spec)
         side = student.preferred_resolution if image_size is None else image_size
         encoder = VisionEncoder(title, source, student, side, student.min_resolution_step, adaptor)
@@ -185,6 +186,16 @@ def load_encoder(
         teacher = build_teacher(kind, checkpoint, image_size, dtype)
         encoder = VisionEncoder(title, source, teacher, teacher.image_size, teacher.patch_size, None)
     return encoder.to(device)
+
+
+def load_student(checkpoint: str, dtype: str = "float32") -> RadioModel:
+    """A student of ours, or a RADIO of transformers' own class, whose file may have NVIDIA's layout."""
+    if "adaptors" in RadioConfig.get_config_dict(checkpoint)[0]:
+        return RadioModel.from_pretrained(checkpoint, dtype=DTYPES[dtype])
+    native = NativeRadioModel.from_pretrained(checkpoint, dtype=DTYPES[dtype])
+    student = RadioModel(RadioConfig.from_dict(native.config.to_dict())).to(DTYPES[dtype])
+    student.load_state_dict(native.state_dict())
+    return student
 
 
 def split_title(spec: str) -> tuple[str, str]:

@@ -8,11 +8,10 @@ import torch
 from accelerate import Accelerator
 from omegaconf import MISSING
 
-from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import load_sam
 
 from ..coco_data import SamCocoConfig, load_annotations, load_detections, mask_library
-from ..encoder import count_parameters, digest_weights, split_spec, split_title
+from ..encoder import count_parameters, digest_weights, load_student, split_spec, split_title
 from ..prompted_masks import SamEncoder, StudentEncoder
 from ..results import Result, done, result_path, work_folder
 from ..sam_coco import evaluate_sam_coco
@@ -79,7 +78,7 @@ def _encoder(
         return SamEncoder(sam)
     if kind != "student":
         raise ValueError(f"{spec} cannot take the place of SAM's encoder: name a student, or segment_anything:FILE.")
-    student = RadioModel.from_pretrained(checkpoint).eval().to(device)
+    student = load_student(checkpoint).eval().to(device)
     return StudentEncoder(student, sam, config.adaptor, config.image_size, config.window_size)
 
 
