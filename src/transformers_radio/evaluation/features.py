@@ -1,10 +1,13 @@
 """Labelled images at the protocol's resize, and the summary vector of each of them."""
 
+import hashlib
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,6 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from transformers_radio.data import DataConfig, SourceConfig, count_images
+from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
 
@@ -46,6 +51,119 @@ def resize_image(image: Image.Image, image_size: int | tuple[int, int]) -> torch
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
+def resize_shortest(image: Image.Image, side: int, step: int) -> torch.Tensor:
+    """Resize an RGB image with bicubic interpolation so that its shortest side is `side` pixels; uint8 (3, H, W).
+
+    The aspect ratio stays, but for what it takes to round height and width to multiples of `step`.
+    """
+    scale = side / min(image.size)
+    width, height = (max(1, round(length * scale / step)) * step for length in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+class LabelledSplit:
+    """A split of a classification set: undecoded images with their class indices, in parts that are read on their own.
+
+    Args:
+        source: a folder or a Hub id that `datasets.load_dataset` understands: class folders of images, WebDataset tars
+            with `.cls` files, or Parquet. It is streamed, so nothing is copied into a cache.
+        split: such as `"train"` or `"validation"`.
+        name: the configuration of a Hub dataset that has several.
+        image_column, label_column: found among the usual names unless given.
+        limit: read only the first samples. Class folders come class by class, so there it means the first classes.
+
+    Attributes:
+        num_shards: parts of the split, such as files of tars or Parquet.
+        class_names: when the source states them.
+        num_classes: labels must be below it; None to take any. It may be set.
+        stated: number of images, when the source states it.
+
+    Raises:
+        FileNotFoundError: no such source. ValueError: no such split, image or label column, or a limit below 1.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        split: str,
+        name: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        limit: int | None = None,
+    ):
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
+        self.source, self.split, self.limit = os.path.expanduser(str(source)), split, limit
+        self._builder = datasets.load_dataset_builder(self.source, name)
+        stream = self._builder.as_streaming_dataset(split=split)
+        first = None if stream.features else next(iter(stream), None)
+        columns = list(stream.features or first or ())
+        if not columns:
+            raise ValueError(f"{source} ({split}) is empty; check the folder and the split.")
+        self.image_column = _find_column(image_column, IMAGE_COLUMNS, columns, "image", str(source))
+        self.label_column = _find_column(label_column, LABEL_COLUMNS, columns, "label", str(source))
+        self.class_names: list[str] | None = getattr((stream.features or {}).get(self.label_column), "names", None)
+        self.num_classes = None if self.class_names is None else len(self.class_names)
+        # Undecoded, so that one broken file is one skipped image and not the end of the run.
+        stream = stream.select_columns([self.image_column, self.label_column])
+        stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
+        self._stream = stream if limit is None else stream.take(limit)
+        info = (self._builder.info.splits or {}).get(split)
+        self.stated = info.num_examples or None if info is not None else None
+        if self.stated is not None and limit is not None:
+            self.stated = min(self.stated, limit)
+        self.num_shards = stream.num_shards if limit is None else 1  # a limited stream ends where the whole one does
+
+    def rows(self, shard: int | None = None) -> Iterator[tuple[Any, int]]:
+        """(image as `read_image` takes it, class index) of the split or of one of its parts, in a fixed order.
+
+        Raises:
+            ValueError: a label that is not a class index.
+        """
+        whole = shard is None or self.num_shards == 1
+        for sample in self._stream if whole else self._stream.shard(self.num_shards, shard):
+            label = sample[self.label_column]
+            is_index = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+            if not is_index or (self.num_classes is not None and label >= self.num_classes):
+                last = "" if self.num_classes is None else f" to {self.num_classes - 1}"
+                raise ValueError(
+                    f"{label!r} in column {self.label_column!r} of {self.source} ({self.split}) is no class index; "
+                    f"expected an integer from 0{last}. Choose another label_column, or a split with labels."
+                )
+            yield sample[self.image_column], label
+
+    def count(self) -> int | None:
+        """Number of images, readable or not, where the source states it or local files show it; None otherwise."""
+        if self.stated is not None:
+            return self.stated
+        files = [str(file) for file in (self._builder.config.data_files or {}).get(self.split, [])]
+        kinds = {kind_of(file) for file in files}
+        count = None
+        if kinds == {"imagefolder"}:
+            count = len(files)
+        elif kinds <= {"webdataset", "parquet"} and files and not any("://" in file for file in files):
+            sources = {str(number): SourceConfig(path=file) for number, file in enumerate(files)}
+            count = count_images(DataConfig(sources=sources))
+        return count if count is None or self.limit is None else min(count, self.limit)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the rows depend on; of the files, names and dates, or the revision on the Hub."""
+        digest = hashlib.blake2b(digest_size=16)
+        data_files = (self._builder.config.data_files or {}).get(self.split, [])
+        for file in data_files:
+            digest.update(f"{file}\n".encode())
+        digest.update(repr(getattr(data_files, "origin_metadata", None)).encode())
+        return {
+            "source": self.source,
+            "split": self.split,
+            "configuration": self._builder.config.name,
+            "columns": [self.image_column, self.label_column],
+            "limit": self.limit,
+            "files": digest.hexdigest(),
+        }
+
+
 def load_labelled_images(
     source: str | Path,
     split: str,
@@ -58,57 +176,37 @@ def load_labelled_images(
     """Read one split of a classification set into memory, decoded as training decodes.
 
     Args:
-        source: a folder or a Hub id that `datasets.load_dataset` understands: class folders of images, WebDataset tars
-            with `.cls` files, or Parquet. It is streamed, so nothing is copied into a cache.
-        split: such as `"train"` or `"validation"`.
+        source, split, name, image_column, label_column, limit: see `LabelledSplit`.
         image_size: see `resize_image`. A split takes N * 3 * H * W bytes of memory.
-        name: the configuration of a Hub dataset that has several.
-        image_column, label_column: found among the usual names unless given.
-        limit: read only the first samples. Class folders come class by class, so there it means the first classes.
 
     Raises:
+        FileNotFoundError: no such source.
         ValueError: no image or label column, a label that is not a class index, no readable image at all.
     """
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"image_size is {image_size!r}; give one side or (height, width), in pixels, at least 1.")
-    stream = datasets.load_dataset(str(source), name, split=split, streaming=True)
-    columns = list(stream.features or next(iter(stream)))
-    image_column = _find_column(image_column, IMAGE_COLUMNS, columns, "image", str(source))
-    label_column = _find_column(label_column, LABEL_COLUMNS, columns, "label", str(source))
-    class_names = getattr((stream.features or {}).get(label_column), "names", None)
-    # Undecoded, so that one broken file is one skipped image and not the end of the run.
-    stream = stream.select_columns([image_column, label_column])
-    stream = stream.cast_column(image_column, datasets.Image(decode=False))
-    if limit is not None:
-        stream = stream.take(limit)
-
+    rows = LabelledSplit(source, split, name, image_column, label_column, limit)
     images, labels, skipped = [], [], Counter[str]()
-    for sample in tqdm(stream, desc=f"{source} {split}", unit=" images", total=limit):
-        label = sample[label_column]
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise ValueError(
-                f"{label!r} in column {label_column!r} of {source} ({split}) is no class index; expected an integer "
-                "from 0. Choose another label_column, or a split with labels."
-            )
+    for image, label in tqdm(rows.rows(), desc=f"{source} {split}", unit=" images", total=limit):
         try:
-            images.append(resize_image(decode_rgb(read_image(sample[image_column])), image_size))
+            images.append(resize_image(decode_rgb(read_image(image)), image_size))
         except SkippedImage as error:
             skipped[error.reason] += 1
             continue
         labels.append(label)
     if not images:
         raise ValueError(
-            f"{source} ({split}) holds no readable image in column {image_column!r}; skipped: {dict(skipped)}."
+            f"{source} ({split}) holds no readable image in column {rows.image_column!r}; skipped: {dict(skipped)}."
         )
+    warn_of_skipped(f"{source} ({split})", len(images), skipped)
+    return LabelledImages(torch.stack(images), torch.tensor(labels), rows.class_names, dict(skipped))
+
+
+def warn_of_skipped(what: str, used: int, skipped: dict[str, int]) -> None:
     if skipped:
         total = sum(skipped.values())
-        logger.warning(
-            "%s (%s): skipped %d of %d images: %s", source, split, total, total + len(images), dict(skipped)
-        )
-    return LabelledImages(torch.stack(images), torch.tensor(labels), class_names, dict(skipped))
+        logger.warning("%s: skipped %d of %d images: %s", what, total, total + used, dict(skipped))
 
 
 def _find_column(given: str | None, usual: Sequence[str], columns: list[str], kind: str, source: str) -> str:

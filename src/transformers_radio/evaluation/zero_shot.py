@@ -4,7 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
+
+from transformers_radio.teachers import load_text_encoder
+from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
 
 from .features import check_labelled
 
@@ -16,6 +20,26 @@ def openai_imagenet_templates() -> Sequence[Template]:
     from open_clip import OPENAI_IMAGENET_TEMPLATES  # only this function needs the package
 
     return OPENAI_IMAGENET_TEMPLATES
+
+
+def load_text_tower(spec: str) -> nn.Module:
+    """The text tower "TYPE:CHECKPOINT" of a teacher, on the CPU: a list of N texts -> (N, D) float32.
+
+    Args:
+        spec: "open_clip:..." with a checkpoint as for `OpenClipTeacher`, or "transformers:..." with a CLIP, SigLIP or
+            SigLIP2.
+
+    Raises:
+        ValueError: another type, or a checkpoint that does not fit.
+    """
+    towers = {"open_clip": load_text_encoder, "transformers": load_transformers_text_encoder}
+    kind, colon, checkpoint = spec.partition(":")
+    if not colon or kind not in towers:
+        raise ValueError(
+            f"{spec!r} is no text tower; expected TYPE:CHECKPOINT with a type of {', '.join(towers)}, such as "
+            "open_clip:ViT-H-14-378-quickgelu:dfn5b."
+        )
+    return towers[kind](checkpoint)
 
 
 @torch.no_grad()
@@ -57,15 +81,25 @@ def zero_shot_accuracy(embeddings: torch.Tensor, classifier: torch.Tensor, label
         labels: integers (N,), 0 to C - 1.
     """
     check_labelled(embeddings, labels, "embeddings")
-    if classifier.ndim != 2 or classifier.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"The classifier is {tuple(classifier.shape)} and the embeddings are {tuple(embeddings.shape)}; both need "
-            "the same last dimension: use the summaries of the adaptor whose teacher encoded the text."
-        )
+    check_classifier(classifier, embeddings.shape[1])
     if labels.max() >= len(classifier):
         raise ValueError(f"A label is {labels.max()}, but the classifier has only {len(classifier)} classes.")
+    predictions = zero_shot_predictions(embeddings, classifier)
+    return 100 * (predictions == labels.to(embeddings.device)).float().mean().item()
+
+
+def zero_shot_predictions(embeddings: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
+    """The most similar class of each embedding: (N, D) and (C, D) -> int64 (N,) on the embeddings' device."""
+    # The length of an embedding scales all of its similarities alike, so the arg-max needs no normalising.
+    return (embeddings.float() @ classifier.to(embeddings.device).float().T).argmax(dim=1)  # (N, D) (D, C) -> (N, C)
+
+
+def check_classifier(classifier: torch.Tensor, dim: int) -> None:
+    """ValueError unless `classifier` is finite (C, dim)."""
+    if classifier.ndim != 2 or classifier.shape[1] != dim:
+        raise ValueError(
+            f"The classifier is {tuple(classifier.shape)} and the embeddings have {dim} dimensions; both need the "
+            "same last dimension: use the summaries of the adaptor whose teacher encoded the text."
+        )
     if not classifier.isfinite().all():
         raise ValueError("The classifier holds NaN or infinite values; check the text encoder that produced it.")
-    # The length of an embedding scales all of its similarities alike, so the arg-max needs no normalising.
-    similarity = embeddings.float() @ classifier.to(embeddings.device).float().T  # (N, C)
-    return 100 * (similarity.argmax(dim=1) == labels.to(embeddings.device)).float().mean().item()
