@@ -1,0 +1,25 @@
+"""torch.compile of student and teachers is a recipe's choice that changes no result."""
+
+import functools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from transformers_radio.training import load_recipe, train
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_ends_with_the_same_student(backend, make_recipe, tmp_path, monkeypatch):
+    """aot_eager traces forward and backward as inductor does, and needs no C++ compiler."""
+    options = ["stages.main.steps=4", "student.config.pos_dropout=0"]
+    train(load_recipe(make_recipe("eager"), options))
+    calls = []
+    compile_ = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or compile_(function))
+    train(load_recipe(make_recipe("compiled"), [*options, "student.compile=true", "teachers.clip.compile=true"]))
+    assert len(calls) == 3  # two blocks and a teacher
+    eager, compiled = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-4, atol=1e-5, msg=name)
