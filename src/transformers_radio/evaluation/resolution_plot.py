@@ -12,6 +12,7 @@ from .results import Result
 
 Size = tuple[int, int]  # height, width
 PANELS_A_ROW = 3
+CLOSEST_TICKS = 1.05  # sizes nearer to each other have one name on the axis
 
 
 def size_name(size: Size) -> str:
@@ -66,8 +67,13 @@ def resolution_figure(results: Sequence[Result], path: Path, dpi: int = 150) -> 
             axes.plot([_place(s) for s in marked], [values[s] for s in marked], "o", ms=12, mfc="none", color="red")
             axes.axvline(_place(parse_size(str(result.settings["reference"]))), color=colour, ls=":", lw=1)
         axes.set_xscale("log")
-        axes.set_xticks([_place(s) for s in sizes], [size_name(s) for s in sizes], rotation=60, size=7)
+        named = sizes[:1]
+        for size in sizes:
+            if _place(size) > CLOSEST_TICKS * _place(named[-1]):
+                named.append(size)
+        axes.set_xticks([_place(s) for s in named], [size_name(s) for s in named], rotation=60, size=7)
         axes.set_xticks([], minor=True)
+        axes.set_xlabel("input (px)", size=8)
         axes.set_title(measure if "cosine" in measure else f"{measure} (%)", size=10)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)

@@ -39,7 +39,7 @@ class FeaturesConfig:
 
     data: str = MISSING  # images, with or without labels; what training reads
     name: str | None = None  # of the data, in results; null: the last part of `data`
-    config_name: str | None = None  # of a Hub dataset that has several
+    config_name: str | None = None  # of a Hub dataset that has several configurations
     split: str = "validation"
     image_column: str | None = None  # null: the only one
     images: int = 64  # the first ones

@@ -4,6 +4,7 @@ RADIO v2.1 has 82.9 % zero-shot at 432 pixels and 0.2 % at 1024: above some size
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from transformers_radio.teachers import load_text_encoder
+from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
 
 from ..encoder import Features, VisionEncoder, load_encoder, split_spec, split_title
 from ..feature_statistics import feature_cosine
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 ZERO_SHOT, KNN, KNN_REFERENCE = "Zero-shot", "k-NN", "k-NN, reference bank"
 SUMMARY_COSINE, FEATURE_COSINE = "Summary cosine", "Feature cosine"
+TEXT_TOWERS: dict[str, Callable[[str], torch.nn.Module]] = {
+    "open_clip": load_text_encoder,
+    "transformers": load_transformers_text_encoder,
+}
 FEATURE_BATCH = 4  # images
 
 
@@ -38,7 +44,7 @@ class ResolutionConfig:
 
     data: str = MISSING  # labelled images: class folders, webdataset tars with .cls, or what load_dataset opens
     name: str | None = None  # of the data, in results; null: the last part of `data`
-    config_name: str | None = None  # of a Hub dataset that has several
+    config_name: str | None = None  # of a Hub dataset that has several configurations
     train_split: str = "train"  # the bank of k-NN
     split: str = "validation"
     image_column: str | None = None  # null: found among the usual names
@@ -54,7 +60,8 @@ class ResolutionConfig:
     temperature: float = 0.07
     classes: list[str] | None = None  # names for zero-shot; null: those that the data states
     templates: list[str] | None = None  # with {} for the name; null: OpenAI's 80 for ImageNet
-    text: str | None = None  # text tower, as open_clip:CHECKPOINT; null: the adaptor's teacher, or the model's own
+    # Text tower, as open_clip:CHECKPOINT or transformers:CHECKPOINT; null: the adaptor's teacher's, or the model's own
+    text: str | None = None
     adaptor: str | None = None  # the student's that zero-shot reads; null: the one to a text tower
     dtype: str = "float32"
     batch_size: int = 32  # at the reference; other sizes take as many pixels at once
@@ -108,6 +115,8 @@ def _check(config: ResolutionConfig) -> list[Size]:
     for name in ("feature_images", "k", "batch_size", "temperature"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; expected more than 0.")
+    if config.text is not None and config.text.partition(":")[0] not in TEXT_TOWERS:
+        raise ValueError(f"text is {config.text!r}; expected TYPE:CHECKPOINT, TYPE one of {', '.join(TEXT_TOWERS)}.")
     if not 0 < config.flag_below < 1:
         raise ValueError(f"flag_below is {config.flag_below}; expected a share between 0 and 1.")
     return sizes
@@ -274,11 +283,8 @@ def _classifier(
     except ValueError as error:
         return None, str(error)
     kind, _, checkpoint = tower.partition(":")
-    if kind != "open_clip":
-        return None, f"the text tower {tower!r} is no OpenCLIP model: give one with text=open_clip:CHECKPOINT"
-    templates = config.templates or openai_imagenet_templates()
-    text = load_text_encoder(checkpoint).to(next(encoder.model.parameters()).device)
-    return zero_shot_classifier(text, names, templates).cpu(), ""
+    text = TEXT_TOWERS[kind](checkpoint).to(next(encoder.model.parameters()).device)
+    return zero_shot_classifier(text, names, config.templates or openai_imagenet_templates()).cpu(), ""
 
 
 def _protocol(
