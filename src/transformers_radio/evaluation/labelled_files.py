@@ -1,12 +1,12 @@
 """A random sample of a labelled split that is decoded anew at every size, so that no size has to fit into memory."""
 
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -15,11 +15,9 @@ from tqdm import tqdm
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
 
-from .features import IMAGE_COLUMNS, LABEL_COLUMNS, _find_column
+from .features import LabelledSplit, warn_of_skipped
 
-# Rows that are shuffled together: of paths to local files a whole split fits, of encoded images some.
-PATHS_SHUFFLED = 10_000_000
-FILES_SHUFFLED = 1000
+FILES_SHUFFLED = 1000  # encoded images that are shuffled together; of paths to local files, the whole split
 
 
 @dataclass
@@ -63,64 +61,60 @@ class ResizedBatches(Sequence[torch.Tensor]):
 def sample_labelled_files(
     source: str | Path,
     split: str,
-    config_name: str | None = None,
+    name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> LabelledFiles:
-    """Up to `limit` images of a split, in an order that depends on the seed alone.
+    """Up to `limit` images of a split, drawn by the seed; all of them, in their order, without a limit.
 
-    Of local class folders any image may be drawn. Other sources are streamed: their files come in random order, and
-    within them 1,000 images are shuffled at a time, so that files in the order of their classes give a one-sided
+    Of local class folders any image may be drawn. Other sources are streamed: their parts come in random order, and
+    within them 1,000 images are shuffled at a time, so that parts in the order of their classes give a one-sided
     sample.
 
     Args:
-        source, split, image_column, label_column: as in `load_labelled_images`.
-        config_name: the configuration of a Hub dataset that has several.
-        limit: number of images; None for all.
+        source, split, name, image_column, label_column: see `features.LabelledSplit`.
+        limit: number of readable images; None for all.
 
     Raises:
+        FileNotFoundError: no such source.
         ValueError: no image or label column, a label that is not a class index, no readable image at all.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
-    stream = datasets.load_dataset(str(source), config_name, split=split, streaming=True)
-    columns = list(stream.features or next(iter(stream)))
-    image_column = _find_column(image_column, IMAGE_COLUMNS, columns, "image", str(source))
-    label_column = _find_column(label_column, LABEL_COLUMNS, columns, "label", str(source))
-    class_names = getattr((stream.features or {}).get(label_column), "names", None)
-    stream = stream.select_columns([image_column, label_column])
-    stream = stream.cast_column(image_column, datasets.Image(decode=False))
-    first = next(iter(stream), None)
-    if first is None:
-        raise ValueError(f"{source} ({split}) is empty.")
-    if limit is not None:
-        are_paths = first[image_column]["bytes"] is None
-        stream = stream.shuffle(seed=seed, buffer_size=PATHS_SHUFFLED if are_paths else FILES_SHUFFLED)
-
+    rows = LabelledSplit(source, split, name, image_column, label_column)
     files, labels, skipped = [], [], Counter[str]()
-    progress = tqdm(total=limit, desc=f"{source} {split}", unit=" images")
-    for sample in stream:
-        label = sample[label_column]
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise ValueError(
-                f"{label!r} in column {label_column!r} of {source} ({split}) is no class index; expected an integer "
-                "from 0. Choose another label_column, or a split with labels."
-            )
-        try:
-            decode_rgb(read_image(sample[image_column]))
-        except SkippedImage as error:
-            skipped[error.reason] += 1
-            continue
-        files.append(sample[image_column])
-        labels.append(label)
-        progress.update()
-        if len(files) == limit:
-            break
-    progress.close()
+    with tqdm(total=limit, desc=f"{source} {split}", unit=" images") as progress:
+        for file, label in rows.rows() if limit is None else _shuffled(rows, random.Random(seed)):
+            try:
+                decode_rgb(read_image(file))
+            except SkippedImage as error:
+                skipped[error.reason] += 1
+                continue
+            files.append(file)
+            labels.append(label)
+            progress.update()
+            if len(files) == limit:
+                break
     if not files:
         raise ValueError(
-            f"{source} ({split}) holds no readable image in column {image_column!r}; skipped: {dict(skipped)}."
+            f"{source} ({split}) holds no readable image in column {rows.image_column!r}; skipped: {dict(skipped)}."
         )
-    return LabelledFiles(files, torch.tensor(labels), class_names, dict(skipped))
+    warn_of_skipped(f"{source} ({split})", len(files), skipped)
+    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped))
+
+
+def _shuffled(rows: LabelledSplit, generator: random.Random) -> Iterator[tuple[Any, int]]:
+    """Every row once; parts in random order, and each row in exchange for one that waited."""
+    waiting: list[tuple[Any, int]] = []
+    for shard in generator.sample(range(rows.num_shards), rows.num_shards):
+        for row in rows.rows(shard):
+            if row[0].get("bytes") is None or len(waiting) < FILES_SHUFFLED:
+                waiting.append(row)
+                continue
+            place = generator.randrange(len(waiting))
+            yield waiting[place]
+            waiting[place] = row
+    generator.shuffle(waiting)
+    yield from waiting
