@@ -1,5 +1,6 @@
 """The whole task on a made set whose answers need the image: accuracy, resuming, refusals."""
 
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,11 @@ LEARNING = {
     "hardware.per_device_batch_size": 8,
 }
 SHORT = {"finetune.epochs": 5, "finetune.save_steps": 3, "finetune.batch_size": 8, "hardware.per_device_batch_size": 8}
+RUN_TASK = """
+import sys
+from transformers_radio.evaluation.run import run_task
+run_task("llava", [sys.argv[1]], output=sys.argv[2], overrides=sys.argv[3:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +137,8 @@ def test_nothing_is_done_twice_and_nothing_is_replaced_unasked(root, trained, mo
 
 def test_a_killed_run_goes_on_to_the_same_result(root):
     overrides = settings(root / "short", root / "language_model", **SHORT)
-    code = (
-        "import sys\n"
-        "from transformers_radio.evaluation.run import run_task\n"
-        "run_task('llava', [sys.argv[1]], output=sys.argv[2], overrides=sys.argv[3:])\n"
-    )
     killed = root / "killed"
-    command = [sys.executable, "-c", code, f"tiny={root / 'student'}", str(killed), *overrides]
+    command = [sys.executable, "-c", RUN_TASK, f"tiny={root / 'student'}", str(killed), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work = killed / "tiny" / "llava.made"
     deadline = time.time() + 300
@@ -225,6 +226,33 @@ def test_trained_on_blank_images_it_guesses(root, trained):
         Image.fromarray(grey).save(path)
     (result,) = run(root, root / "out-blind", "blind", **LEARNING)
     assert result.metrics["made"] < 40 < trained.metrics["made"] - 40
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_answer_together(root, tmp_path):
+    """With text alone among the conversations: a process whose batch has no image must not make the other wait."""
+    shutil.copytree(root / "short", tmp_path / "mixed")
+    file = tmp_path / "mixed" / "finetune.json"
+    items = json.loads(file.read_text())
+    words = [{"from": "human", "value": "Where is the shape?"}, {"from": "gpt", "value": "left"}]
+    file.write_text(json.dumps([items[0], *[{"conversations": words}] * 30, *items[1:8]]))
+    script = tmp_path / "script.py"
+    script.write_text(RUN_TASK)
+    overrides = settings(
+        tmp_path / "mixed",
+        root / "language_model",
+        **{**SHORT, "hardware.per_device_batch_size": 2, "hardware.gradient_checkpointing": "true"},
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, f"tiny={root / 'student'}", str(tmp_path / "out"), *overrides]
+    subprocess.run(command, check=True, env=environment, timeout=600)
+    result = Result.read(tmp_path / "out" / "tiny" / "llava.made.json")
+    assert result.counts["finetune examples"] == 38
+    answers = tmp_path / "out" / "tiny" / "llava.made" / "answers" / "made"
+    shares = [(answers / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    assert [len(share) for share in shares] == [5, 5]
+    assert len({json.loads(line)["question_id"] for share in shares for line in share}) == 10
 
 
 def test_the_recipe_is_lla_va_s():
