@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from transformers_radio.evaluation import pca_rgb, teacher_student_figure
+from transformers_radio.evaluation.visualize import fit_pca
 
 
 def patch_features(count: int, seed: int = 0, channels: int = 10) -> torch.Tensor:
@@ -98,3 +99,52 @@ def test_figure_refuses_features_of_other_images(figure_inputs, tmp_path):
     with pytest.raises(ValueError, match="'CLIP' has features of 2 images; expected 1"):
         teacher_student_figure(images[:1], columns, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_basis_shows_features_as_scikit_learn_transforms_them():
+    teacher, student = patch_features(90, 0), patch_features(24, 1) * 1.3
+    distance = np.linalg.norm(teacher.double().numpy() - teacher.median(dim=0).values.numpy(), axis=1)
+    pca = PCA(3, svd_solver="full").fit(teacher.double().numpy()[distance <= np.quantile(distance, 0.97)])
+    low, high = np.percentile(pca.transform(teacher.double().numpy()), [1, 99], axis=0)
+    expected = np.clip((pca.transform(student.double().numpy()) - low) / (high - low), 0, 1)
+    (shown,) = pca_rgb([student], [(4, 6)], fit_pca([teacher]))
+    np.testing.assert_allclose(shown.reshape(24, 3), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="10 wide, but their basis is 7 wide"):
+        pca_rgb([student], [(4, 6)], fit_pca([patch_features(30, channels=7)]))
+
+
+def panel(path, row, column):
+    """A panel's pixels (96, 96, 3) of a figure with panels of 100 pixels, without its edges."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    top, left = 54 + 106 * row, 12 + 106 * column
+    return pixels[top + 2 : top + 98, left + 2 : left + 98]
+
+
+def test_columns_of_one_basis_have_equal_colours_for_equal_features(tmp_path):
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    first, second = patch_features(32, 0).reshape(2, 16, 10), patch_features(32, 1).reshape(2, 16, 10)
+    columns = {"teacher": (first, (4, 4)), "as teacher": (torch.stack([second[0], first[1]]), (4, 4))}
+    options = {"panel_inches": 1.0, "dpi": 100}
+    own = teacher_student_figure(images, columns, tmp_path / "own.png", **options)
+    assert not np.array_equal(panel(own, 1, 1), panel(own, 1, 2))  # the same features in two bases
+    shared = {"as teacher": "teacher"}
+    common = teacher_student_figure(images, columns, tmp_path / "common.png", **options, basis_of=shared)
+    assert np.array_equal(panel(common, 1, 1), panel(common, 1, 2))
+    assert not np.array_equal(panel(common, 0, 1), panel(common, 0, 2))
+    wrong = columns | {"narrow": (torch.ones(2, 16, 5), (4, 4))}
+    with pytest.raises(ValueError, match="'narrow' cannot take the basis of 'teacher'.*'narrow': 5"):
+        teacher_student_figure(images, wrong, tmp_path / "wrong.png", basis_of={"narrow": "teacher"})
+    assert not (tmp_path / "wrong.png").exists()
+
+
+def test_a_basis_per_image_shows_each_image_as_if_alone(tmp_path):
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    features = patch_features(32).reshape(2, 16, 10) * torch.tensor([1.0, 0.1])[:, None, None]
+    options = {"panel_inches": 1.0, "dpi": 100}
+    both = teacher_student_figure(
+        images, {"m": (features, (4, 4))}, tmp_path / "both.png", **options, basis_per_image=True
+    )
+    for row in range(2):
+        alone = {"m": (features[row : row + 1], (4, 4))}
+        single = teacher_student_figure(images[:1], alone, tmp_path / "alone.png", **options)
+        assert np.array_equal(panel(both, row, 1), panel(single, 0, 1))

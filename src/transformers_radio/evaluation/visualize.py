@@ -1,34 +1,52 @@
 """Pictures of dense features: three principal components shown as red, green and blue."""
 
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from .visualize_panels import Column, photographs, write_panels
 
 # Vision transformers have a few high-norm artefact patches (about 2% in DINOv2-g) that would take over the basis.
 OUTLIER_SHARE = 0.03
 CLIP_PERCENTILES = (1.0, 99.0)
 
 
-def pca_rgb(features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Three principal components of the patches of all images as colours: per image float32 (h, w, 3) in [0, 1].
+@dataclass
+class PcaBasis:
+    """Three directions and their colour scale, all float64 on the CPU.
 
-    One basis and one colour scale serve all the images, so that equal colours mean equal content. The basis leaves
-    out the 3% of patches farthest from the median, each component is clipped to its 1st..99th percentile, and its
-    sign makes its largest loading positive, so that the same features always give the same picture.
-
-    Args:
-        features: per image (h * w, C), row-major, C >= 3.
-        grids: per image (h, w).
+    mean: (C,). directions: (C, 3), the strongest first. low, high: (3,), the components that are 0 and 1 as colours.
     """
-    if not features or len(features) != len(grids):
-        raise ValueError(f"Expected one grid per image and at least one image; got {len(features)} and {len(grids)}.")
-    for feature, (h, w) in zip(features, grids, strict=True):
-        if feature.ndim != 2 or feature.shape[0] != h * w or feature.shape[1] < 3:
-            raise ValueError(f"The features are {tuple(feature.shape)}; expected ({h} * {w}, C) with C >= 3.")
+
+    mean: torch.Tensor
+    directions: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def colours(self, features: torch.Tensor) -> torch.Tensor:
+        """(patches, C) -> float32 (patches, 3) in [0, 1].
+
+        Raises:
+            ValueError: features of another width than the basis.
+        """
+        if features.shape[1:] != self.mean.shape:
+            raise ValueError(f"The features are {features.shape[1]} wide, but their basis is {len(self.mean)} wide.")
+        components = (features.detach().double().cpu() - self.mean) @ self.directions
+        # A component without spread (constant features) becomes black instead of amplified rounding errors.
+        return ((components - self.low) / (self.high - self.low).clamp(min=1e-9)).clamp(0, 1).float()
+
+
+def fit_pca(features: Sequence[torch.Tensor]) -> PcaBasis:
+    """The basis and the colour scale of all these patches together, each (patches, C) with C >= 3.
+
+    The basis leaves out the 3% of patches farthest from the median, each component's scale is its 1st to 99th
+    percentile, and its sign makes its largest loading positive, so that the same features always give the same basis.
+
+    Raises:
+        ValueError: NaN or infinite features.
+    """
     patches = torch.cat([feature.detach().double().cpu() for feature in features])  # (all patches, C)
     if not patches.isfinite().all():
         raise ValueError("The features hold NaN or infinite values; check the model that produced them.")
@@ -40,10 +58,34 @@ def pca_rgb(features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]]) 
     basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()
     components = (patches - mean) @ basis
     low, high = (components.quantile(p / 100, dim=0) for p in CLIP_PERCENTILES)
-    # A component without spread (constant features) becomes black instead of amplified rounding errors.
-    colours = ((components - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).float()
-    per_image = colours.split([len(feature) for feature in features])
-    return [c.reshape(h, w, 3) for c, (h, w) in zip(per_image, grids, strict=True)]  # (h * w, 3) -> (h, w, 3)
+    return PcaBasis(mean, basis, low, high)
+
+
+def pca_rgb(
+    features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]], basis: PcaBasis | None = None
+) -> list[torch.Tensor]:
+    """Three principal components of the patches of all images as colours: per image float32 (h, w, 3) in [0, 1].
+
+    One basis and one colour scale serve all the images, so that equal colours mean equal content.
+
+    Args:
+        features: per image (h * w, C), row-major, C >= 3.
+        grids: per image (h, w).
+        basis: of other features in the same space, such as a teacher's; None for their own, see `fit_pca`.
+
+    Raises:
+        ValueError: features that do not fit their grids or the basis, or that are not finite.
+    """
+    if not features or len(features) != len(grids):
+        raise ValueError(f"Expected one grid per image and at least one image; got {len(features)} and {len(grids)}.")
+    for feature, (h, w) in zip(features, grids, strict=True):
+        if feature.ndim != 2 or feature.shape[0] != h * w or feature.shape[1] < 3:
+            raise ValueError(f"The features are {tuple(feature.shape)}; expected ({h} * {w}, C) with C >= 3.")
+    basis = fit_pca(features) if basis is None else basis
+    return [
+        basis.colours(feature).reshape(h, w, 3)  # (h * w, 3) -> (h, w, 3)
+        for feature, (h, w) in zip(features, grids, strict=True)
+    ]
 
 
 def teacher_student_figure(
@@ -52,45 +94,45 @@ def teacher_student_figure(
     path: str | Path,
     panel_inches: float = 1.6,
     dpi: int = 160,
+    basis_of: Mapping[str, str] | None = None,
+    basis_per_image: bool = False,
 ) -> Path:
     """Write a PNG: a row per image; the input, then one column per model with its `pca_rgb` and the patch grid's size.
 
     Args:
         images: (N, 3, H, W), uint8 or float in [0, 1].
         columns: title -> (features (N, h * w, C), grid (h, w)), in the order of the columns. Each model's features are
-            stretched over its panel, as they cover the whole image. Colours compare within a column only.
+            stretched over its panel, as they cover the whole image. Colours compare within a column only, or between
+            columns of one basis.
         path: where the PNG goes; replaced in one step, so that a reader never meets half a file.
+        basis_of: title -> title of the column whose basis and colours it takes: for features in one space, such as a
+            teacher's and those of the student's adaptor to it.
+        basis_per_image: each image with a basis of its own, so that colours compare within a panel only.
+
+    Raises:
+        ValueError: no image or column, features of other images, or a basis of another width.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0 or not columns:
         raise ValueError(f"images are {tuple(images.shape)}; expected (N, 3, H, W) with N >= 1, and a column.")
+    basis_of = basis_of or {}
     for title, (features, _) in columns.items():
         if len(features) != len(images):
             raise ValueError(f"{title!r} has features of {len(features)} images; expected {len(images)}.")
-    pictures = {"Input": [image.permute(1, 2, 0).cpu() for image in images]}  # (3, H, W) -> (H, W, 3)
-    subtitles = [f"{images.shape[3]} × {images.shape[2]} px"]
+        owner = basis_of.get(title, title)
+        if owner not in columns or columns[owner][0].shape[-1] != features.shape[-1]:
+            widths = {name: one.shape[-1] for name, (one, _) in columns.items()}
+            raise ValueError(
+                f"{title!r} cannot take the basis of {owner!r}, as the widths of the features are {widths}: only "
+                "features of one space have a basis in common, such as a teacher's and those of the student's adaptor."
+            )
+    shown = [photographs(list(images))]
     for title, (features, (h, w)) in columns.items():
-        pictures[title] = pca_rgb(list(features), [(h, w)] * len(images))
-        subtitles.append(f"PCA, {w} × {h} patches")
-
-    panel_height = panel_inches * images.shape[2] / images.shape[3]
-    margin, gap, header = 0.12, 0.06, 0.42  # inches
-    width = 2 * margin + len(pictures) * (panel_inches + gap) - gap
-    height = 2 * margin + header + len(images) * (panel_height + gap) - gap
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
-    for column, (title, panels) in enumerate(pictures.items()):
-        left = margin + column * (panel_inches + gap)
-        middle = (left + panel_inches / 2) / width
-        figure.text(middle, 1 - (margin + 0.1) / height, title, ha="center", va="center", size=10, weight="bold")
-        subtitle_y = 1 - (margin + 0.28) / height
-        figure.text(middle, subtitle_y, subtitles[column], ha="center", va="center", size=7, color="0.4")
-        for row, panel in enumerate(panels):
-            bottom = margin + (len(images) - 1 - row) * (panel_height + gap)
-            axes = figure.add_axes((left / width, bottom / height, panel_inches / width, panel_height / height))
-            axes.imshow(panel.numpy(), aspect="auto", interpolation="nearest" if column else "antialiased")
-            axes.set_axis_off()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
-    return path
+        owner = basis_of.get(title, title)
+        named = f"basis of {owner}" if owner != title else "PCA"
+        groups = [[number] for number in range(len(images))] if basis_per_image else [list(range(len(images)))]
+        panels = []
+        for group in groups:
+            basis = fit_pca([columns[owner][0][number] for number in group])
+            panels += pca_rgb([features[number] for number in group], [(h, w)] * len(group), basis)
+        shown.append(Column(title, f"{named}, {w} × {h} patches", panels))
+    return write_panels(shown, path, panel_inches=panel_inches, dpi=dpi)

@@ -1,0 +1,272 @@
+"""`transformers-radio report DIR...`: the results of many evaluations as one table like the paper's Table 1."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from transformers_radio.teachers import TEACHERS
+
+from .encoder import split_title
+from .report import Row, Table
+from .report_figure import quality_throughput_figure
+from .results import Result, slug
+
+# Tasks in the order of Table 1's columns; of their metrics those that have a column. Empty: all but those of a
+# yes-or-no question that its F1 sums up.
+TABLE_METRICS: dict[str, tuple[str, ...]] = {
+    "zero-shot": ("Zero-shot",),
+    "knn": ("k-NN",),
+    "segmentation": ("mIoU",),
+    "llava": (),
+    "sam-coco": ("SAM COCO", "mask AP"),
+}
+SUMMED_UP = (" precision", " recall", " yes")
+IS_RESULT = {"task", "model", "data", "metrics", "protocol"}  # fields that no other JSON file has together
+
+
+@dataclass
+class Measured:
+    """A result, its file, and its task with the method, as the file's name has it ("segmentation-projection")."""
+
+    path: Path
+    method: str
+    result: Result
+
+    @property
+    def spec(self) -> str:
+        return split_title(str(self.result.settings.get("model", self.result.model)))[1].rstrip("/")
+
+
+def read_results(folders: Sequence[str | Path]) -> list[Measured]:
+    """All the results in and below the folders, in the order of their paths; a file met twice counts once.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: there is no result, or a model was measured twice with other settings: both files are named.
+    """
+    found: dict[Path, Measured] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}; name those that hold results of evaluations.")
+        for path in sorted(folder.rglob("*.json")):
+            result = _read(path)
+            if result is not None:
+                found.setdefault(path.resolve(), Measured(path, path.name.partition(".")[0], result))
+    if not found:
+        raise ValueError(
+            f"There are no results in {', '.join(map(str, folders))}: measure with transformers-radio eval."
+        )
+    kept: dict[tuple[str, str, str], Measured] = {}
+    for one in found.values():
+        key = (one.result.model, one.method, one.result.data)
+        other = kept.setdefault(key, one)
+        if other.result != one.result:
+            raise ValueError(
+                f"{one.result.model} was measured twice on {one.result.data}, with different "
+                f"{_differences(other.result, one.result)}: {other.path} and {one.path}. Leave one of them out, or "
+                "give the model another title (TITLE=MODEL) where it is another one."
+            )
+    for one, other in combinations(kept.values(), 2):
+        _check_same_model(one, other)
+    return list(kept.values())
+
+
+def report_table(measured: Sequence[Measured], title: str = "Students and teachers") -> tuple[Table, list[str]]:
+    """One row a model, teachers before students and each in the order met; and the names of the students.
+
+    A row's resolution is that of its first column in the order of Table 1 (zero-shot, k-NN, ...). Its throughput is
+    the one at that resolution, or else the only one there is. The notes say how each column was measured, what was
+    measured at another resolution than the row's, and which metrics have no column.
+
+    Raises:
+        ValueError: a model has several throughputs, and not exactly one at its resolution.
+    """
+    by_model: dict[str, list[Measured]] = {}
+    for one in measured:
+        by_model.setdefault(one.result.model, []).append(one)
+    students = [model for model, ones in by_model.items() if not _is_teacher(ones)]
+    cells = _cells(measured)
+    names = list(dict.fromkeys(cell.column for cell in cells))
+    rows, speeds = [], []
+    for model in sorted(by_model, key=lambda model: model in students):  # stable: teachers first
+        own = [cell for cell in cells if cell.one.result.model == model]
+        first = (own[0].one if own else by_model[model][0]).result
+        speed = _throughput(by_model[model], first.resolution)
+        rows.append(
+            Row(
+                model,
+                first.params,
+                tuple(first.resolution) if isinstance(first.resolution, list) else first.resolution,  # type: ignore[arg-type]
+                None if speed is None else speed.result.metrics["Throughput"],
+                dict.fromkeys(names) | {cell.column: cell.value for cell in own},
+            )
+        )
+        speeds += [] if speed is None else [_Cell("Throughput", speed, rows[-1].throughput or 0.0)]
+    notes = [*_protocols([*cells, *speeds]), *_other_resolutions([*cells, *speeds], rows), *_left_out(measured)]
+    return Table(title, rows, notes), students
+
+
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, title: str = "Students and teachers"
+) -> tuple[Table, list[Path]]:
+    """Write the report of all the results in and below the folders; return its table and the files.
+
+    report.md and report.json hold the table (`Table.from_json` reads it), report.png quality against throughput (not
+    written where nothing has both), and MODEL.model-index.yaml, one a student, its metrics as a Hub model card's
+    `model-index`.
+
+    Args:
+        folders: outputs of `transformers-radio eval`.
+        output: where the report goes; None for the first of the folders.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_results` and `report_table`; before anything is written.
+    """
+    measured = read_results(folders)
+    table, students = report_table(measured, title)
+    output = Path(folders[0] if output is None else output)
+    output.mkdir(parents=True, exist_ok=True)
+    files = [_write(output / "report.md", table.to_markdown()), _write(output / "report.json", table.to_json())]
+    picture = quality_throughput_figure(table, students, output / "report.png")
+    files += [] if picture is None else [picture]
+    for student in students:
+        results = [one.result for one in measured if one.result.model == student]
+        text = model_index(student, results)
+        files += [] if text is None else [_write(output / f"{slug(student)}.model-index.yaml", text)]
+    return table, files
+
+
+def model_index(model: str, results: Sequence[Result]) -> str | None:
+    """The `model-index` of a Hub model card as YAML, or None where no result is of a task that the Hub knows."""
+    from huggingface_hub import ModelCardData
+
+    entries = [entry for result in results for entry in result.eval_results()]
+    return ModelCardData(model_name=model, eval_results=entries).to_yaml() + "\n" if entries else None
+
+
+@dataclass
+class _Cell:
+    column: str
+    one: Measured
+    value: float
+
+
+def _read(path: Path) -> Result | None:
+    """The result in this file; None for another JSON file, such as one in the folder of a model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): measure again, or remove it.") from error
+    return Result.read(path) if isinstance(content, dict) and content.keys() >= IS_RESULT else None
+
+
+def _check_same_model(one: Measured, other: Measured) -> None:
+    """Two results of one name must be of one model: of equal weights where both say so of the same thing."""
+    if one.result.model != other.result.model:
+        return
+    mine, theirs = one.result.settings, other.result.settings
+    # a digest is of the weights in one dtype, and a teacher's position table is of its resolution
+    comparable = one.result.resolution == other.result.resolution and "dtype" in mine
+    if comparable and mine.get("dtype") == theirs.get("dtype"):
+        differ = mine.get("weights") != theirs.get("weights")
+    else:
+        differ = one.spec != other.spec
+    if differ:
+        raise ValueError(
+            f"{one.path} and {other.path} call different models {one.result.model!r} ({one.spec}, {other.spec}, or "
+            "its weights changed in between): give them titles, as TITLE=MODEL, or measure again."
+        )
+
+
+def _differences(one: Result, other: Result) -> str:
+    """What differs, settings one by one."""
+    keys = [key for key in {**one.settings, **other.settings} if one.settings.get(key) != other.settings.get(key)]
+    changed = [f"{key} ({one.settings.get(key)!r}, {other.settings.get(key)!r})" for key in keys]
+    fields = [name for name in ("resolution", "counts", "metrics") if getattr(one, name) != getattr(other, name)]
+    return ", ".join(changed or fields or ["protocol"])
+
+
+def _is_teacher(ones: Sequence[Measured]) -> bool:
+    typed = any(one.spec.partition(":")[0] in TEACHERS for one in ones)
+    # a vision model of transformers is named without a type, but read as a teacher
+    return typed or any("teacher's own" in str(one.result.settings.get("features", "")) for one in ones)
+
+
+def _cells(measured: Sequence[Measured]) -> list[_Cell]:
+    """All cells but throughput, column by column in Table 1's order."""
+    order = list(TABLE_METRICS)
+    ranked = [one for one in measured if one.result.task in TABLE_METRICS]
+    ranked.sort(key=lambda one: (order.index(one.result.task), one.method, one.result.data))
+    cells = []
+    for one in ranked:
+        task, data = one.result.task, one.result.data
+        sets = {other.result.data for other in ranked if other.method == one.method}
+        how = one.method.removeprefix(task).strip("-")
+        for metric in _with_column(one.result):
+            column = data if task == "segmentation" else metric if len(sets) == 1 else f"{metric} ({data})"
+            cells.append(_Cell(f"{column} ({how})" if how else column, one, one.result.metrics[metric]))
+    return cells
+
+
+def _with_column(result: Result) -> list[str]:
+    chosen = TABLE_METRICS.get(result.task)
+    if chosen is None:
+        return []
+    return [name for name in result.metrics if (name in chosen if chosen else not name.endswith(SUMMED_UP))]
+
+
+def _throughput(ones: Sequence[Measured], resolution: int | list[int] | None) -> Measured | None:
+    speeds = [one for one in ones if one.result.task == "throughput"]
+    fitting = [one for one in speeds if one.result.resolution == resolution] or speeds
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{fitting[0].result.model} has the throughputs of {' and '.join(str(one.path) for one in fitting)}, and "
+            f"its row, at {resolution} px, has room for one: leave the others out of the folders."
+        )
+    return fitting[0] if fitting else None
+
+
+def _protocols(cells: Sequence[_Cell]) -> list[str]:
+    """A note for each way of measuring, with its columns and, where not all models were measured so, its models."""
+    groups: dict[tuple[str, str], list[_Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.one.result.data, cell.one.result.protocol), []).append(cell)
+    notes = []
+    for (data, protocol), group in groups.items():
+        columns = list(dict.fromkeys(cell.column for cell in group))
+        models = list(dict.fromkeys(cell.one.result.model for cell in group))
+        everyone = {cell.one.result.model for cell in cells if cell.column in columns}
+        whose = "" if everyone == set(models) else f" ({', '.join(models)})"
+        notes.append(f"{', '.join(columns)}{whose}: {data}; {protocol}.")
+    return notes
+
+
+def _other_resolutions(cells: Sequence[_Cell], rows: Sequence[Row]) -> list[str]:
+    resolutions = {row.model: row.resolution for row in rows}
+    others = []
+    for cell in cells:
+        own = cell.one.result.resolution
+        if (tuple(own) if isinstance(own, list) else own) != resolutions[cell.one.result.model]:
+            others.append(f"{cell.column} of {cell.one.result.model} at {own} px")
+    return [f"Not at the row's resolution: {', '.join(others)}."] if others else []
+
+
+def _left_out(measured: Sequence[Measured]) -> list[str]:
+    names: dict[str, None] = {}
+    for one in measured:
+        if one.result.task not in TABLE_METRICS and one.result.task != "throughput":
+            names[one.result.task] = None
+        for metric in one.result.metrics:
+            if one.result.task in TABLE_METRICS and metric not in _with_column(one.result):
+                names[f"{one.method} {metric}"] = None
+    return [f"In the result files only: {', '.join(names)}."] if names else []
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
