@@ -16,6 +16,7 @@ TRAINING = [
 TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.16"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4"]
 EVALUATION = ["evaluate>=0.4.6", "faster-coco-eval>=1.6"]
+LMMS = ["lmms-eval>=0.3"]
 DEV = [
     *QUICKSTART,
     *EVALUATION,
@@ -41,7 +42,13 @@ setup(
     packages=find_packages("src"),
     package_data={"transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "py.typed"]},
     install_requires=[*MODELING, *TRAINING],
-    extras_require={"teachers": TEACHERS, "quickstart": QUICKSTART, "evaluation": EVALUATION, "dev": DEV},
+    extras_require={
+        "teachers": TEACHERS,
+        "quickstart": QUICKSTART,
+        "evaluation": EVALUATION,
+        "lmms": LMMS,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
