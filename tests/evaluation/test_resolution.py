@@ -242,9 +242,9 @@ def test_bad_settings_are_refused_before_anything_is_encoded(pictures, students,
         ("sizes=[wide]", "sizes has 'wide'"),
         ("k=0", "k is 0"),
         ("k=33", "fewer than k"),
-        ("text=word2vec:news", "text is 'word2vec:news'; expected TYPE:CHECKPOINT"),
+        ("text=word2vec:news", "'word2vec:news' is no text tower"),
         ("flag_below=1.5", "flag_below is 1.5"),
-        ("classes=[a,b]", "a label 3, but there are 2 classes"),
+        ("classes=[a,b]", "2 class names, but .* has 4 classes"),
     ]:
         with pytest.raises(ValueError, match=message):
             run_task("resolution", [str(students / "steady")], str(pictures), None, tmp_path, [*SETTINGS, change])

@@ -3,8 +3,9 @@
 RADIO v2.1 has 82.9 % zero-shot at 432 pixels and 0.2 % at 1024: above some size it speaks SAM's language only.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,7 @@ from accelerate import Accelerator
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from transformers_radio.teachers import load_text_encoder
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
-
+from ..class_names import OPENAI_IMAGENET, load_class_names, load_templates
 from ..encoder import Features, VisionEncoder, load_encoder, split_spec, split_title
 from ..feature_statistics import feature_cosine
 from ..features import extract_summaries
@@ -25,16 +24,12 @@ from ..knn import knn_accuracy
 from ..labelled_files import LabelledFiles, ResizedBatches, sample_labelled_files
 from ..resolution_plot import Size, resolution_figure, size_name
 from ..results import Result, done, result_path, slug
-from ..zero_shot import openai_imagenet_templates, zero_shot_accuracy, zero_shot_classifier
+from ..zero_shot import Template, load_text_tower, zero_shot_accuracy, zero_shot_classifier
 
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT, KNN, KNN_REFERENCE = "Zero-shot", "k-NN", "k-NN, reference bank"
 SUMMARY_COSINE, FEATURE_COSINE = "Summary cosine", "Feature cosine"
-TEXT_TOWERS: dict[str, Callable[[str], torch.nn.Module]] = {
-    "open_clip": load_text_encoder,
-    "transformers": load_transformers_text_encoder,
-}
 FEATURE_BATCH = 4  # images
 
 
@@ -58,14 +53,28 @@ class ResolutionConfig:
     feature_images: int = 32  # of these, whose patch features are compared
     k: int = 20
     temperature: float = 0.07
-    classes: list[str] | None = None  # names for zero-shot; null: those that the data states
-    templates: list[str] | None = None  # with {} for the name; null: OpenAI's 80 for ImageNet
-    # Text tower, as open_clip:CHECKPOINT or transformers:CHECKPOINT; null: the adaptor's teacher's, or the model's own
-    text: str | None = None
+    classes: Any = None  # names for zero-shot: a file, a list or openai_imagenet; null: those that the data states
+    templates: Any = OPENAI_IMAGENET  # a file or list of templates with {} for the name, or OpenAI's 80
+    text: str | None = None  # text tower, as open_clip:... or transformers:...; null: the adaptor's teacher's
     adaptor: str | None = None  # the student's that zero-shot reads; null: the one to a text tower
     dtype: str = "float32"
     batch_size: int = 32  # at the reference; other sizes take as many pixels at once
     overwrite: bool = False
+
+
+@dataclass
+class Words:
+    """For zero-shot. names: of the classes; None where there are none, and `missing` says why."""
+
+    names: list[str] | None
+    templates: Sequence[Template]
+    missing: str = ""
+
+    def digest(self) -> str | None:
+        if self.names is None:
+            return None
+        templates = [template if isinstance(template, str) else template("{}") for template in self.templates]
+        return hashlib.blake2b("\n".join(self.names + templates).encode(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -99,7 +108,8 @@ def run(models: list[str], config: ResolutionConfig, output: Path) -> list[Resul
     bank = sample_labelled_files(config.data, config.train_split, *read, config.bank_images)
     if len(bank.files) < config.k:
         raise ValueError(f"The bank has {len(bank.files)} images, fewer than k ({config.k}): raise bank_images.")
-    results = [_measure(encoder, sizes, bank, queries, config, name, output) for encoder in encoders]
+    words = _words(config, queries)
+    results = [_measure(encoder, sizes, bank, queries, words, config, name, output) for encoder in encoders]
     resolution_figure(results, output / f"resolution.{slug(name)}.png")
     return results
 
@@ -115,8 +125,6 @@ def _check(config: ResolutionConfig) -> list[Size]:
     for name in ("feature_images", "k", "batch_size", "temperature"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; expected more than 0.")
-    if config.text is not None and config.text.partition(":")[0] not in TEXT_TOWERS:
-        raise ValueError(f"text is {config.text!r}; expected TYPE:CHECKPOINT, TYPE one of {', '.join(TEXT_TOWERS)}.")
     if not 0 < config.flag_below < 1:
         raise ValueError(f"flag_below is {config.flag_below}; expected a share between 0 and 1.")
     return sizes
@@ -138,6 +146,7 @@ def _measure(
     sizes: list[Size],
     bank: LabelledFiles,
     queries: LabelledFiles,
+    words: Words,
     config: ResolutionConfig,
     name: str,
     output: Path,
@@ -148,11 +157,12 @@ def _measure(
         **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "batch_size")},
         **encoder.settings(),
         "reference": encoder.image_size,
+        "words": words.digest(),
     }
     finished = done(path, settings, config.overwrite)
     if finished is not None:
         return finished
-    classifier, no_words = _classifier(encoder, config, queries)
+    classifier, no_words = _classifier(encoder, words, config)
     left_out = {} if classifier is not None else {ZERO_SHOT: no_words}
     used: dict[Size, Size] = {size: _fitted(size, encoder.step) for size in sizes}
     measured: dict[Size, dict[str, float]] = {}
@@ -269,22 +279,32 @@ def find_collapses(measured: dict[Size, dict[str, float]], reference: Size, flag
     return {size: what for size, what in found.items() if what}
 
 
-def _classifier(
-    encoder: VisionEncoder, config: ResolutionConfig, queries: LabelledFiles
-) -> tuple[torch.Tensor | None, str]:
-    """(C, D) for zero-shot, or None and the reason."""
-    names = config.classes or queries.class_names
-    if not names:
-        return None, "the data does not state the names of its classes: give them with classes=[...]"
+def _words(config: ResolutionConfig, queries: LabelledFiles) -> Words:
+    templates = load_templates(config.templates)
+    try:
+        names = load_class_names(config.classes, queries.class_names, config.data)
+    except ValueError as error:
+        if config.classes is not None:
+            raise
+        return Words(None, templates, str(error))
     if int(queries.labels.max()) >= len(names):
-        raise ValueError(f"The data has a label {int(queries.labels.max())}, but there are {len(names)} classes.")
+        raise ValueError(
+            f"The data has the label {int(queries.labels.max())}, but there are {len(names)} class names: give one "
+            "name a class."
+        )
+    return Words(names, templates)
+
+
+def _classifier(encoder: VisionEncoder, words: Words, config: ResolutionConfig) -> tuple[torch.Tensor | None, str]:
+    """(C, D) for zero-shot, or None and the reason."""
+    if words.names is None:
+        return None, words.missing
     try:
         tower = config.text or encoder.text_tower()
     except ValueError as error:
         return None, str(error)
-    kind, _, checkpoint = tower.partition(":")
-    text = TEXT_TOWERS[kind](checkpoint).to(next(encoder.model.parameters()).device)
-    return zero_shot_classifier(text, names, config.templates or openai_imagenet_templates()).cpu(), ""
+    text = load_text_tower(tower).to(next(encoder.model.parameters()).device)
+    return zero_shot_classifier(text, words.names, words.templates).cpu(), ""
 
 
 def _protocol(
