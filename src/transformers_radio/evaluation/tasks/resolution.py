@@ -183,7 +183,7 @@ def _measure(
         encoder.name,
         name,
         {f"{measure} @ {size_name(size)}": value for size, one in measured.items() for measure, value in one.items()},
-        _protocol(encoder, bank, queries, config, flagged, left_out),
+        _protocol(encoder, bank, queries, config, flagged, left_out, len(measured)),
         {
             **settings,
             "used_sizes": {size_name(asked): size_name(size) for asked, size in used.items()},
@@ -314,16 +314,15 @@ def _protocol(
     config: ResolutionConfig,
     flagged: dict[str, list[str]],
     left_out: dict[str, str],
+    sizes: int,
 ) -> str:
-    falls = "; ".join(f"{size} ({', '.join(what)})" for size, what in flagged.items())
+    if flagged:
+        falls = "; ".join(f"{size} ({', '.join(what)})" for size, what in flagged.items())
+        verdict = f"MODE SWITCH? Below {config.flag_below:g} of the reference at {falls}."
+    else:
+        verdict = "Nothing collapses." if sizes > 1 else "No size to compare with the reference."
     return (
         f"{len(queries.files)} whole images scaled to each size, bicubic; {config.k}-NN in {len(bank.files)} images "
         f"at the same size and at {encoder.image_size}; cosines to {encoder.image_size}, features on the coarser "
-        "grid. "
-        + (
-            f"MODE SWITCH? Below {config.flag_below:g} of the reference at {falls}."
-            if flagged
-            else "Nothing collapses."
-        )
-        + (f" Left out: {', '.join(left_out)}." if left_out else "")
+        f"grid. {verdict}" + (f" Left out: {', '.join(left_out)}." if left_out else "")
     )
