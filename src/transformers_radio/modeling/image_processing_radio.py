@@ -89,9 +89,26 @@ class RadioImageProcessor(TorchvisionBackend):
 
     def process_image(self, image, *args, **kwargs) -> torch.Tensor:
         """One image as a (channels, height, width) tensor: uint8 in 0..255 or float in [0, 1]."""
-        if get_image_type(image) == ImageType.PIL and image.mode.startswith(("I", "F")):
-            raise ValueError(f"a PIL image of mode {image.mode!r} has no defined range; convert it to 8 bits first")
+        if get_image_type(image) == ImageType.PIL:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"a PIL image of mode {image.mode!r} has no defined range; convert it to 8 bits first"
+                )
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = image.copy()
+                white.paste((255, 255, 255, 255), (0, 0, *image.size))
+                white.alpha_composite(image)
+                image = white.convert("RGB")
+        elif getattr(image, "ndim", 3) == 3 and image.shape[-1] == 4 and image.shape[0] not in (1, 3, 4):
+            kwargs["input_data_format"] = "channels_last"  # transformers 5.20 would not know
         image = super().process_image(image, *args, **kwargs)
+        if image.shape[0] == 4:  # transformers 5.20 leaves arrays of one and four channels as they are
+            scale = 1 if image.is_floating_point() else 255
+            opacity = image[3:] / scale
+            image = (image[:3] * opacity + scale * (1 - opacity)).to(image.dtype)  # over white
+        elif image.shape[0] == 1:
+            image = image.expand(3, -1, -1)
         low, high = image.min().item(), image.max().item()
         if image.is_floating_point():
             if not (0.0 <= low and high <= 1.0):

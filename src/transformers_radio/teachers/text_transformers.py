@@ -25,16 +25,16 @@ TOWERS = {
 class TransformersTextEncoder(nn.Module):
     """A text tower with its tokenizer: N texts -> (N, dim) float32, not normalised.
 
-    CLIP's texts go to its tokenizer as they are. SigLIP's are canonicalised first and padded on the right to the length
-    of the position table (64), and the padding is not masked: so both were trained, and neither the tokenizers nor
-    the processors of SigLIP2 do all of it.
+    CLIP's texts go to its tokenizer as they are. SigLIP's are canonicalised first and padded on the right to the
+    length of the position table (64), and the padding is not masked: so both were trained, and neither the tokenizers
+    nor the processors of SigLIP2 do all of it.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         super().__init__()
         self.model: Any = model.requires_grad_(False)
         self.tokenizer = tokenizer
-        self.is_clip = model.config.model_type in CLIP_TYPES
+        self.is_clip = self.model.config.model_type in CLIP_TYPES
         self.eval()
 
     @torch.no_grad()
