@@ -65,6 +65,41 @@ def evaluate(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of results, such as runs/eval.")],
+    output: Annotated[Path | None, typer.Option(help="Where the report goes; the first folder unless given.")] = None,
+    title: Annotated[str, typer.Option(help="Of the table.")] = "Students and teachers",
+) -> None:
+    """One table of all results, like the paper's Table 1: Markdown, JSON, a picture, and entries for model cards."""
+    from rich.console import Console
+
+    from transformers_radio.evaluation.report_folder import write_report
+
+    table, files = write_report(folders, output, title)
+    console = Console()
+    console.print(table.to_rich())
+    console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def visualize(
+    kind: Annotated[str, typer.Argument(help="features, attention, positions, heat-map, masks, or all.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. basis=models.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="As for eval; students and teachers side by side. May be repeated.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="An image, a folder, or what datasets.load_dataset opens.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Settings as YAML.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the PNG files.")] = Path("runs/visualize"),
+) -> None:
+    """Pictures of what models see: features, attention, position tables, words, masks."""
+    from transformers_radio.evaluation.visualize_run import visualize
+
+    for path in visualize(kind, model or [], data, recipe, output, overrides):
+        typer.echo(path)
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the made images, the run and the results.")] = Path(
         "runs/quickstart"

@@ -34,7 +34,8 @@ class TransformersTextEncoder(nn.Module):
         super().__init__()
         self.model: Any = model.requires_grad_(False)
         self.tokenizer = tokenizer
-        self.is_clip = self.model.config.model_type in CLIP_TYPES
+        config: Any = model.config
+        self.is_clip = config.model_type in CLIP_TYPES
         self.eval()
 
     @torch.no_grad()
