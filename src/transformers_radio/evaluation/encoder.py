@@ -74,9 +74,10 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: the model speaks no text tower's language.
         """
-        self.text_tower()
         if not self.is_student:
+            self.text_tower()
             return self.model(images).summary
+        self._require_adaptor()
         return self.model(self._cast(images), adaptors=[self.adaptor]).adaptors[self.adaptor].summary.float()
 
     def text_tower(self) -> str:
@@ -86,12 +87,7 @@ class VisionEncoder(nn.Module):
             ValueError: there is none.
         """
         if self.is_student:
-            if self.adaptor is None:
-                known = ", ".join(self.model.config.adaptors) or "no adaptors"
-                raise ValueError(
-                    f"{self.spec} has no adaptor to a teacher with a text tower (it has {known}): name one with "
-                    "adaptor=..., or distil a student with a CLIP or SigLIP teacher."
-                )
+            self._require_adaptor()
             teacher = self.model.config.adaptors[self.adaptor]["teacher"]
             if not teacher.startswith(tuple(f"{tower}:" for tower in TEXT_TOWERS)):
                 raise ValueError(
@@ -100,7 +96,10 @@ class VisionEncoder(nn.Module):
                 )
             return teacher
         kind, checkpoint = split_spec(self.spec)
-        if kind not in TEXT_TOWERS or not _is_contrastive(self.model):
+        speaks = kind in TEXT_TOWERS
+        if kind == "transformers":
+            speaks = self.model.model.config.model_type.startswith(("clip", "siglip"))
+        if not speaks:
             raise ValueError(f"{self.spec} has no text tower, so it cannot be asked in words.")
         return f"{kind}:{checkpoint}"
 
@@ -127,6 +126,14 @@ class VisionEncoder(nn.Module):
             raise ValueError(
                 f"{self.name} takes sides that are multiples of {self.step}, not {height} x {width}: use "
                 f"{nearest[0]} x {nearest[1]}."
+            )
+
+    def _require_adaptor(self) -> None:
+        if self.adaptor is None:
+            known = ", ".join(self.model.config.adaptors) or "no adaptors"
+            raise ValueError(
+                f"{self.spec} has no adaptor to a teacher with a text tower (it has {known}): name one with "
+                "adaptor=..., or distil a student with a CLIP or SigLIP teacher."
             )
 
     def _cast(self, images: torch.Tensor) -> torch.Tensor:
@@ -252,11 +259,6 @@ def _language_adaptor(student: RadioModel, adaptor: str | None, spec: str) -> st
         if one["summary_dim"] is not None and (name.startswith(("siglip", "clip")) or "open_clip:" in one["teacher"])
     ]
     return speaking[0] if len(speaking) == 1 else None
-
-
-def _is_contrastive(teacher: nn.Module) -> bool:
-    model_type = getattr(getattr(teacher.model, "config", None), "model_type", "clip")  # open_clip's have no config
-    return model_type.startswith(("clip", "siglip"))
 
 
 def digest_weights(*modules: nn.Module) -> str:
