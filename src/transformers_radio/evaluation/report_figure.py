@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -132,27 +133,27 @@ def _label_points(axes: Axes, renderer: Any, points: Sequence[_Point], students:
     pixel = renderer.dpi / 72  # pixels of a point of type
     places = axes.transData.transform([(point.speed, point.value) for point in points])
     reach = MARKER_POINTS * pixel
-    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in places]
+    taken = np.hstack([places - reach, places + reach])  # (n, 4): x0, y0, x1, y1 in pixels
+    panel = np.array([axes.bbox.extents])
     lines: list[Segment] = []
     order = sorted(range(len(points)), key=lambda number: points[number].model not in students)  # the nearest places
     for number in order:
         point, (x, y) = points[number], places[number]
-        others = taken[:number] + taken[number + 1 :]
+        others = [Bbox.from_extents(*box) for box in np.delete(taken, number, axis=0)]
         style: dict[str, Any] = {"size": 7.5, "color": "0.15", "parse_math": False, "textcoords": "offset points"}
         style["weight"] = "bold" if point.model in students else "normal"
         label = axes.annotate(point.model, (point.speed, point.value), xytext=(0, 0), **style)
         size = label.get_window_extent(renderer)
-        best: tuple[float, Bbox, tuple[float, float]] | None = None  # pixels in the way, box, offset in points
+        best: tuple[float, np.ndarray, tuple[float, float]] | None = None  # pixels in the way, box, offset in points
         for distance, (across, up) in product(DISTANCES, DIRECTIONS):
             dx, dy = across * distance, up * distance
             left = x + dx * pixel - (0 if across > 0 else size.width if across < 0 else size.width / 2)
             bottom = y + dy * pixel - (0 if up > 0 else size.height if up < 0 else size.height / 2)
-            box = Bbox.from_bounds(left, bottom, size.width, size.height)
-            hidden = sum(_common_area(box, other) for other in taken)
-            hidden += box.width * box.height - _common_area(box, axes.bbox)
-            hidden += CROSSING * sum(line.intersects_bbox(box) for line in lines)
+            box = np.array([left, bottom, left + size.width, bottom + size.height])
+            hidden = _common_area(box, taken) + size.width * size.height - _common_area(box, panel)
+            hidden += CROSSING * sum(line.intersects_bbox(Bbox.from_extents(*box)) for line in lines)
+            leader = Segment([(x, y), (x + dx * pixel, y + dy * pixel)])
             if distance > LEADER_FROM:
-                leader = Segment([(x, y), (x + dx * pixel, y + dy * pixel)])
                 hidden += CROSSING * sum(leader.intersects_bbox(other) for other in others)
             hidden = float(round(hidden))  # what is below a pixel is rounding
             if best is None or hidden < best[0]:
@@ -161,8 +162,8 @@ def _label_points(axes: Axes, renderer: Any, points: Sequence[_Point], students:
                 break
         assert best is not None
         _, box, (dx, dy) = best
-        label.set(position=((box.x0 - x) / pixel, (box.y0 - y) / pixel), ha="left", va="bottom")
-        taken.append(box.padded(pixel))
+        label.set(position=((box[0] - x) / pixel, (box[1] - y) / pixel), ha="left", va="bottom")
+        taken = np.vstack([taken, box + pixel * np.array([-1, -1, 1, 1])])
         if math.hypot(dx, dy) > LEADER_FROM:
             lines.append(Segment([(x, y), (x + dx * pixel, y + dy * pixel)]))
             line = {"arrowstyle": "-", "color": "0.55", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
@@ -170,6 +171,7 @@ def _label_points(axes: Axes, renderer: Any, points: Sequence[_Point], students:
             axes.annotate("", at, xytext=(dx, dy), textcoords="offset points", arrowprops=line)
 
 
-def _common_area(one: Bbox, other: Bbox) -> float:
-    common = Bbox.intersection(one, other)
-    return 0.0 if common is None else common.width * common.height
+def _common_area(box: np.ndarray, others: np.ndarray) -> float:
+    """Of one box (4,) with each of the others (n, 4), summed."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])  # (n, 2)
+    return float(sides.clip(min=0).prod(axis=1).sum())

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers_radio.teachers import TEACHERS
 
-from .encoder import split_title
 from .report import Row, Table
 from .report_figure import quality_throughput_figure
 from .results import Result, slug
@@ -37,7 +36,10 @@ class Measured:
 
     @property
     def spec(self) -> str:
-        return split_title(str(self.result.settings.get("model", self.result.model)))[1].rstrip("/")
+        """Where the model came from, without a title."""
+        spec = str(self.result.settings.get("model", self.result.model))
+        title, _, source = spec.partition("=")
+        return (source if title and source else spec).rstrip("/")
 
 
 def read_results(folders: Sequence[str | Path]) -> list[Measured]:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from transformers_radio.modeling import RadioModel
-from transformers_radio.teachers import load_sam, load_text_encoder
+from transformers_radio.teachers import load_sam
 
 from .encoder import VisionEncoder, load_encoder, split_spec, split_title
 from .features import resize_image
@@ -24,6 +24,7 @@ from .visualize_heat_map import heat_map_figure, text_similarity
 from .visualize_images import Picture, load_pictures
 from .visualize_masks import masks_figure
 from .visualize_positions import positions_figure
+from .zero_shot import load_text_tower
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class VisualizeConfig:
     token: int = 0  # attention: the class token whose heads are shown
     prompts: list[str] = field(default_factory=list)  # heat-map: texts
     adaptor: str | None = None  # heat-map: the student's adaptor; null: the one to its text tower
-    text: str | None = None  # heat-map: text tower, as open_clip:...; null: the adaptor's teacher
+    text: str | None = None  # heat-map: text tower, as open_clip:... or transformers:...; null: the adaptor's teacher
     sam: str | None = None  # masks: segment_anything's own file; null: the teacher that the adaptor names
     sam_adaptor: str = "sam"
     boxes: list[list[float]] = field(default_factory=list)  # masks: x0, y0, x1, y1 in pixels; empty: the data's own
@@ -173,13 +174,8 @@ def _heat_map(
         raise ValueError('There is no text to look for: give some, as prompts=["a photo of a cat"].')
     paths = []
     for encoder in encoders:
-        kind, _, checkpoint = (config.text or encoder.text_tower()).partition(":")
-        if kind != "open_clip":
-            raise ValueError(
-                f"The text tower {kind}:{checkpoint} is no OpenCLIP model; give one as text=open_clip:..."
-            )
         images = _squares(encoder, pictures)
-        tower = load_text_encoder(checkpoint).to(images.device)
+        tower = load_text_tower(config.text or encoder.text_tower()).to(images.device)
         similarity = text_similarity(encoder, images, config.prompts, tower)
         path = output / f"heat-map.{slug(encoder.name)}.png"
         paths.append(heat_map_figure(torch.stack(_shown(pictures)), similarity, config.prompts, path))
