@@ -87,6 +87,9 @@ def test_files_of_other_kinds_are_passed_over_and_damaged_ones_named(tmp_path):
     (tmp_path / "CLIP" / "list.json").write_text("[1, 2]")
     (one,) = read_results([tmp_path])
     assert one.path == path and one.result == Result.read(path)
+    (tmp_path / "CLIP" / "knn.birds").mkdir()  # the work folder of the result
+    (tmp_path / "CLIP" / "knn.birds" / "00000.json").write_text("{")
+    assert len(read_results([tmp_path])) == 1
     (tmp_path / "CLIP" / "cut.json").write_text(path.read_text()[:50])
     with pytest.raises(ValueError, match=r"cut\.json is damaged"):
         read_results([tmp_path])

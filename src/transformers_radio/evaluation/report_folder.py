@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -53,10 +53,8 @@ def read_results(folders: Sequence[str | Path]) -> list[Measured]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}; name those that hold results of evaluations.")
-        for path in sorted(folder.rglob("*.json")):
-            result = _read(path)
-            if result is not None:
-                found.setdefault(path.resolve(), Measured(path, path.name.partition(".")[0], result))
+        for one in _walk(folder):
+            found.setdefault(one.path.resolve(), one)
     if not found:
         raise ValueError(
             f"There are no results in {', '.join(map(str, folders))}: measure with transformers-radio eval."
@@ -154,6 +152,19 @@ class _Cell:
     column: str
     one: Measured
     value: float
+
+
+def _walk(folder: Path) -> Iterator[Measured]:
+    """The results of a folder, then those of the folders in it, but for the work folders beside a result: those may
+    hold thousands of files."""
+    for root, folders, files in os.walk(folder):
+        work = set()
+        for name in sorted(files):
+            result = _read(Path(root, name)) if name.endswith(".json") else None
+            if result is not None:
+                work.add(name.removesuffix(".json"))
+                yield Measured(Path(root, name), name.partition(".")[0], result)
+        folders[:] = sorted(set(folders) - work)
 
 
 def _read(path: Path) -> Result | None:
