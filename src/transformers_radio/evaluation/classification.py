@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ from .class_names import OPENAI_IMAGENET
 from .encoder import VisionEncoder, load_encoder, split_spec, split_title
 from .features import LabelledSplit
 from .summary_store import StoreConfig
-
-# Processes that are done wait for the others; with streamed data they may be far apart.
-LONGEST_WAIT = timedelta(hours=12)
 
 
 @dataclass
@@ -47,11 +43,6 @@ class ClassificationConfig:
     @property
     def title(self) -> str:
         return self.name or Path(self.data).name
-
-
-def start_processes() -> PartialState:
-    """Joins the processes of `accelerate launch`, if any; before anything else asks for them."""
-    return PartialState(timeout=LONGEST_WAIT)
 
 
 def open_split(config: ClassificationConfig, split: str, limit: int | None = None) -> LabelledSplit:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
 from .features import check_labelled
-from .summary_store import SummaryStore
+from .summary_store import SummaryStore, start_processes
 
 QUERY_ROWS = 1024  # of a block: enough for a matrix product to be fast
 
@@ -156,7 +155,7 @@ def knn_accuracy_of_stores(
         raise ValueError(f"The bank has {bank.dim} dimensions, the queries {queries.dim}: use one encoder.")
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}; expected 1 to {len(bank)}, the number of bank vectors.")
-    state = PartialState()
+    state = start_processes()
     plan = plan_search(memory_bytes, bank.dim, k, num_classes)
     blocks = itertools.islice(queries.chunks(plan.query_rows), state.process_index, None, state.num_processes)
     correct = torch.zeros((), dtype=torch.int64, device=state.device)

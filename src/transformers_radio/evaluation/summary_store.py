@@ -15,11 +15,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -33,6 +35,13 @@ from .features import LabelledSplit, resize_image, resize_shortest, warn_of_skip
 logger = logging.getLogger(__name__)
 
 ImageSize = int | tuple[int, int]
+# Processes that are done wait for the others; with streamed data they may be far apart.
+LONGEST_WAIT = timedelta(hours=12)
+
+
+def start_processes() -> PartialState:
+    """Joins the processes of `accelerate launch`, if any and not joined yet: rank, number, device."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
 @dataclass
@@ -142,7 +151,7 @@ def store_summaries(
         OSError: not enough room on the disk.
     """
     config.check()
-    state = PartialState()
+    state = start_processes()
     settings = {
         "encoder": encoder_settings,
         "data": split.fingerprint(),
@@ -205,8 +214,9 @@ def _encode_parts(
                     break
                 path = folder / f"{part:05d}-{block:05d}.safetensors"
                 if (by_part or (part + block) % processes == rank) and not path.exists():
-                    _encode_block(path, encode, chunk, config, threads, state.device)
-                progress.update(len(chunk))
+                    _encode_block(path, encode, chunk, config, threads, state.device, progress)
+                else:
+                    progress.update(len(chunk))
             _write_json(folder / f"{part:05d}.json", {"blocks": block})
 
 
@@ -217,6 +227,7 @@ def _encode_block(
     config: StoreConfig,
     threads: ThreadPoolExecutor,
     device: torch.device,
+    progress: tqdm,
 ) -> None:
     """Writes the summaries of the readable images among `rows`, in their order."""
     size = config.image_size
@@ -237,6 +248,7 @@ def _encode_block(
         return resize_shortest(image, size, config.step) if isinstance(size, int) else resize_image(image, size)
 
     for row, image in enumerate(_ahead(threads, prepare, rows, 2 * config.batch_size)):
+        progress.update()
         if isinstance(image, str):
             skipped[image] += 1
             continue

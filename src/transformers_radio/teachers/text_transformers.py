@@ -26,8 +26,8 @@ class TransformersTextEncoder(nn.Module):
     """A text tower with its tokenizer: N texts -> (N, dim) float32, not normalised.
 
     CLIP's texts go to its tokenizer as they are. SigLIP's are canonicalised first and padded on the right to the
-    length of the position table (64), and the padding is not masked: so both were trained, and neither the tokenizers
-    nor the processors of SigLIP2 do all of it.
+    length of the position table (64), and the padding is not masked: so both were trained, and SigLIP2's tokenizer in
+    transformers does not do it (it keeps punctuation and pads on the left).
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):

@@ -11,14 +11,13 @@ from ..classification import (
     load_encoders,
     open_split,
     resolution,
-    start_processes,
     store_config,
 )
 from ..encoder import VisionEncoder
 from ..features import LabelledSplit
 from ..knn import knn_accuracy_of_stores
 from ..results import Result, done, result_path, work_folder
-from ..summary_store import SummaryStore, store_summaries
+from ..summary_store import SummaryStore, start_processes, store_summaries
 
 
 @dataclass
@@ -47,11 +46,6 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     start_processes()
     bank = open_split(config, config.train_split, config.train_limit)
     queries = open_split(config, config.split)
-    if bank.class_names != queries.class_names:
-        raise ValueError(
-            f"The splits {bank.split!r} and {queries.split!r} of {config.data} number their classes differently: "
-            f"{bank.class_names} and {queries.class_names}."
-        )
     encoders = load_encoders(models, config)
     for encoder in encoders:
         store_config(encoder, config).check()
@@ -69,7 +63,7 @@ def _measure(
         **of_model,
         "k": config.k,
         "temperature": config.temperature,
-        "image_size": stored.image_size,
+        "image_size": resolution(stored),
         "store_dtype": config.store_dtype,
         "bank": bank.fingerprint(),
         "queries": queries.fingerprint(),

@@ -19,13 +19,12 @@ from ..classification import (
     load_encoders,
     open_split,
     resolution,
-    start_processes,
     store_config,
 )
 from ..encoder import VisionEncoder, digest_weights
 from ..features import LabelledSplit
 from ..results import Result, done, result_path, work_folder
-from ..summary_store import SummaryStore, store_summaries
+from ..summary_store import SummaryStore, start_processes, store_summaries
 from ..zero_shot import Template, check_classifier, load_text_tower, zero_shot_classifier, zero_shot_predictions
 
 ROWS = 8192  # summaries that are compared at once
@@ -97,7 +96,7 @@ def _measure(
         **of_model,
         "text": tower,
         "classifier": classifier.digest,
-        "image_size": stored.image_size,
+        "image_size": resolution(stored),
         "store_dtype": config.store_dtype,
         "images": split.fingerprint(),
     }
