@@ -127,6 +127,9 @@ def test_the_preferred_resolution_is_one_at_which_the_summary_was_trained(make_r
         assert stage_student(full, recipe, "main").preferred_resolution == 32
     recipe = load_recipe(make_recipe(), [groups.format(48), "stages.main.groups.high.teachers=[clip, sam]"])
     assert stage_student(full, recipe, "main").preferred_resolution == 48
+    fewer = ["stages.main.groups.high.teachers=[clip, sam]", "stages.main.groups.high.batch_size=2"]
+    recipe = load_recipe(make_recipe(), [groups.format(48), *fewer])
+    assert stage_student(full, recipe, "main").preferred_resolution == 32
 
 
 def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):

@@ -111,7 +111,7 @@ class StageRecipe:
         return [name for name in recipe.teachers if any(not listed or name in listed for listed in lists)]
 
     def preferred_resolution(self, summarised: set[str]) -> int:
-        """The highest resolution in pixels at which a teacher with a summary teaches, or else the highest.
+        """The resolution in pixels at which teachers with a summary see the most images, or else the highest.
 
         At the resolution of groups without one (SAM's, in the paper) the student's summary has never been trained.
 
@@ -120,10 +120,11 @@ class StageRecipe:
         """
         if not self.groups:
             return self.resolution
-        trained = [
-            group.resolution for group in self.groups.values() if summarised & set(group.teachers or summarised)
-        ]
-        return max(trained or [group.resolution for group in self.groups.values()])
+        groups = list(self.groups.values())
+        trained = [group for group in groups if summarised & set(group.teachers or summarised)]
+        if not trained:
+            return max(group.resolution for group in groups)
+        return max((group.batch_size * group.rate, group.resolution) for group in trained)[1]
 
 
 @dataclass
