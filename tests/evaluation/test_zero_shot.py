@@ -2,12 +2,16 @@
 
 import hashlib
 
+import evaluate
 import numpy as np
 import open_clip
 import pytest
 import torch
 
 from transformers_radio.evaluation import openai_imagenet_templates, zero_shot_accuracy, zero_shot_classifier
+from transformers_radio.evaluation.class_names import load_class_names, load_templates
+from transformers_radio.evaluation.classification_metrics import ZeroShotAccuracy
+from transformers_radio.evaluation.zero_shot import load_text_tower
 
 
 def text_vector(text: str) -> np.ndarray:
@@ -58,3 +62,81 @@ def test_bad_input_is_named():
         zero_shot_accuracy(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="classifier holds NaN"):
         zero_shot_accuracy(torch.ones(2, 4), torch.full((3, 4), torch.nan), torch.tensor([0, 1]))
+
+
+def test_the_metric_of_evaluate_is_the_function():
+    generator = torch.Generator().manual_seed(0)
+    classifier = torch.nn.functional.normalize(torch.randn(5, 8, generator=generator))
+    labels = torch.randint(0, 5, (40,), generator=generator)
+    embeddings = classifier[labels] + 0.4 * torch.randn(40, 8, generator=generator)
+    expected = zero_shot_accuracy(embeddings, classifier, labels)
+    assert 30 < expected < 100
+    metric = ZeroShotAccuracy(classifier)
+    assert isinstance(metric, evaluate.Metric)
+    for start in range(0, 40, 16):
+        metric.add_batch(predictions=embeddings[start : start + 16], references=labels[start : start + 16])
+    assert metric.compute() == {"zero_shot_accuracy": pytest.approx(expected), "images": 40}
+    scores = metric.compute(predictions=embeddings.numpy(), references=labels.tolist())
+    assert scores["zero_shot_accuracy"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="label is 5, but there are only 5 classes"):
+        metric.add(prediction=embeddings[0], reference=5)
+    with pytest.raises(ValueError, match="same last dimension"):
+        metric.add_batch(predictions=torch.ones(1, 3), references=torch.tensor([0]))
+    with pytest.raises(ValueError, match="NaN"):
+        metric.add_batch(predictions=torch.full((1, 8), torch.nan), references=torch.tensor([0]))
+
+
+def test_imagenets_names_are_in_the_order_of_its_labels():
+    """torchvision states the same 1000 classes, mostly by other words."""
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    names = load_class_names("openai_imagenet", None, "ImageNet")
+    assert len(names) == 1000
+    same = [ours.lower() == theirs.lower() for ours, theirs in zip(names, _IMAGENET_CATEGORIES, strict=True)]
+    assert sum(same) > 500 and all(any(same[start : start + 50]) for start in range(0, 1000, 50))
+
+
+def test_words_from_files(tmp_path, caplog):
+    (tmp_path / "names.txt").write_text("red ball\ngrüner Kasten \n\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}.\n{}\n", encoding="utf-8")
+    assert load_class_names(str(tmp_path / "names.txt"), ["a", "b"], "data") == ["red ball", "grüner Kasten"]
+    assert load_templates(str(tmp_path / "prompts.txt")) == ["a photo of a {}.", "{}"]
+    assert load_class_names(None, ["a", "b"], "data") == ["a", "b"]
+    assert load_class_names(["x", "y"], None, "data") == ["x", "y"]
+    assert len(load_templates("openai_imagenet")) == 80
+    assert not caplog.text
+    load_class_names(["crane", "crane"], None, "data")
+    assert "stand for several classes: ['crane']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "stated", "message"),
+    [
+        ("nowhere.txt", None, "There is no file nowhere.txt"),
+        (["a", "b"], ["a", "b", "c"], "There are 2 class names, but data has 3 classes"),
+        (None, None, "does not state the names of its classes: give them with classes=FILE"),
+        (None, ["n01440764", "n01443537"], "WordNet ids such as n01440764.*classes=openai_imagenet"),
+        (["a", " "], None, "empty name"),
+        ([], None, "none at all"),
+    ],
+)
+def test_class_names_that_cannot_be_used_are_named(given, stated, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_class_names(given, stated, "data")
+
+
+def test_templates_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "gap.txt").write_text("a {}\n\nthe {}\n")
+    with pytest.raises(ValueError, match="Line 2 of .*gap.txt is empty"):
+        load_templates(str(tmp_path / "gap.txt"))
+    for wrong in ("a photo", "a {} and a {}", "a {name}", "{} {"):
+        with pytest.raises(ValueError, match="needs one {} for the class name"):
+            load_templates([wrong])
+    with pytest.raises(ValueError, match="templates is empty"):
+        load_templates([])
+
+
+@pytest.mark.parametrize("spec", ["timm:vit", "ViT-H-14", "open_clip"])
+def test_text_towers_of_no_known_kind_are_named(spec):
+    with pytest.raises(ValueError, match="is no text tower; expected TYPE:CHECKPOINT"):
+        load_text_tower(spec)
