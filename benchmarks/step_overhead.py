@@ -20,7 +20,7 @@ from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.distill import TeacherShape, build_student
 from transformers_radio.training.placement import load_teacher
-from transformers_radio.training.recipe import Recipe
+from transformers_radio.training.recipe import Recipe, StageRecipe
 
 ROUNDS = 7
 STEPS = 24
@@ -76,13 +76,13 @@ def main() -> None:
         overrides = [
             f"output_dir={folder}/run",
             f"data.path={world.directory}",
-            f"stages.main.steps={STEPS}",
-            "stages.main.warmup_steps=2",
             "log_every_steps=1",
             "checkpoints.every_steps=1000",
             "overwrite=true",
         ]
         recipe = load_recipe(RECIPE, overrides)
+        # One group of all teachers, so that the plain loop is plain.
+        recipe.stages = {"main": StageRecipe(steps=STEPS, resolution=64, batch_size=32, warmup_steps=2)}
         pairs = []
         for number in range(ROUNDS):
             # Whoever comes second finds warm caches: take turns.
