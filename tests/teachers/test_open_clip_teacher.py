@@ -93,6 +93,19 @@ def test_vit_at_another_size(make_folder, images, assert_contract):
     torch.testing.assert_close(output.features, tokens[:, 1:])
 
 
+@pytest.mark.parametrize("side", [24, 48])
+def test_a_file_in_half_precision_takes_another_size_too(make_folder, images, side):
+    folder, original = make_folder(VIT)
+    halved = {name: tensor.half() for name, tensor in original.state_dict().items()}
+    save_file(halved, folder / "open_clip_model.safetensors")
+    output = build_teacher("open_clip", str(folder), image_size=side)(images(side))
+    save_file({name: tensor.float() for name, tensor in halved.items()}, folder / "open_clip_model.safetensors")
+    whole, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", force_image_size=side)
+    with torch.no_grad():
+        torch.testing.assert_close(output.summary, whole.eval().encode_image(normalised(images(side))))
+    assert output.grid == (side // 8, side // 8)
+
+
 def test_resnet(make_folder, images, assert_contract):
     folder, original = make_folder(RESNET)
     teacher = build_teacher("open_clip", str(folder))

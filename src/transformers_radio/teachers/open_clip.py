@@ -136,11 +136,13 @@ def _load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any
         )
     # A tag's weights may need QuickGELU although the plain model name does not say so; OpenCLIP would only warn.
     quick_gelu = bool(weights and open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False))
+    vision = model_config["vision_cfg"]
+    is_vit = "timm_model_name" not in vision and not isinstance(vision.get("layers"), list)  # else a ResNet
     try:
         model = open_clip.create_model(
             name,
             pretrained=weights,
-            force_image_size=image_size,
+            force_image_size=None if is_vit else image_size,
             force_quick_gelu=quick_gelu,
             require_pretrained=True,
             weights_only=True,
@@ -149,4 +151,12 @@ def _load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any
         raise ValueError(unsafe_file_message(weights or name)) from error
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"OpenCLIP could not load {checkpoint}: {error}") from error
+    if is_vit and image_size not in (None, native):
+        # After loading, in float32: OpenCLIP would resize what the file holds, and a CPU cannot do that in half.
+        visual = model.visual
+        visual.image_size = (image_size, image_size)
+        visual.grid_size = tuple(image_size // side for side in visual.patch_size)
+        state = {"visual.positional_embedding": visual.positional_embedding.detach()}
+        open_clip.model.resize_pos_embed(state, model)
+        visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"])
     return model, model_config
