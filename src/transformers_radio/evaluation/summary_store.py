@@ -40,8 +40,9 @@ LONGEST_WAIT = timedelta(hours=12)
 
 
 def start_processes() -> PartialState:
-    """Joins the processes of `accelerate launch`, if any and not joined yet: rank, number, device."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+    """Joins the processes of `accelerate launch` or torchrun, if any and not joined yet: rank, number, device."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
 
 
 @dataclass
