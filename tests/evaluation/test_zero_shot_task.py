@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import weakref
 from importlib import resources
 
 import numpy as np
@@ -176,19 +177,24 @@ def test_names_of_the_data_and_openais_80_templates_are_the_default(student, par
 
 
 def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, tmp_path, monkeypatch):
-    seen = []
-    language = VisionEncoder.language
+    made, alive = [], []
+    create_model, language = open_clip.create_model, VisionEncoder.language
+
+    def create(*arguments, **options):
+        model = create_model(*arguments, **options)
+        made.extend(weakref.ref(one) for one in (model.visual, model.transformer, model))
+        return model
 
     def watched(self, images):
-        gc.collect()
-        kinds = (open_clip.CLIP, open_clip.transformer.VisionTransformer, open_clip.transformer.Transformer)
-        seen.append(sum(isinstance(one, kinds) for one in gc.get_objects()))
+        if not alive:
+            gc.collect()
+        alive.append(sum(reference() is not None for reference in made))
         return language(self, images)
 
-    before = sum(isinstance(one, open_clip.transformer.Transformer) for one in gc.get_objects())
+    monkeypatch.setattr(open_clip, "create_model", create)
     monkeypatch.setattr(VisionEncoder, "language", watched)
     run_task("zero-shot", [str(student[0])], str(parquet), None, tmp_path, [*SETTINGS, *words])
-    assert len(seen) > 3 and before == 0 and set(seen) == {0}
+    assert len(made) == 3 and len(alive) > 3 and set(alive) == {0}
 
 
 def test_a_continued_run_encodes_nothing_twice(student, words, parquet, tmp_path, monkeypatch):
