@@ -176,6 +176,17 @@ def test_names_of_the_data_and_openais_80_templates_are_the_default(student, par
     assert result.metrics == {"Zero-shot": pytest.approx(expected)} and "80 templates" in result.protocol
 
 
+def test_a_text_tower_can_be_named(words, parquet, clip_classifier, tmp_path):
+    model = make_student(tmp_path / "released", clip={"summary_dim": 128, "teacher": "dfn5b"})
+    settings = [*SETTINGS, *words]
+    with pytest.raises(ValueError, match="does not say whose text tower it speaks"):
+        run_task("zero-shot", [str(tmp_path / "released")], str(parquet), None, tmp_path, settings)
+    settings.append(f"text=open_clip:{CLIP}")
+    (result,) = run_task("zero-shot", [str(tmp_path / "released")], str(parquet), None, tmp_path, settings)
+    expected = expected_accuracy(lambda batch: model(batch).adaptors["clip"].summary, 32, clip_classifier)
+    assert result.metrics == {"Zero-shot": pytest.approx(expected)}
+
+
 def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, tmp_path, monkeypatch):
     made, alive = [], []
     create_model, language = open_clip.create_model, VisionEncoder.language
