@@ -98,6 +98,13 @@ def alone(tmp_path_factory, image_folder, recipe_text):
     return folder / "run"
 
 
+def test_several_processes_write_to_a_tracker_and_publish(make_recipe, tmp_path):
+    """Closing the tracker must not end the group of the processes, which publish the student together."""
+    run(2, make_recipe("tracked"), *GROUPS, "tracker=tensorboard")
+    assert (tmp_path / "tracked" / "student" / "model.safetensors").exists()
+    assert list((tmp_path / "tracked" / "tracker").rglob("events*"))
+
+
 @pytest.mark.parametrize(("processes", "engine"), [(2, {}), (4, {}), (2, FSDP), (4, FSDP)])
 def test_the_update_of_several_processes_is_that_of_one(processes, engine, alone, make_recipe, tmp_path):
     recipe = make_recipe("several")

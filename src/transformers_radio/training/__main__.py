@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 from transformers_radio.data import SourceError
 
 from .recipe import load_recipe
@@ -16,6 +18,8 @@ def main(arguments: list[str]) -> int:
         result = train(load_recipe(arguments[0], arguments[1:]))
     except (ValueError, OSError, FloatingPointError, SourceError) as error:
         raise SystemExit(f"error: {error}") from error
+    if torch.distributed.is_initialized():  # or its threads may outlive the interpreter, which then aborts
+        torch.distributed.destroy_process_group()
     return 128 + result.signal if result.signal else 0
 
 

@@ -139,8 +139,8 @@ def _distil(
                 accelerator.free_memory()
             first_step += stage.steps
     progress.close()
-    if recipe.tracker:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would end the processes' group too, which is needed below
+        tracker.finish()
     skipped = skipped_images(state)
     if skipped:
         accelerator.print(f"images skipped so far: {json.dumps(skipped)}")
