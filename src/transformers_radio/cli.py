@@ -54,12 +54,16 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Results are OUTPUT/<model>/<task>.<data>.json.")] = Path("runs/eval"),
 ) -> None:
     """Measure one thing for one or more models: students, teachers, or vision models of transformers."""
+    from accelerate import PartialState
     from rich.console import Console
 
     from transformers_radio.evaluation.run import run_task
 
+    results = run_task(task, model or [], data, recipe, output, overrides)
+    if not PartialState().is_main_process:
+        return
     console = Console()
-    for result in run_task(task, model or [], data, recipe, output, overrides):
+    for result in results:
         figures = "  ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
         console.print(f"[bold]{result.model}[/bold]  {figures}\n  {result.data}: {result.protocol}", soft_wrap=True)
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from transformers_radio.modeling import RadioModel
 
+from .feature_statistics import position_table
 from .visualize import pca_rgb
 from .visualize_panels import Column, heat, write_panels
 
@@ -20,13 +21,6 @@ PLACES = {
     "Lower left": (5 / 6, 1 / 6),
     "Lower right": (5 / 6, 5 / 6),
 }
-
-
-def position_table(model: RadioModel) -> torch.Tensor:
-    """The whole learned table, (side, side, D), float32 on the CPU. Class and register tokens have no position."""
-    table = model.embeddings.position_embedding.detach().float().cpu()
-    side = model.embeddings.table_side
-    return table.reshape(side, side, -1)  # (1, side * side, D) -> (side, side, D)
 
 
 def position_similarity(table: torch.Tensor, row: int, column: int) -> torch.Tensor:
@@ -43,7 +37,11 @@ def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path
 
     Similarity is dark at -1 and bright at 1 in every panel, so panels compare.
     """
-    tables = {name: position_table(model) for name, model in models.items()}
+    tables: dict[str, torch.Tensor] = {}
+    for name, model in models.items():
+        table = position_table(model)
+        assert table is not None  # every student has one
+        tables[name] = table.float().cpu()
     sides = [len(table) for table in tables.values()]
     colours = [pca_rgb([table.flatten(0, 1)], [(len(table), len(table))])[0] for table in tables.values()]
     label = f"table of {sides[0]} × {sides[0]}" if len(set(sides)) == 1 else "the whole table"

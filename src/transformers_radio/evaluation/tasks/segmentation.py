@@ -7,7 +7,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from transformers_radio.modeling import RadioModel
-from transformers_radio.teachers import load_text_encoder
 
 from ..dense_zero_shot import PatchProjection, dense_zero_shot, projected_patches, summary_head_patches
 from ..encoder import VisionEncoder, load_encoder
@@ -16,7 +15,7 @@ from ..segmentation import segmentation_probe
 from ..segmentation_config import SegmentationConfig
 from ..segmentation_data import SegmentationData, SegmentationSplit
 from ..segmentation_inference import Encoder
-from ..zero_shot import openai_imagenet_templates, zero_shot_classifier
+from ..zero_shot import load_text_tower, openai_imagenet_templates, zero_shot_classifier
 
 METHODS = ("probe", "summary_head", "projection")
 
@@ -30,7 +29,7 @@ class SegmentationTaskConfig:
     # probe: a trained linear head. Without training, a student's patches against the classes' names:
     # summary_head: through the language adaptor's summary head; projection: its features through CLIP's projection.
     method: str = "probe"
-    text: str | None = None  # open_clip checkpoint of the text tower, as open_clip:...; null: the adaptor's teacher
+    text: str | None = None  # text tower, as open_clip:... or transformers:...; null: the adaptor's teacher's
     adaptor: str | None = None  # the student's, for the methods without training
     dtype: str = "float32"  # of the encoder
     overwrite: bool = False
@@ -101,15 +100,15 @@ def _without_training(encoder: VisionEncoder, config: SegmentationTaskConfig) ->
     if not isinstance(student, RadioModel) or encoder.adaptor is None:
         raise ValueError(f"method={config.method} needs a student with a language adaptor; {encoder.name} is none.")
     kind, _, checkpoint = tower.partition(":")
-    if kind != "open_clip":
-        raise ValueError(f"The text tower {tower!r} is no OpenCLIP model; give one with text=open_clip:CHECKPOINT.")
+    if kind != "open_clip" and config.method == "projection":
+        raise ValueError(f"The text tower {tower!r} is no OpenCLIP model, which method=projection needs.")
     patches: Encoder
     if config.method == "summary_head":
         patches = summary_head_patches(student, encoder.adaptor)
     else:
         patches = projected_patches(student, encoder.adaptor, PatchProjection(checkpoint).to(student.device))
-    classifier = zero_shot_classifier(
-        load_text_encoder(checkpoint), config.data.classes, openai_imagenet_templates()
-    ).to(student.device)
+    classifier = zero_shot_classifier(load_text_tower(tower), config.data.classes, openai_imagenet_templates()).to(
+        student.device
+    )
     how = f"{config.method} on patches, text tower {tower}, 80 templates"
     return dense_zero_shot(patches, encoder.name, classifier, config.data, config.probe, how)
