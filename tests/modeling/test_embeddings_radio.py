@@ -151,6 +151,20 @@ def test_cached_positions_notice_every_change_of_the_weights():
     check()
 
 
+@torch.no_grad()
+def test_positions_are_new_where_a_new_table_lies_at_the_old_address():
+    embeddings = build().embeddings
+    for _ in range(50):  # the allocator likes to hand out the address that was freed last
+        embeddings.position_embedding.normal_()
+        embeddings.positions(1, 4, 6, torch.float32)
+        embeddings.bfloat16()
+        embeddings.float()
+        assert torch.equal(embeddings.positions(1, 4, 6, torch.float32), embeddings._resize_positions(4, 6))
+        embeddings.position_embedding.data = torch.zeros(1)
+        embeddings.position_embedding.data = torch.randn(1, embeddings.table_side**2, embeddings.config.hidden_size)
+        assert torch.equal(embeddings.positions(1, 4, 6, torch.float32), embeddings._resize_positions(4, 6))
+
+
 def test_gradients_reach_the_table_in_eval_mode_too():
     model = build()
     images = torch.rand(1, 3, 64, 96)

@@ -42,6 +42,7 @@ class RadioPatchEmbeddings(nn.Module):
             torch.zeros(config.num_cls_tokens + config.num_registers, config.hidden_size)
         )
         self._cache: dict = {}
+        self._cached_state: tuple = ()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, height, width)` -> `(batch, prefix + h * w, hidden)`."""
@@ -79,15 +80,16 @@ class RadioPatchEmbeddings(nn.Module):
             return positions.to(dtype)
         if self._cannot_cache():
             return self._resize_positions(rows, cols).to(dtype)
-        # in-place writes raise the version; moves and casts change the storage
+        # in-place writes raise the version; a new tensor has a new address, as long as the old one is held here
         state = (table._version, table.data_ptr(), table.dtype, table.device)
+        if state != self._cached_state[:4] or len(self._cache) >= _MAX_CACHED_TABLES:
+            self._cache.clear()
+            self._cached_state = (*state, table.data)
         key = (rows, cols, dtype, torch.is_inference_mode_enabled())
-        cached = self._cache.get(key)
-        if cached is None or cached[0] != state:
-            if len(self._cache) >= _MAX_CACHED_TABLES:
-                self._cache.clear()
-            cached = self._cache[key] = (state, self._resize_positions(rows, cols).to(dtype))
-        return cached[1]
+        cached = self._cache.get(key)  # once: other threads may clear the cache
+        if cached is None:
+            cached = self._cache[key] = self._resize_positions(rows, cols).to(dtype)
+        return cached
 
     def _cannot_cache(self) -> bool:
         table = self.position_embedding
@@ -100,8 +102,16 @@ class RadioPatchEmbeddings(nn.Module):
 
     def train(self, mode: bool = True):
         # writes through `.data` leave no trace in the version: a change of mode starts afresh
-        self._cache.clear()
+        self._forget_positions()
         return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._forget_positions()  # a move or cast; the old table must not stay in memory
+        return super()._apply(fn, recurse)
+
+    def _forget_positions(self):
+        self._cache.clear()
+        self._cached_state = ()
 
     def _table(self) -> torch.Tensor:
         # (1, side*side, D) -> (1, D, side, side)
