@@ -39,8 +39,9 @@ quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/installed  ## Measure the framework's overhead, the input pipeline, and the cost model
+bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the input pipeline, and the cost model
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
 

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import socket
 from pathlib import Path
@@ -18,12 +17,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from transformers_radio.data import DataConfig
 from transformers_radio.teachers import Teacher, TeacherOutput
 from transformers_radio.training import cache as cache_module
 from transformers_radio.training.cache import TeacherCaches, cache_fingerprint, check_room, estimate_bytes
 from transformers_radio.training.distill import TeacherShape
+from transformers_radio.training.placement import _digest
 from transformers_radio.training.recipe import TeacherRecipe
 
 torch.set_num_threads(1)
@@ -354,48 +357,64 @@ def test_a_full_disk_is_reported_and_breaks_no_shard(tmp_path):
     assert process.exitcode == 0 and shards(tmp_path) == before
 
 
-def fingerprint(checkpoint, data=None, **changes):
-    teacher = TeacherRecipe(type="open_clip", checkpoint=str(checkpoint), options={"features": "trunk"})
-    values = {"image_size": 224, "files": {"": "abc"}, "largest_side": 256, **changes}
-    return cache_fingerprint(teacher, values.pop("image_size"), data or DataConfig(path="images"), **values)
+def fingerprint(data=None, checkpoint="somewhere/clip.pt", **changes):
+    teacher = TeacherRecipe(type="open_clip", checkpoint=checkpoint, options={"features": "trunk"})
+    values = {"weights": "0f", "image_size": 224, "files": {"": "abc"}, "largest_side": 256, **changes}
+    return cache_fingerprint(teacher, data=data or DataConfig(path="images"), **values)
 
 
 def test_a_cache_of_anything_else_is_refused_with_what_differs(tmp_path):
-    weights = tmp_path / "weights" / "clip.pt"
-    weights.parent.mkdir()
-    weights.write_bytes(b"weights")
-    fill(tmp_path, fingerprint=fingerprint(weights))
-    fill(tmp_path, fingerprint=fingerprint(f"ViT-B-16:{weights}"))  # another way to name the same file
-    moved = shutil.copytree(weights.parent, tmp_path / "elsewhere" / "weights")
-    fill(tmp_path, fingerprint=fingerprint(moved / "clip.pt"))
+    fill(tmp_path, fingerprint=fingerprint())
+    fill(tmp_path, fingerprint=fingerprint(checkpoint="ViT-B-16:moved/clip.pt"))  # the same weights elsewhere
     cases = {
-        "image_size: 224 there, 336 here": fingerprint(weights, image_size=336),
-        "files of data.path: 'abc' there, 'abd' here": fingerprint(weights, files={"": "abd"}),
-        "largest_side: 256 there, 432 here": fingerprint(weights, largest_side=432),
+        # trained on under the same name, or another revision on the Hub
+        "weights: '0f' there, '10' here": fingerprint(weights="10"),
+        "image_size: 224 there, 336 here": fingerprint(image_size=336),
+        "files of data.path: 'abc' there, 'abd' here": fingerprint(files={"": "abd"}),
+        "largest_side: 256 there, 432 here": fingerprint(largest_side=432),
         r"data.crop_scale: \[0.5, 1.0\] there, \[0.2, 1.0\] here": fingerprint(
-            weights, DataConfig(path="images", crop_scale=(0.2, 1.0))
+            DataConfig(path="images", crop_scale=(0.2, 1.0))
         ),
         "options.features: 'trunk' there, None here": {
-            key: value for key, value in fingerprint(weights).items() if not key.startswith("options")
+            key: value for key, value in fingerprint().items() if not key.startswith("options")
         },
     }
     for message, changed in cases.items():
         with pytest.raises(ValueError, match=rf"other crops \({message}\)"):
             open_caches(tmp_path, fingerprint=changed)
-    weights.write_bytes(b"weighty")  # trained on, under the same name
-    with pytest.raises(ValueError, match="checkpoint: 'clip.pt with checksum .* there, 'clip.pt with checksum"):
-        open_caches(tmp_path, fingerprint=fingerprint(weights))
 
 
-def test_a_checkpoint_folder_counts_by_its_contents_and_a_hub_id_by_its_name(tmp_path):
-    (tmp_path / "model" / ".cache").mkdir(parents=True)
-    (tmp_path / "model" / "config.json").write_text("{}")
-    before = fingerprint(tmp_path / "model")["checkpoint"]
-    assert fingerprint(f"local-dir:{tmp_path / 'model'}")["checkpoint"] == before
-    (tmp_path / "model" / "model.bin").write_bytes(b"1")
-    assert fingerprint(tmp_path / "model")["checkpoint"] != before
-    assert fingerprint("owner/name")["checkpoint"] == "owner/name"
-    assert fingerprint("tiny_teachers:PatchTeacher")["checkpoint"] == "tiny_teachers:PatchTeacher"
+def test_a_digest_is_of_weights_and_layers_wherever_they_are(tmp_path):
+    def teacher(change=lambda network: None, activation=nn.GELU):
+        torch.manual_seed(0)
+        network = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), activation(), nn.BatchNorm1d(4)) for _ in range(2)))
+        change(network)
+        sizes = {"image_size": 8, "patch_size": 8, "summary_dim": 4, "feature_dim": 4}
+        return Teacher(network, **sizes, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    digest = _digest(teacher())
+    assert _digest(teacher()) == digest
+    changes = (
+        lambda network: network[0][0].bias.data[1:2].add_(1e-6),
+        lambda network: network[1][2].running_mean[:1].add_(1),
+        lambda network: network.bfloat16(),
+    )
+    others = [*map(teacher, changes), teacher(activation=nn.ReLU)]
+    assert len({digest, *map(_digest, others)}) == 5
+
+    def shard():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        one = teacher()
+        for block in one.model:
+            fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+        assert any(isinstance(parameter, DTensor) for parameter in one.parameters())
+        assert _digest(one) == digest
+        torch.distributed.destroy_process_group()
+
+    process = FORK.Process(target=shard)
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
 
 
 def test_the_estimate_is_what_the_shards_take_and_room_is_asked_for_the_rest(tmp_path, monkeypatch):
@@ -420,3 +439,6 @@ def test_the_estimate_is_what_the_shards_take_and_room_is_asked_for_the_rest(tmp
     assert check_room(tmp_path, {"clip": held - 1, "sam": 500}) == 500
     with pytest.raises(OSError, match="train without it"):
         check_room(tmp_path, {"clip": held + 10_001})
+    assert check_room(tmp_path, {"clip": held + 4_000}, checkpoints=6_000) == 4_000
+    with pytest.raises(OSError, match=r"and the checkpoints 0\.0 GB on the same disk, which has"):
+        check_room(tmp_path, {"clip": held + 4_000}, checkpoints=6_001)

@@ -1,6 +1,5 @@
 """Any frozen vision model behind what evaluation asks of it: a summary, patch features, and words if it has them."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import RadioModel as NativeRadioModel
 
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.teachers import TEACHERS, Teacher, build_teacher
+from transformers_radio.teachers import TEACHERS, Teacher, build_teacher, digest_weights
 from transformers_radio.teachers.base import DTYPES
 
 TEXT_TOWERS = ("open_clip", "transformers")  # teachers whose text towers can be loaded alone
@@ -259,16 +258,6 @@ def _language_adaptor(student: RadioModel, adaptor: str | None, spec: str) -> st
         if one["summary_dim"] is not None and (name.startswith(("siglip", "clip")) or "open_clip:" in one["teacher"])
     ]
     return speaking[0] if len(speaking) == 1 else None
-
-
-def digest_weights(*modules: nn.Module) -> str:
-    """A hash of all parameters and buffers, names and dtypes included."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def count_parameters(module: nn.Module | None) -> int:

@@ -82,6 +82,7 @@ class Result:
                 metric_name=name,
                 metric_value=value,
                 metric_config=None if resolution is None else f"{resolution} px",
+                metric_args={"protocol": self.protocol, **self.counts},
             )
             for name, value in self.metrics.items()
         ]

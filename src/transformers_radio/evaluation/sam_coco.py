@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
+from transformers_radio.teachers import digest_weights
+
 from .coco_data import (
     EXTRA,
     PromptedImage,
@@ -23,7 +25,6 @@ from .coco_data import (
     load_detections,
     mask_library,
 )
-from .encoder import digest_weights
 from .prompted_masks import SamEncoder, StudentEncoder, mask_overlap, predict_masks
 
 AP_NAMES = {

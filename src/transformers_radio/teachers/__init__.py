@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers_radio.teachers.base import Teacher, TeacherOutput, check_options
+from transformers_radio.teachers.base import Teacher, TeacherOutput, check_options, digest_weights
 from transformers_radio.teachers.open_clip import OpenClipTeacher, load_text_encoder
 from transformers_radio.teachers.python import python_teacher
 from transformers_radio.teachers.segment_anything import SegmentAnythingTeacher, load_sam
 from transformers_radio.teachers.timm import TimmTeacher
 from transformers_radio.teachers.transformers import transformers_teacher
 
-__all__ = ["TEACHERS", "Teacher", "TeacherOutput", "build_teacher", "load_sam", "load_text_encoder"]
+__all__ = ["TEACHERS", "Teacher", "TeacherOutput", "build_teacher", "digest_weights", "load_sam", "load_text_encoder"]
 
 TEACHERS: dict[str, Callable[..., Teacher]] = {
     "open_clip": OpenClipTeacher,

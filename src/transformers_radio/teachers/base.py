@@ -1,5 +1,6 @@
 """The contract of a frozen teacher: images in [0, 1] in, a summary and patch features out (paper section 3)."""
 
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -221,3 +223,15 @@ def unsafe_file_message(path: str | Path) -> str:
         f"{path} is no file of plain tensors: it is damaged, or it holds pickled objects or TorchScript, which could "
         "run code and are therefore never loaded. Save its state dict as .safetensors where you trust it, and use that"
     )
+
+
+def digest_weights(*modules: nn.Module) -> str:
+    """A hash of all parameters and buffers, names and dtypes included; of sharded ones where all ranks call it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers_radio.teachers import Teacher, TeacherOutput
 
 from .processes import on_main_process
 from .recipe import TeacherRecipe
-from .run_folder import checksum, fcntl
+from .run_folder import existing, fcntl
 
 if TYPE_CHECKING:
     from .distill import TeacherShape
@@ -245,24 +244,18 @@ def cache_name(teacher: str, sides: Iterable[int]) -> str:
 
 
 def cache_fingerprint(
-    teacher: TeacherRecipe, image_size: int, data: DataConfig, files: dict[str, str], largest_side: int
+    teacher: TeacherRecipe, weights: str, image_size: int, data: DataConfig, files: dict[str, str], largest_side: int
 ) -> dict[str, Any]:
-    """All that a teacher's output for an image depends on. Reads the teacher's weights, if they are local files.
+    """All that a teacher's output for an image depends on. Not where the weights come from: they may move.
 
     Args:
+        weights: a hash of them and of the layers.
         image_size: of the teacher as it was built, in pixels.
         files: data set -> the fingerprint of its source.
         largest_side: of the stream's resolutions: JPEGs are decoded only as finely as that one needs.
     """
-    checkpoint = teacher.checkpoint
-    for path in map(Path, (checkpoint, checkpoint.partition(":")[2])):  # or local-dir:PATH, ARCHITECTURE:PATH
-        if path != Path() and path.exists():  # may move or be written again: the contents count
-            parts = [path] if path.is_file() else sorted(part for part in path.rglob("[!.]*") if part.is_file())
-            sums = [f"{part.relative_to(path).as_posix()} {checksum(part)}" for part in parts]
-            checkpoint = f"{path.name} with checksum {zlib.crc32(' '.join(sums).encode()):08x}"
-            break
     return {
-        **{"type": teacher.type, "checkpoint": checkpoint, "image_size": image_size, "dtype": teacher.dtype},
+        **{"type": teacher.type, "weights": weights, "image_size": image_size, "dtype": teacher.dtype},
         **{f"options.{key}": value for key, value in teacher.options.items()},
         **{f"data.{key}": getattr(data, key) for key in ("crop_scale", "crop_ratio", "horizontal_flip")},
         **{f"files of {f'data.sources.{name}' if name else 'data.path'}": value for name, value in files.items()},
@@ -278,8 +271,11 @@ def estimate_bytes(images: int, shapes: Iterable["TeacherShape"]) -> int:
     return 2 * images * an_image
 
 
-def check_room(folder: str | Path, bytes_needed: dict[str, int]) -> int:
+def check_room(folder: str | Path, bytes_needed: dict[str, int], checkpoints: int = 0) -> int:
     """Whether caches (name -> bytes) fit on the disk. What they hold already counts.
+
+    Args:
+        checkpoints: bytes that the run will write besides on the same disk.
 
     Returns:
         Bytes that are still to be written.
@@ -292,11 +288,12 @@ def check_room(folder: str | Path, bytes_needed: dict[str, int]) -> int:
     for name, needed in bytes_needed.items():
         held = sum(path.stat().st_size for path in (folder / name).glob("[0-9]*/*.safetensors"))
         missing += max(needed - held, 0)
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if missing > free:
+    free = shutil.disk_usage(existing(folder)).free
+    if missing + checkpoints > free:
         each = ", ".join(f"{name} {needed / 1e9:,.1f} GB" for name, needed in bytes_needed.items())
+        beside = f", and the checkpoints {checkpoints / 1e9:,.1f} GB on the same disk" if checkpoints else ""
         raise OSError(
-            f"the outputs of the teachers ({each}) need another {missing / 1e9:,.1f} GB in {folder}, which has "
-            f"{free / 1e9:,.1f} GB free; choose a folder on a larger disk, take fewer images, or train without it"
+            f"the outputs of the teachers ({each}) need another {missing / 1e9:,.1f} GB in {folder}{beside}, which "
+            f"has {free / 1e9:,.1f} GB free; choose a folder on a larger disk, take fewer images, or train without it"
         )
     return missing

@@ -14,7 +14,7 @@ from .distill import distillation_losses, raise_if_not_finite, teacher_targets
 from .hadamard import hadamard
 from .partition import Group
 from .recipe import Recipe
-from .run_folder import find_checkpoints
+from .run_folder import existing, find_checkpoints
 
 
 def check_before_training(
@@ -113,17 +113,19 @@ def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, 
     raise_if_not_finite(terms, 0)
 
 
-def check_disk(recipe: Recipe, student: RadioModel) -> None:
+def checkpoint_bytes(recipe: Recipe, student: RadioModel) -> int:
     """Weights twice, Adam's two moments and the average, for each checkpoint kept and the one being written; the final
-    student."""
+    student. Those that are there already do not count."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     present = 0 if recipe.overwrite else len(find_checkpoints(Path(recipe.output_dir)))
     copies = 4 if recipe.ema_decay is None else 5
-    needed = copies * weights * (max(recipe.checkpoints.keep - present, 0) + 1) + weights
-    folder = Path(recipe.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    return copies * weights * (max(recipe.checkpoints.keep - present, 0) + 1) + weights
+
+
+def check_disk(recipe: Recipe, student: RadioModel) -> None:
+    """OSError when the checkpoints of the run do not fit."""
+    needed = checkpoint_bytes(recipe, student)
+    free = shutil.disk_usage(existing(Path(recipe.output_dir).absolute())).free
     if needed > free:
         raise OSError(
             f"output_dir {recipe.output_dir} has {free / 1e6:,.0f} MB free and the run needs {needed / 1e6:,.0f} MB "

@@ -1,8 +1,10 @@
 """The teachers of this process: on its device, on the CPU until they are needed, or sharded over several processes."""
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
@@ -12,13 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from transformers_radio.data import ImageStream, count_images
-from transformers_radio.teachers import Teacher, build_teacher
+from transformers_radio.modeling import RadioModel
+from transformers_radio.teachers import Teacher, build_teacher, digest_weights
 
 from .cache import TeacherCaches, cache_fingerprint, cache_name, check_room, estimate_bytes
+from .checks import checkpoint_bytes
 from .distill import TeacherShape
 from .partition import Group
 from .processes import on_main_process
 from .recipe import Recipe, TeacherRecipe
+from .run_folder import existing
 
 
 def build_teachers(
@@ -66,9 +71,18 @@ def gather_shapes(accelerator: Accelerator, recipe: Recipe, teachers: dict[str, 
 
 
 def open_caches(
-    accelerator: Accelerator, recipe: Recipe, groups: dict[str, list[Group]], shapes: dict[str, TeacherShape]
+    accelerator: Accelerator,
+    recipe: Recipe,
+    student: RadioModel,
+    teachers: dict[str, Teacher],
+    groups: dict[str, list[Group]],
+    shapes: dict[str, TeacherShape],
 ) -> TeacherCaches | None:
     """The caches of the teachers' outputs; None when the recipe has none. Called by every process.
+
+    Args:
+        teachers: those that this process serves.
+        groups, shapes: of all.
 
     Raises:
         OSError: they do not fit on the disk, or another run writes into them.
@@ -90,18 +104,30 @@ def open_caches(
                 seen[cache] += math.ceil(recipe.stages[stage].steps * group.rate) * group.batch_size
                 served |= {cache} if group.index is not None else set()
 
+    weights = dict(gather_object([(name, _digest(teacher)) for name, teacher in teachers.items()]))
+
     def look() -> dict[str, dict]:
         images = count_images(recipe.data)
         needed = {cache: estimate_bytes(min(images, seen[cache]), [shapes[name]]) for cache, name in of.items()}
-        missing = check_room(folder, needed)
+        devices = [existing(Path(path).absolute()).stat().st_dev for path in (folder, recipe.output_dir)]
+        same_disk = devices[0] == devices[1]
+        missing = check_room(folder, needed, checkpoint_bytes(recipe, student) if same_disk else 0)
         accelerator.print(f"{folder} will grow by {missing / 1e9:,.1f} GB of teachers' outputs for {images:,} images")
         files = {name: one.fingerprint for name, one in ImageStream(recipe.data, [1], 1, 0).sources.items()}
         return {
-            cache: cache_fingerprint(recipe.teachers[name], shapes[name].image_size, recipe.data, files, sides[cache])
+            cache: cache_fingerprint(
+                recipe.teachers[name], weights[name], shapes[name].image_size, recipe.data, files, sides[cache]
+            )
             for cache, name in of.items()
         }
 
     return TeacherCaches(accelerator, folder, on_main_process(accelerator, look), served)
+
+
+def _digest(teacher: Teacher) -> str:
+    """Of its weights, and of its layers: the same weights with another activation give other outputs."""
+    layers = repr(teacher).replace("FSDP", "")  # sharding renames them
+    return f"{digest_weights(teacher)}-{zlib.crc32(layers.encode()):08x}"
 
 
 def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:

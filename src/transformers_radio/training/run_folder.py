@@ -45,6 +45,11 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.suffix == "")
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def checksum(path: Path) -> int:
     """CRC-32, which finds what a dying disk or machine leaves."""
     value = 0

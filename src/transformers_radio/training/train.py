@@ -86,7 +86,7 @@ def train(recipe: Recipe) -> TrainResult:
     set_seed(recipe.seed)  # the same initial student on every process
     student = build_student(recipe, shapes)
     check_before_training(recipe, student, teachers, groups, accelerator)
-    caches = open_caches(accelerator, recipe, groups, shapes)
+    caches = open_caches(accelerator, recipe, student, teachers, groups, shapes)
     # Nothing in output_dir has changed so far; from here on this process group owns it.
     with (
         nullcontext() if caches is None else closing(caches),

@@ -12,8 +12,9 @@ from omegaconf import MISSING
 from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, set_seed
 
 from transformers_radio.modeling import RadioModel
+from transformers_radio.teachers import digest_weights
 
-from ..encoder import count_parameters, digest_weights, split_spec, split_title
+from ..encoder import count_parameters, split_spec, split_title
 from ..llava_answers import LlavaQuestions, Question, answer_questions, read_questions
 from ..llava_data import Conversations, read_conversations
 from ..llava_lmms import check_lmms_eval, evaluate_lmms

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from omegaconf import MISSING
 
-from transformers_radio.teachers import load_sam
+from transformers_radio.teachers import digest_weights, load_sam
 
 from ..coco_data import SamCocoConfig, load_annotations, load_detections, mask_library
-from ..encoder import count_parameters, digest_weights, load_student, split_spec, split_title
+from ..encoder import count_parameters, load_student, split_spec, split_title
 from ..prompted_masks import SamEncoder, StudentEncoder
 from ..results import Result, done, result_path, work_folder
 from ..sam_coco import evaluate_sam_coco

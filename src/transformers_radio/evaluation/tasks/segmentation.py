@@ -53,6 +53,8 @@ def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list
         encoder.check_size(config.probe.crop_size, config.probe.crop_size)
         if config.probe.test_mode == "whole" and not encoder.is_student:
             raise ValueError(f"{encoder.name} takes only squares of one size: use probe.test_mode=slide.")
+        if config.method != "probe":
+            _check_words(encoder, config)
     return [_measure(encoder, config, output) for encoder in encoders]
 
 
@@ -94,19 +96,24 @@ def _measure(encoder: VisionEncoder, config: SegmentationTaskConfig, output: Pat
     return result
 
 
-def _without_training(encoder: VisionEncoder, config: SegmentationTaskConfig) -> dict:
-    tower = config.text or encoder.text_tower()
-    student = encoder.model
-    if not isinstance(student, RadioModel) or encoder.adaptor is None:
+def _check_words(encoder: VisionEncoder, config: SegmentationTaskConfig) -> tuple[RadioModel, str, str]:
+    """The student, its language adaptor and the text tower; ValueError where there is none."""
+    if not isinstance(encoder.model, RadioModel) or encoder.adaptor is None:
         raise ValueError(f"method={config.method} needs a student with a language adaptor; {encoder.name} is none.")
-    kind, _, checkpoint = tower.partition(":")
-    if kind != "open_clip" and config.method == "projection":
+    tower = config.text or encoder.text_tower()
+    if not tower.startswith("open_clip:") and config.method == "projection":
         raise ValueError(f"The text tower {tower!r} is no OpenCLIP model, which method=projection needs.")
+    return encoder.model, encoder.adaptor, tower
+
+
+def _without_training(encoder: VisionEncoder, config: SegmentationTaskConfig) -> dict:
+    student, adaptor, tower = _check_words(encoder, config)
     patches: Encoder
     if config.method == "summary_head":
-        patches = summary_head_patches(student, encoder.adaptor)
+        patches = summary_head_patches(student, adaptor)
     else:
-        patches = projected_patches(student, encoder.adaptor, PatchProjection(checkpoint).to(student.device))
+        projection = PatchProjection(tower.removeprefix("open_clip:")).to(student.device)
+        patches = projected_patches(student, adaptor, projection)
     classifier = zero_shot_classifier(load_text_tower(tower), config.data.classes, openai_imagenet_templates()).to(
         student.device
     )

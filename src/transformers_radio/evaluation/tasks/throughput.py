@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from transformers_radio.teachers import load_sam
+from transformers_radio.teachers import digest_weights, load_sam
 from transformers_radio.teachers.base import DTYPES
 
-from ..encoder import VisionEncoder, digest_weights, load_encoder, split_spec
+from ..encoder import VisionEncoder, load_encoder, split_spec
 from ..forward_cost import FLOPS_RULE, count_flops, memory_rule, module_tensors, peak_memory
 from ..prompted_masks import SamEncoder, StudentEncoder, predict_masks
 from ..results import Result, done, result_path

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
+from transformers_radio.teachers import digest_weights
+
 from ..class_names import load_class_names, load_templates
 from ..classification import (
     ClassificationConfig,
@@ -21,7 +23,7 @@ from ..classification import (
     resolution,
     store_config,
 )
-from ..encoder import VisionEncoder, digest_weights
+from ..encoder import VisionEncoder
 from ..features import LabelledSplit
 from ..results import Result, done, result_path, work_folder
 from ..summary_store import SummaryStore, start_processes, store_summaries
