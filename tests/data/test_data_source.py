@@ -148,6 +148,8 @@ def test_a_split_is_a_subfolder_or_a_prefix_of_file_names(photos, tmp_path):
     assert {key.split("/")[0] for key in first_epoch(whole_image(str(tmp_path / "tars")))} == {"000.tar"}
     with pytest.raises(ValueError, match="no split 'test'"):
         ImageStream(whole_image(str(tmp_path / "tars"), split="test"), [8], 1, 0)
+    with pytest.raises(ValueError, match="no split 'test'.*Its sub-folders are train, val: set data.split to one of"):
+        ImageStream(whole_image(str(tmp_path / "images"), split="test"), [8], 1, 0)
 
 
 def test_a_folder_is_dealt_out_evenly_not_sub_folder_by_sub_folder(tmp_path, monkeypatch):

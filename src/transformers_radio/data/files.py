@@ -195,7 +195,9 @@ def _select_split(path: str, paths: list[str], split: str, where: str, by_name: 
         paths = others
     if split == "train" and paths:
         return paths, []
-    raise ValueError(f"{where}.path={path!r} has no split {split!r}: neither a sub-folder nor files of this name.")
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
+    hint = f" Its sub-folders are {_listed(names)}: set {where}.split to one of them." if names else ""
+    raise ValueError(f"{where}.path={path!r} has no split {split!r}: neither a sub-folder nor files of this name.{hint}")
 
 
 def _count(number: int, noun: str) -> str:
