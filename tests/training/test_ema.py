@@ -30,14 +30,6 @@ def batches(number):
     return [torch.randn(8, 5, generator=generator) for _ in range(number)]
 
 
-def bits(model):
-    return {
-        name: tensor.detach().clone().contiguous().view(torch.uint8)
-        for name, tensor in model.state_dict().items()
-        if tensor.ndim
-    }
-
-
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -72,24 +64,6 @@ def test_the_average_is_that_of_a_numpy_loop():
     assert torch.equal(averages["scale"], torch.ones(1, 1))
 
 
-def test_swapped_weights_are_the_averages_and_come_back_bit_by_bit():
-    model, ema = trained()
-    with torch.no_grad():
-        model[0].weight[0, :3] = torch.tensor([-0.0, float("nan"), 1e-40])
-    averages, before = ema.state_dict(), bits(model)
-    parameters, optimizer_sees = list(model.parameters()), [p.data_ptr() for p in model.parameters()]
-    with ema.swapped():
-        assert all(torch.equal(p, averages[name]) for name, p in model.named_parameters())
-        inside = bits(model)
-        assert all(torch.equal(inside[name], before[name]) for name, _ in model.named_buffers() if name in before)
-    assert same(bits(model), before) and same(ema.state_dict(), averages)
-    with pytest.raises(KeyError, match="evaluation failed"), ema.swapped():
-        raise KeyError("evaluation failed")
-    assert same(bits(model), before) and same(ema.state_dict(), averages)
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    assert optimizer_sees == [p.data_ptr() for p in model.parameters()]
-
-
 def test_half_precision_weights_are_averaged_in_float32():
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     nn.init.constant_(model.weight, 1.0)
@@ -99,11 +73,6 @@ def test_half_precision_weights_are_averaged_in_float32():
         ema.update()
     # a bfloat16 would stay at 1: the steps are smaller than its spacing
     assert ema.state_dict()["weight"].item() == pytest.approx(2 - 0.999**3, abs=1e-6)
-    nn.init.constant_(model.weight, 1.2345)
-    before = model.weight.detach().clone()
-    with ema.swapped():
-        assert model.weight.dtype == torch.bfloat16 and model.weight.item() == 1.0  # rounded
-    assert torch.equal(model.weight, before)
 
 
 def test_a_saved_average_goes_on_with_the_same_bits(tmp_path):
@@ -138,7 +107,7 @@ def test_bad_input_is_named():
 
 
 def _sharded_average(rank: int, store: str) -> None:
-    """The same steps plain and sharded; every second step the average is used for a forward in eval mode."""
+    """The same steps plain and sharded; every second step is followed by a forward in eval mode."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     plain = network()
@@ -149,19 +118,14 @@ def _sharded_average(rank: int, store: str) -> None:
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
     emas = [EMA(model, 0.8) for model in models]
     for step, x in enumerate(batches(6)):
-        evaluated = []
         for model, optimizer, ema in zip(models, optimizers, emas, strict=True):
             model.train()
             train_step(model, optimizer, x)  # the same batch on both, so the mean gradient is that of one
             ema.update()
             if step % 2:
                 model.eval()
-                with ema.swapped(), torch.no_grad():
-                    evaluated.append(model(x))
                 with torch.no_grad():
                     model(x)  # leaves the root's parameters gathered
-        if step % 2:
-            torch.testing.assert_close(*evaluated)
     assert not isinstance(dict(sharded.named_parameters())["0.weight"], DTensor)  # gathered, by the last forward
     sharded.reshard()
     average = emas[1].averages["0.weight"]
@@ -177,10 +141,6 @@ def _sharded_average(rank: int, store: str) -> None:
     emas[1].load_state_dict(whole[0])
     assert same(emas[1].state_dict(), whole[0])
     assert emas[1].averages["0.weight"].placements == average.placements
-    before = {name: p.to_local().clone() for name, p in sharded.named_parameters()}
-    with emas[1].swapped():
-        assert all(torch.equal(p.full_tensor(), whole[0][name]) for name, p in sharded.named_parameters())
-    assert same({name: p.to_local() for name, p in sharded.named_parameters()}, before)
     dist.destroy_process_group()
 
 

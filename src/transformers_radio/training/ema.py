@@ -1,7 +1,6 @@
 """Exponential moving average of the student's weights."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,16 +33,6 @@ class EMA:
         for name, weight in self._weights():
             _local(self.averages[name]).lerp_(_local(weight).float(), 1 - self.decay)
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Inside, the model has the averages as its weights; afterwards its own again, bit by bit."""
-        weights = {name: _local(weight).clone() for name, weight in self._weights()}
-        try:
-            self._write(self.averages)
-            yield
-        finally:
-            self._write(weights)
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole averages by name of the parameter, on the CPU."""
         return {
@@ -70,11 +59,6 @@ class EMA:
             if isinstance(average, DTensor):
                 whole = distribute_tensor(whole, average.device_mesh, average.placements)
             _local(average).copy_(_local(whole))
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
-        for name, weight in self._weights():
-            _local(weight).copy_(_local(values[name]))
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for module in self.model.modules():
