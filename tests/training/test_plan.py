@@ -11,10 +11,10 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import TeacherOutput
 from transformers_radio.training import load_recipe
 from transformers_radio.training.cluster import GPU, stage_loads, stage_time, uneven_shares
+from transformers_radio.training.distill import build_distillation
 from transformers_radio.training.dry_run import StepCost, TeacherCost, run_stage, run_teacher, window_saving
 from transformers_radio.training.partition import stage_groups
 from transformers_radio.training.plan import describe_student, describe_teacher, print_plan
-from transformers_radio.training.train import build_distillation
 
 GROUPS = (
     "stages.main={steps: 12, resolution: 0, groups: {low: {teachers: [clip], resolution: 32, batch_size: 12, "

@@ -9,12 +9,15 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
+from transformers_radio.cli import app
 from transformers_radio.modeling import RadioModel
 from transformers_radio.training import load_recipe, train
+from transformers_radio.training.__main__ import main
 
 
 def weights(run):
@@ -102,20 +105,86 @@ def test_a_folder_of_other_files_is_not_touched(make_recipe, tmp_path):
     recipe = make_recipe("thesis")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="holds no run"):
+    with pytest.raises(FileExistsError, match="holds no run: it has chapter1.txt, but no run.yaml"):
         train(load_recipe(recipe, ["overwrite=true"]))
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_users_files_with_the_names_of_a_runs_are_not_touched(make_recipe, tmp_path):
+    recipe = make_recipe("mine")
+    files = [tmp_path / "mine" / name for name in ("checkpoints/best.pt", "metrics.jsonl", "tracker/log")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("years of work")
+    for overrides in ([], ["overwrite=true"]):
+        with pytest.raises(FileExistsError, match="it has checkpoints, metrics.jsonl, tracker, but no run.yaml"):
+            train(load_recipe(recipe, overrides))
+    assert [file.read_text() for file in files] == ["years of work"] * 3
 
 
 def test_overwriting_deletes_what_the_run_wrote_and_only_after_all_checks(finished, make_recipe):
     (finished / "notes.txt").write_text("mine")
     recipe = make_recipe("undisturbed")
-    with pytest.raises(ValueError, match="teachers.clip"):
-        train(load_recipe(recipe, ["overwrite=true", "teachers.clip.checkpoint=tiny_teachers:Nobody"]))
-    assert (finished / "student" / "model.safetensors").exists()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    for overrides, message in (
+        (["teachers.clip.checkpoint=tiny_teachers:Nobody"], "teachers.clip"),
+        (["student.attn_implementation=flash_attention_2"], "stages.main cannot be built: .*[Ff]lash"),
+        (["student.spectral_reparam=true", "student.config.initializer_range=1e-9"], "start from larger weights"),
+        (["tracker=aim"], "tracker is 'aim', which is not installed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(load_recipe(recipe, ["overwrite=true", *overrides]))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     assert train(load_recipe(recipe, ["overwrite=true", "stages.main.steps=4"])).step == 4
     assert (finished / "notes.txt").read_text() == "mine"
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("deletion", [1, 2])
+def test_an_overwrite_that_is_killed_while_it_deletes_can_be_started_again(
+    deletion, finished, make_recipe, monkeypatch
+):
+    (finished / "notes.txt").write_text("mine")
+    recipe = make_recipe("undisturbed")
+    rmtree, calls = shutil.rmtree, []
+
+    def killed(path):
+        calls.append(path)
+        if len(calls) < deletion:
+            return rmtree(path)
+        next(path.rglob("model.safetensors")).unlink()  # half of the folder is gone
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        train(load_recipe(recipe, ["overwrite=true"]))
+    student = finished / "student"
+    assert not student.exists() or (student / "model.safetensors").exists()
+    assert train(load_recipe(recipe, ["overwrite=true", "stages.main.steps=4"])).step == 4
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    assert (finished / "notes.txt").read_text() == "mine" and not (finished / "student.tmp").exists()
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(make_recipe, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("transformers_radio.training.train"), "build_teachers", interrupted)
+    recipe = str(make_recipe())
+    assert main([recipe]) == 130
+    with pytest.raises(SystemExit) as ended:
+        app(["train", recipe])  # transformers-radio
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.count("stopped at once") == 2
+
+
+def test_a_library_that_is_missing_is_one_line(make_recipe, monkeypatch):
+    def missing(*_):
+        raise ImportError("pip install something")
+
+    monkeypatch.setattr(importlib.import_module("transformers_radio.training.train"), "build_teachers", missing)
+    with pytest.raises(SystemExit, match="error: pip install something"):
+        main([str(make_recipe())])
 
 
 def test_a_start_that_failed_or_was_killed_early_does_not_block_the_next(make_recipe, tmp_path):
@@ -153,6 +222,16 @@ def test_a_loss_that_is_not_finite_names_teacher_and_head_and_keeps_the_checkpoi
     with pytest.raises(FloatingPointError, match="step 4: sam/features = nan"):
         train(recipe)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_fp16_is_refused_where_it_would_be_float32(make_recipe, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is one of the process
+    try:
+        with pytest.raises(ValueError, match="no gradient scaler for device 'cpu'; set mixed_precision=bf16 or no"):
+            train(load_recipe(make_recipe(), ["mixed_precision=fp16"]))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_not_stepped_on(make_recipe, monkeypatch, tmp_path):
@@ -225,6 +304,7 @@ def test_the_students_image_processor_gives_what_it_was_trained_on(finished):
     ("override", "message"),
     [
         ("stages.main.resolution=33", "multiples of 8 up to 64, the nearest is 32"),
+        ("stages.main.resolution=128", "multiples of 8 up to 64, the nearest is 64"),
         ("teachers.clip.checkpoint=tiny_teachers:Nobody", "teachers.clip .* has no 'Nobody'"),
         ("teachers.clip.type=clipp", "teachers.clip .*clipp"),
         ("teachers.sam.feature_weight=0", "teachers.sam teaches nothing"),

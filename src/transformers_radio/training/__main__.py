@@ -16,8 +16,11 @@ def main(arguments: list[str]) -> int:
         raise SystemExit("usage: python -m transformers_radio.training RECIPE [key=value ...]")
     try:
         result = train(load_recipe(arguments[0], arguments[1:]))
-    except (ValueError, OSError, FloatingPointError, SourceError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, SourceError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:  # before the first step, or a second time: else the step ends and is saved
+        print("stopped at once; the same command begins, or goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if torch.distributed.is_initialized():  # or its threads may outlive the interpreter, which then aborts
         torch.distributed.destroy_process_group()
     return 128 + result.signal if result.signal else 0

@@ -10,8 +10,9 @@ from transformers_radio.data import ImageStream
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
-from .distill import distillation_losses, raise_if_not_finite, teacher_targets
+from .distill import build_distillation, distillation_losses, raise_if_not_finite, teacher_targets
 from .hadamard import hadamard
+from .optimizer import build_optimizer
 from .partition import Group
 from .recipe import Recipe
 from .run_folder import existing, find_checkpoints
@@ -45,6 +46,11 @@ def check_before_training(
                 rank=group.index or 0,
                 world_size=len(group.ranks),
             ).check()
+    for stage in recipe.stages:
+        try:  # attention, reparametrisation, noise, balancing, optimizer; nothing of it is kept
+            build_optimizer(build_distillation(recipe, stage, student), recipe, recipe.stages[stage])
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"stages.{stage} cannot be built: {error}") from error
     if recipe.loss.standardization == "phi_s":
         for name, adaptor in student.config.adaptors.items():
             if adaptor["feature_dim"] is not None:
@@ -61,9 +67,12 @@ def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> No
             side = group.resolution
             if side % student.min_resolution_step or side > student.max_resolution:
                 where = f"stages.{stage}" if group.name == "all" else f"stages.{stage}.groups.{group.name}"
-                nearest = student.get_nearest_supported_resolution(side, side)[0]
+                step = student.min_resolution_step
+                nearest = min(
+                    student.get_nearest_supported_resolution(side, side)[0], student.max_resolution // step * step
+                )
                 raise ValueError(
-                    f"{where}.resolution is {side}; the student takes multiples of {student.min_resolution_step} up "
+                    f"{where}.resolution is {side}; the student takes multiples of {step} up "
                     f"to {student.max_resolution}, the nearest is {nearest}"
                 )
 

@@ -11,10 +11,13 @@ from torch import nn
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
+from .balancing import build_balancing
 from .cache import TeacherCaches, cache_name
 from .losses import common_grid, cosine_loss, match_loss, resize_grid
 from .phi_s import PhiS
 from .recipe import LossRecipe, Recipe
+from .spectral import add_spectral_reparam
+from .weight_noise import add_weight_noise
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,24 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
     if recipe.student.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     return student
+
+
+def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel) -> Distillation:
+    """What a stage trains, before it is wrapped. It shares the weights of `full_student`."""
+    student = stage_student(full_student, recipe, stage_name)
+    if recipe.student.spectral_reparam:
+        add_spectral_reparam(student)
+    if recipe.student.weight_noise:
+        add_weight_noise(student, recipe.student.weight_noise)
+    if recipe.student.compile:
+        for layer in student.encoder.layer:
+            layer.compile()
+    taught = recipe.stages[stage_name].teacher_names(recipe)
+    weights = {term: w for term, w in term_weights(recipe, student).items() if term.split("/")[0] in taught}
+    config = student.config
+    summary_dim = config.hidden_size * (len(config.summary_idxs) if config.summary_type == "cls" else 1)
+    balancing = build_balancing(recipe.loss.balancing, weights, summary_dim, config.hidden_size)
+    return Distillation(student, balancing, recipe.loss)
 
 
 def term_weights(recipe: Recipe, student: RadioModel) -> dict[str, float]:

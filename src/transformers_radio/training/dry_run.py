@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
-from .distill import Distillation
+from .distill import Distillation, build_distillation
 from .partition import Group
 from .recipe import Recipe
-from .train import build_distillation
 
 aten = torch.ops.aten
 # The counter does not know attention's fused kernel for CPUs, which keeps as little as those for GPUs.

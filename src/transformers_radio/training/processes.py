@@ -16,7 +16,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """DDP, FSDP2 or one process: whatever `accelerate launch` was told.
 
     Raises:
-        ValueError: FSDP in its first version, which cannot leave out the gradients' reduction in a pass.
+        ValueError: the tracker is not installed; fp16 without a gradient scaler; FSDP in its first version, which
+            cannot leave out the gradients' reduction in a pass.
     """
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
@@ -25,6 +26,16 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         # Every pass reaches every weight, and buffers are the same everywhere: nothing has to be searched or sent.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if recipe.tracker and not accelerator.log_with:  # Accelerate would go on without it
+        raise ValueError(
+            f"tracker is {recipe.tracker!r}, which is not installed here; install it, or set tracker=null for "
+            "metrics.jsonl alone"
+        )
+    if recipe.mixed_precision == "fp16" and accelerator.scaler is None:  # Accelerate would compute in float32
+        raise ValueError(
+            f"mixed_precision is 'fp16', but there is no gradient scaler for device {accelerator.device.type!r}; set "
+            "mixed_precision=bf16 or no"
+        )
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wants_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate shards on accelerators only. PyTorch does on CPUs too, where this very loop is tried out.

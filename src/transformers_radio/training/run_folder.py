@@ -27,11 +27,12 @@ except ImportError:  # Windows
 
 RUN_FILE = "run.yaml"
 MANIFEST = "manifest.json"  # of a checkpoint
-# All that a run writes; nothing else in output_dir is ever deleted.
-WRITTEN = (
-    *(RUN_FILE, f"{RUN_FILE}.tmp", "metrics.jsonl", "checkpoints", "statistics"),
-    *("student", "student.tmp", "tracker", ".lock"),
-)
+# A start leaves these before RUN_FILE, which says that the rest of WRITTEN is a run's.
+BEFORE_RUN = (".lock", f"{RUN_FILE}.tmp")
+# What a new run deletes of the one before, in this order: a run that is finished counts as such until it is gone.
+# Nothing else in output_dir is ever deleted.
+WRITTEN = ("metrics.jsonl", "metrics.jsonl.tmp", "checkpoints", "statistics", "tracker", "student.tmp", "student")
+MAX_LISTED = 10  # entries of a folder that a message names
 # What may differ between two starts of one run: none of it changes which images the student sees or what it learns.
 # The data's position remembers its lanes and a fingerprint of the source, and does not fit others.
 FREE_FIELDS = (
@@ -79,18 +80,21 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     That is the newest that is whole; what is wrong with newer ones is logged.
 
     Raises:
-        FileExistsError: the folder holds a run of another recipe, or files that are no run.
+        FileExistsError: the folder holds a run of another recipe, or files of no run (without run.yaml, whatever their
+            names: they may be the user's).
         ValueError: all checkpoints are damaged.
     """
     output_dir = Path(recipe.output_dir)
     checkpoints = find_checkpoints(output_dir)
     finished = (output_dir / "student").exists()
     if output_dir.exists() and not (output_dir / RUN_FILE).exists():
-        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in WRITTEN)
-        if foreign or checkpoints or finished:
+        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN)
+        if foreign:
+            listed = ", ".join(foreign[:MAX_LISTED])
+            more = f" and {len(foreign) - MAX_LISTED} more" if len(foreign) > MAX_LISTED else ""
             raise FileExistsError(
-                f"output_dir {output_dir} is not empty and holds no run (it has {', '.join(foreign[:5])}); choose "
-                "another output_dir"
+                f"output_dir {output_dir} is not empty and holds no run: it has {listed}{more}, but no {RUN_FILE}; "
+                "choose another output_dir"
             )
     if not (checkpoints or finished):
         return False, None
@@ -134,11 +138,14 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
                 f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another"
             ) from error
     if resume_from is None:
+        # RUN_FILE stays until the new one replaces it: a start that is killed in here leaves a run, not strange files.
         for name in WRITTEN:
             path = output_dir / name
             if path.is_dir():
+                if name == "student":  # half of it must not count as a finished run
+                    path = path.rename(output_dir / "student.tmp")
                 shutil.rmtree(path)
-            elif name != ".lock":
+            else:
                 path.unlink(missing_ok=True)
     for leftover in (output_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(leftover)

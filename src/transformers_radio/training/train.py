@@ -17,16 +17,15 @@ from transformers_radio.data import ImageStream
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
-from .balancing import AdaLossBalancing, build_balancing
+from .balancing import AdaLossBalancing
 from .cache import TeacherCaches
 from .checkpoint import load_training, load_weights, read_state, save_checkpoint, skipped_images
 from .checks import check_before_training
 from .distill import (
-    Distillation,
     TeacherShape,
+    build_distillation,
     build_student,
     raise_if_not_finite,
-    stage_student,
     teacher_targets,
     term_weights,
 )
@@ -39,9 +38,8 @@ from .processes import build_accelerator, on_main_process
 from .progress import Log, StopSignal, TermSums, to_device
 from .recipe import Recipe
 from .run_folder import find_run, open_run, truncate_metrics
-from .spectral import add_spectral_reparam, power_steps
+from .spectral import power_steps
 from .statistics import standardize_teachers
-from .weight_noise import add_weight_noise
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +232,7 @@ def _run_stage(
             if isinstance(balancing, AdaLossBalancing):
                 balanced.add(losses)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
-        if recipe.mixed_precision != "fp16":  # there the scaler expects overflows and skips the step
+        if accelerator.scaler is None:  # a scaler, in fp16, expects overflows and skips the step
             raise_if_not_finite({"gradient norm": torch.as_tensor(grad_norm)}, step + 1)
         optimizer.step()
         optimizer.zero_grad()
@@ -263,24 +261,6 @@ def _run_stage(
     for stream in streams.values():
         stream.close()
     return state
-
-
-def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel) -> Distillation:
-    """What a stage trains, before it is wrapped."""
-    student = stage_student(full_student, recipe, stage_name)
-    if recipe.student.spectral_reparam:
-        add_spectral_reparam(student)
-    if recipe.student.weight_noise:
-        add_weight_noise(student, recipe.student.weight_noise)
-    if recipe.student.compile:
-        for layer in student.encoder.layer:
-            layer.compile()
-    taught = recipe.stages[stage_name].teacher_names(recipe)
-    weights = {term: w for term, w in term_weights(recipe, student).items() if term.split("/")[0] in taught}
-    config = student.config
-    summary_dim = config.hidden_size * (len(config.summary_idxs) if config.summary_type == "cls" else 1)
-    balancing = build_balancing(recipe.loss.balancing, weights, summary_dim, config.hidden_size)
-    return Distillation(student, balancing, recipe.loss)
 
 
 def open_stream(

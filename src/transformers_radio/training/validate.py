@@ -4,6 +4,8 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from transformers_radio.modeling import RadioConfig
 
 if TYPE_CHECKING:
@@ -22,11 +24,19 @@ def validate(recipe: "Recipe") -> None:
     """Raises ValueError with the field, its value and what was expected."""
     _require(bool(recipe.teachers), "teachers", recipe.teachers, "at least one teacher")
     _require(bool(recipe.stages), "stages", recipe.stages, "at least one stage")
+    # NumPy's generators take 32 bits; the number of the step, or of the process, is added
+    _require(0 <= recipe.seed < 2**31, "seed", recipe.seed, "0 or more, and below 2**31")
     _one_of("mixed_precision", recipe.mixed_precision, ("no", "bf16", "fp16"))
     _validate_student(recipe)
     for name, teacher in recipe.teachers.items():
         where = f"teachers.{name}"
         _require(name.isidentifier(), where, name, "a name of letters, digits and _ (it names the adaptor's weights)")
+        _require(
+            not hasattr(nn.ModuleDict(), name),
+            where,
+            name,
+            "another name: the student keeps its adaptors in an nn.ModuleDict, which has an attribute of this one",
+        )
         _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
         _one_of(f"{where}.placement", teacher.placement, ("device", "offloaded", "sharded"))
         for key in ("summary_weight", "feature_weight"):
@@ -49,6 +59,9 @@ def validate(recipe: "Recipe") -> None:
         _at_least_zero(f"loss.{key}", getattr(recipe.loss, key))
     for key in ("learning_rate", "max_grad_norm", "eps"):
         _require(getattr(recipe.optimizer, key) > 0, f"optimizer.{key}", getattr(recipe.optimizer, key), "> 0")
+    _at_least_zero("optimizer.weight_decay", recipe.optimizer.weight_decay)
+    for key in ("beta1", "beta2"):
+        _require(0 <= getattr(recipe.optimizer, key) < 1, f"optimizer.{key}", getattr(recipe.optimizer, key), "[0, 1)")
     if recipe.ema_decay is not None:
         _require(0 < recipe.ema_decay < 1, "ema_decay", recipe.ema_decay, "null, or between 0 and 1")
     for where, value in (
@@ -72,6 +85,8 @@ def _validate_student(recipe: "Recipe") -> None:
             _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
     for name in student.config:
         _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
+    if student.head_hidden_dim is not None:
+        _above_zero("student.head_hidden_dim", student.head_hidden_dim)
     _require(0 <= student.weight_noise < 1, "student.weight_noise", student.weight_noise, "0, or a number below 1")
     _one_of("student.attn_implementation", student.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
 
