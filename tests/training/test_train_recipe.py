@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,35 @@ def test_the_student_of_such_a_run_is_plain_and_speaks_the_teachers_space(make_r
     restored = saved["phi"].float() * raw @ saved["rotation"] + saved["mean"]
     torch.testing.assert_close(folded, restored, rtol=1e-4, atol=1e-4)
     assert (raw - folded).abs().max() > 0.1
+
+
+def test_a_head_that_rests_is_published_in_its_teachers_space_too(make_recipe, tmp_path):
+    """SAM teaches in the first stage only; the student of the second is the trained one, put back in place."""
+    options = ["loss.standardization=phi_s", "loss.statistics_images=24", "checkpoints={every_steps: 2, keep: 9}"]
+    options += ["stages.main.steps=4", "stages.late={steps: 4, resolution: 32, batch_size: 4, teachers: [clip]}"]
+    recipe = load_recipe(make_recipe(), options)
+    run, images = tmp_path / "run", torch.rand(3, 3, 32, 32)
+    train(recipe)
+    saved = load_file(run / "statistics" / "sam.safetensors")
+    shapes = {name: TeacherShape.of(load_teacher(name, spec)) for name, spec in recipe.teachers.items()}
+
+    def features(student):
+        with torch.no_grad():
+            return student.eval()(images).adaptors["sam"].features
+
+    def check(step, folder):
+        trained = build_distillation(recipe, "late", build_student(recipe, shapes))
+        trained.load_state_dict(state(run, step))
+        raw, published = features(trained.student), features(RadioModel.from_pretrained(folder))
+        restored = saved["phi"].float() * raw @ saved["rotation"] + saved["mean"]
+        torch.testing.assert_close(published, restored, rtol=1e-4, atol=1e-4)
+        assert (raw - published).abs().max() > 0.1
+
+    check(6, run / "checkpoints" / "step-00000006")
+    check(8, run / "student")
+    cut_back(run, 6)  # a start in the second stage
+    train(recipe)
+    check(8, run / "student")
 
 
 def test_a_frozen_trunk_stays_while_the_heads_learn(make_recipe, tmp_path):
@@ -197,7 +227,9 @@ def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(make_re
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr[-3000:]
-    assert "could not be written" in stopped.stderr and "make room on the disk" in stopped.stderr
+    folder = tmp_path / "full" / "checkpoints"
+    assert f"the checkpoint {folder / 'step-00000006'} could not be written" in stopped.stderr
+    assert re.search(rf"{folder} has [\d,]+ bytes free.*make room on the disk", stopped.stderr)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
     train(load_recipe(recipe))
     left, right = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "full"))

@@ -237,12 +237,14 @@ class ImageStream:
         return {
             "order": self._order(),
             "lane_count": self.lanes,
+            "batch_size": self.batch_size,
             "next_batch": self._next_batch,
             "lanes": copy.deepcopy(self._lanes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved. Workers, ranks, resolutions and batch size may differ from then.
+        """Continue where `state` was saved. Workers, ranks, resolutions and batch size may differ from then; with
+        another batch size (that of the state is `state["batch_size"]`) the images to come are grouped differently.
 
         Raises:
             ValueError: the source, the seed or a setting that decides the order is not the same, or the state lacks
@@ -364,7 +366,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         ValueError: the states are not of the same run and step.
     """
     for state in states:
-        for field in ("order", "lane_count", "next_batch"):
+        for field in ("order", "lane_count", "batch_size", "next_batch"):
             if state[field] != states[0][field]:
                 raise ValueError(
                     f"The states of the ranks differ in {field!r} ({states[0][field]} and {state[field]}): they were"

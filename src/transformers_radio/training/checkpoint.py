@@ -35,7 +35,7 @@ from transformers_radio.data import merge_states
 from .ema import EMA
 from .export import WHOLE_ON_MAIN, whole_state, write_student
 from .phi_s import PhiS
-from .run_folder import MANIFEST, checksum, find_checkpoints
+from .run_folder import MANIFEST, checksum, existing, find_checkpoints
 
 
 def save_checkpoint(
@@ -89,7 +89,9 @@ def save_checkpoint(
             write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as failure:  # what each library makes of a full disk
-        error = f"{type(failure).__name__}: {failure}"
+        nearest = existing(path.absolute())
+        free = shutil.disk_usage(nearest).free
+        error = f"{nearest} has {free:,} bytes free; {type(failure).__name__}: {failure}"
     errors = [one for one in gather_object([error]) if one is not None]
     if accelerator.is_main_process:
         if errors:
@@ -104,7 +106,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if errors:
         raise OSError(
-            f"the checkpoint {path} could not be written ({errors[0]}). The last good one is kept; make room on the "
+            f"the checkpoint {path} could not be written: {errors[0]}. The last good one is kept; make room on the "
             "disk and run the same command again"
         )
     return state

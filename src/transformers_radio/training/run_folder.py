@@ -11,6 +11,7 @@ output_dir/
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -33,11 +34,16 @@ BEFORE_RUN = (".lock", f"{RUN_FILE}.tmp")
 # Nothing else in output_dir is ever deleted.
 WRITTEN = ("metrics.jsonl", "metrics.jsonl.tmp", "checkpoints", "statistics", "tracker", "student.tmp", "student")
 MAX_LISTED = 10  # entries of a folder that a message names
-# What may differ between two starts of one run: none of it changes which images the student sees or what it learns.
-# The data's position remembers its lanes and a fingerprint of the source, and does not fit others.
+# What may differ between two starts of one run: none of it changes which images the student sees or, but for rounding,
+# what it learns. The data's position remembers its lanes, the images in a pass and a fingerprint of the source, and
+# does not fit others.
 FREE_FIELDS = (
     *("output_dir", "checkpoints", "log_every_steps", "tracker", "overwrite", "restart_data"),
     *("data.num_workers", "data.path", "data.max_skipped_share", "data.retry_seconds", "data.lanes"),
+    *("student.compile", "student.gradient_checkpointing"),
+)
+FREE_PATTERN = re.compile(  # as data.path: the same files elsewhere; and what only memory and speed depend on
+    r"data\.sources\.[^.]+\.path|teachers\.[^.]+\.(placement|compile)|stages\.[^.]+(\.groups\.[^.]+)?\.micro_batch_size"
 )
 
 
@@ -181,8 +187,7 @@ def _changed_fields(recipe: Recipe, run_file: Path) -> list[str]:
 
 
 def _may_change(key: str) -> bool:
-    moved = key.startswith("data.sources.") and key.endswith(".path")  # as data.path: the same files elsewhere
-    return moved or key in FREE_FIELDS or key.split(".")[0] in FREE_FIELDS
+    return bool(FREE_PATTERN.fullmatch(key)) or key in FREE_FIELDS or key.split(".")[0] in FREE_FIELDS
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

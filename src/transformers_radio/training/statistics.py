@@ -25,9 +25,13 @@ def standardize_teachers(
     teachers: dict[str, Teacher],
     shapes: dict[str, TeacherShape],
 ) -> dict[str, PhiS]:
-    """PHI-S of every teacher of a stage whose features are taught; empty when the recipe has no standardization.
+    """PHI-S of every teacher of the groups whose features are taught; empty when the recipe has no standardization.
 
     Every process gets all of them; those that serve a teacher look at `loss.statistics_images` together.
+
+    Args:
+        groups: of a stage and of those before it: heads that rest speak standardised features too, and every
+            checkpoint folds all of them back.
     """
     transforms: dict[str, PhiS] = {}
     if recipe.loss.standardization == "none":

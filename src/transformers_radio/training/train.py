@@ -40,6 +40,7 @@ from .recipe import Recipe
 from .run_folder import find_run, open_run, truncate_metrics
 from .spectral import power_steps
 from .statistics import standardize_teachers
+from .validate import validate
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def train(recipe: Recipe) -> TrainResult:
         FloatingPointError: a loss is NaN or infinite; the last good checkpoint is kept.
         OSError: a checkpoint could not be written; the last good one is kept.
     """
+    validate(recipe)  # it may have been made or changed in Python
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -126,10 +128,12 @@ def _distil(
         dynamic_ncols=True,
     )
     first_step = 0
+    met: list[Group] = []  # of this stage and those before it, whose heads the student keeps
     with StopSignal() as stop:
         for name, stage in recipe.stages.items():
+            met += groups[name]
             if state["step"] < first_step + stage.steps and stop.number is None:
-                standardize = standardize_teachers(recipe, accelerator, groups[name], teachers, shapes)
+                standardize = standardize_teachers(recipe, accelerator, met, teachers, shapes)
                 state = _run_stage(
                     recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, caches, state,
                     progress, stop,
@@ -185,7 +189,10 @@ def _run_stage(
         schedule.load_state_dict(state["schedule"])
 
     own = [group for group in groups if group.index is not None]
-    streams = {group.name: open_stream(recipe, group, teachers, state["streams"].get(group.name)) for group in own}
+    streams = {
+        group.name: open_stream(recipe, stage_name, group, teachers, state["streams"].get(group.name), resuming)
+        for group in own
+    }
     batches = {name: iter(stream) for name, stream in streams.items()}
     model.train()
     student = accelerator.unwrap_model(model).student
@@ -264,9 +271,19 @@ def _run_stage(
 
 
 def open_stream(
-    recipe: Recipe, group: Group, teachers: dict[str, Teacher], position: dict[str, Any] | None = None
+    recipe: Recipe,
+    stage_name: str,
+    group: Group,
+    teachers: dict[str, Teacher],
+    position: dict[str, Any] | None = None,
+    same_stage: bool = True,
 ) -> ImageStream:
-    """The images of one group on this process. Each group goes through the data in an order of its own."""
+    """The images of one group on this process. Each group goes through the data in an order of its own.
+
+    Args:
+        position: of the group of this name, saved in this stage or in one before it.
+        same_stage: in this one. Its batches then have to hold as many images as before, or they would be others.
+    """
     stream = ImageStream(
         recipe.data,
         resolutions=sorted({group.resolution, *(teachers[name].image_size for name in group.teachers)}),
@@ -277,6 +294,15 @@ def open_stream(
     )
     if position is not None:  # also from the stage before: it goes on with the images that were not seen yet
         try:
+            if same_stage and position["batch_size"] != group.micro_batch_size:
+                where = f"stages.{stage_name}" + ("" if group.name == "all" else f".groups.{group.name}")
+                before = position["batch_size"]
+                raise ValueError(
+                    f"{where} had {before} images in a pass of a process when its position in the data was saved, and "
+                    f"has {group.micro_batch_size} now, which would change the order of the images: set "
+                    f"{where}.micro_batch_size={before}, on a number of processes that divides "
+                    f"{group.batch_size // before}."
+                )
             stream.load_state_dict(position)
         except ValueError as error:
             if not recipe.restart_data:
