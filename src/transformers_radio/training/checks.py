@@ -32,8 +32,7 @@ def check_before_training(
         teachers: those that this process serves.
         groups: stage -> its groups.
     """
-    check_resolutions(student, groups)
-    check_lanes(recipe, groups)
+    check_layout(recipe, student, teachers, groups)
     for stage, stage_groups in groups.items():
         for group in (group for group in stage_groups if group.index is not None):
             where = stage if group.name == "all" else f"{stage}.groups.{group.name}"
@@ -51,14 +50,17 @@ def check_before_training(
             build_optimizer(build_distillation(recipe, stage, student), recipe, recipe.stages[stage])
         except (ImportError, ValueError) as error:
             raise ValueError(f"stages.{stage} cannot be built: {error}") from error
-    if recipe.loss.standardization == "phi_s":
-        for name, adaptor in student.config.adaptors.items():
-            if adaptor["feature_dim"] is not None:
-                try:
-                    hadamard(adaptor["feature_dim"])
-                except ValueError as error:
-                    raise ValueError(f"teachers.{name} cannot be standardised with phi_s: {error}") from error
     check_disk(recipe, student)
+
+
+def check_layout(
+    recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher], groups: dict[str, list[Group]]
+) -> None:
+    """What needs shapes alone, of models that may be on the meta device: `plan` calls it too."""
+    check_resolutions(student, groups)
+    check_lanes(recipe, groups)
+    check_windows(student, groups)
+    check_standardization(recipe, student, teachers)
 
 
 def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> None:
@@ -90,6 +92,49 @@ def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
                     f"stages.{stage} it has {len(group.ranks)} processes x {max(1, recipe.data.num_workers)} "
                     f"data.num_workers = {readers} readers: set data.lanes to a multiple of all groups' readers"
                 )
+
+
+def unused_windows(student: RadioModel, groups: dict[str, list[Group]]) -> dict[int, list[int]]:
+    """The sizes of `train_window_sizes` that no group will draw -> the sides of all groups' grids, in patches.
+
+    A window has to divide the grid, and not to cover it.
+    """
+    sides = sorted({group.resolution // student.patch_size for stage in groups.values() for group in stage})
+    sizes = student.config.train_window_sizes or []
+    return {size: sides for size in sizes if not any(side % size == 0 and size < side for side in sides)}
+
+
+def check_windows(student: RadioModel, groups: dict[str, list[Group]]) -> None:
+    unused = unused_windows(student, groups)
+    if unused and len(unused) == len(set(student.config.train_window_sizes or [])):
+        raise ValueError(
+            f"student.config.train_window_sizes is {list(unused)}, and none of them divides a grid of patches into "
+            f"several windows: the stages' grids have sides of {next(iter(unused.values()))}; choose divisors of "
+            "these, or null for no windows"
+        )
+
+
+def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher]) -> None:
+    """PHI-S has a rotation for the width of every head of features, and enough vectors to find it."""
+    if recipe.loss.standardization != "phi_s":
+        return
+    for name, adaptor in student.config.adaptors.items():
+        channels = adaptor["feature_dim"]
+        if channels is None:
+            continue
+        try:
+            hadamard(channels)
+        except ValueError as error:
+            raise ValueError(f"teachers.{name} cannot be standardised with phi_s: {error}") from error
+        if name not in teachers:  # another process serves it
+            continue
+        positions = (teachers[name].image_size // teachers[name].patch_size) ** 2
+        if recipe.loss.statistics_images * positions <= channels:
+            raise ValueError(
+                f"loss.statistics_images is {recipe.loss.statistics_images}: with {positions} positions an image of "
+                f"teachers.{name} they give too few vectors for the covariance of its {channels} channels; set at "
+                f"least {channels // positions + 1}, better some hundred times as many"
+            )
 
 
 @torch.no_grad()

@@ -35,20 +35,34 @@ def build_teachers(
         ValueError: a teacher cannot be loaded (the message names it), or one that is to be sharded is served by
             different processes in different groups.
     """
-    served: dict[str, set[tuple[int, ...]]] = {name: set() for name in recipe.teachers}
-    own: set[str] = set()
-    for group in (group for stage in groups.values() for group in stage):
-        for name in group.teachers:
-            served[name].add(group.ranks)
-            if group.index is not None:
-                own.add(name)
+    ranks = sharding_ranks(recipe, groups)
+    own = {name for stage in groups.values() for group in stage if group.index is not None for name in group.teachers}
     teachers = {}
     for name, spec in recipe.teachers.items():
-        mesh = _mesh(name, served[name], torch.device(device).type) if spec.placement == "sharded" else None
+        # All processes have to call it, also those that are not in it.
+        mesh = DeviceMesh(torch.device(device).type, list(ranks[name])) if len(ranks.get(name, ())) > 1 else None
         if name in own:
             teacher = load_teacher(name, spec)
             teachers[name] = _place(teacher, spec, torch.device(device), mesh)
     return teachers
+
+
+def sharding_ranks(recipe: Recipe, groups: dict[str, list[Group]]) -> dict[str, tuple[int, ...]]:
+    """The processes over which each sharded teacher is spread: those that serve it.
+
+    Raises:
+        ValueError: it is served by different processes in different groups.
+    """
+    ranks = {}
+    for name in (name for name, spec in recipe.teachers.items() if spec.placement == "sharded"):
+        served = {group.ranks for stage in groups.values() for group in stage if name in group.teachers}
+        if len(served) > 1:
+            raise ValueError(
+                f"teachers.{name}.placement is sharded, but its groups are served by different processes "
+                f"({', '.join(map(str, sorted(served)))}); put it into one group, or choose device or offloaded"
+            )
+        ranks[name] = next(iter(served), ())
+    return ranks
 
 
 def load_teacher(name: str, spec: TeacherRecipe) -> Teacher:
@@ -151,14 +165,3 @@ def _stack(network: nn.Module) -> Iterable[nn.Module]:
     if not stacks:
         return [network]
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children()
-
-
-def _mesh(name: str, served: set[tuple[int, ...]], device_type: str) -> DeviceMesh | None:
-    """Of the processes that serve a teacher together; None when it is one alone. All processes have to call it."""
-    if len(served) > 1:
-        raise ValueError(
-            f"teachers.{name}.placement is sharded, but its groups are served by different processes "
-            f"({', '.join(map(str, sorted(served)))}); put it into one group, or choose device or offloaded"
-        )
-    ranks = next(iter(served), ())
-    return DeviceMesh(device_type, list(ranks)) if len(ranks) > 1 else None

@@ -1,5 +1,6 @@
 """What a recipe will do, counted without running it: dims, resolutions, FLOPs, memory, samples; time on real GPUs."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 from transformers_radio.teachers.known import is_on_disk, known_teacher
 
-from .checks import check_disk, check_lanes, check_resolutions
+from .checks import check_disk, check_layout, unused_windows
 from .cluster import Load, find_gpu, stage_loads, stage_time, uneven_shares
 from .distill import TeacherShape, build_student
 from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
 from .partition import Group, stage_groups
-from .placement import load_teacher
+from .placement import load_teacher, sharding_ranks
 from .recipe import Recipe, StageRecipe, TeacherRecipe
+from .validate import validate
 
 
 def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utilisation: float = 0.4) -> None:
@@ -33,6 +35,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     Raises:
         ValueError: recipe, teachers and number of processes do not fit together; an unknown GPU.
     """
+    validate(recipe)  # it may have been made or changed in Python
     if processes < 1:
         raise ValueError(f"processes is {processes}; expected 1 or more")
     if not 0 < utilisation <= 1:
@@ -44,15 +47,15 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
         for name, stage in recipe.stages.items()
     }
     recipe.data.validate()
-    check_lanes(recipe, groups)
+    sharding_ranks(recipe, groups)
     teachers = {name: describe_teacher(name, spec) for name, spec in recipe.teachers.items()}
     student = describe_student(recipe, teachers)
-    check_resolutions(student, groups)
+    check_layout(recipe, student, teachers, groups)
     teacher_costs = {name: run_teacher(teacher) for name, teacher in teachers.items()}
     outputs = {name: cost.output for name, cost in teacher_costs.items()}
     steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width; 80 would cut the headers
     console.print(_teachers_table(recipe, teachers, teacher_costs))
     heads = sum(parameter.numel() for parameter in student.adaptors.parameters()) / 1e6
     config = student.config
@@ -235,6 +238,8 @@ def _notes(recipe: Recipe, groups: dict[str, list[Group]], student: RadioModel, 
             counts = " : ".join(str(len(group.ranks)) for group in groups[name])
             wanted = " : ".join(f"{share:g}" for share in shares.values())
             notes.append(f"stages.{name}: its groups have {counts} processes, for shares of {wanted}")
+    for size, sides in unused_windows(student, groups).items():
+        notes.append(f"student.config.train_window_sizes: {size} is never drawn, as the grids have sides of {sides}")
     try:
         check_disk(recipe, student)
     except OSError as error:  # of this machine; the run may have another disk

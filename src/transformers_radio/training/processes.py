@@ -16,8 +16,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """DDP, FSDP2 or one process: whatever `accelerate launch` was told.
 
     Raises:
-        ValueError: the tracker is not installed; fp16 without a gradient scaler; FSDP in its first version, which
-            cannot leave out the gradients' reduction in a pass.
+        ValueError: the tracker is not installed; fp16 without a gradient scaler; gradient accumulation by Accelerate;
+            FSDP in its first version, which cannot leave out the gradients' reduction in a pass.
     """
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
@@ -35,6 +35,12 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError(
             f"mixed_precision is 'fp16', but there is no gradient scaler for device {accelerator.device.type!r}; set "
             "mixed_precision=bf16 or no"
+        )
+    if accelerator.gradient_accumulation_steps != 1:  # it would divide the loss by their number
+        raise ValueError(
+            f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} (of accelerate launch, or "
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS); expected 1, as the recipe says how a batch is accumulated: set "
+            "micro_batch_size beside batch_size"
         )
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wants_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:

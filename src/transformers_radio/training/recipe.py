@@ -178,6 +178,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value, e.g. stages.main.steps=100")
+    _check_emptied(overrides)
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OSError) as error:
@@ -210,6 +211,18 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _check_emptied(overrides: list[str]) -> None:
+    """OmegaConf drops `stages=null` without a word when `stages.main.steps=3` follows."""
+    for number, override in enumerate(overrides):
+        key, value = override.split("=", 1)
+        later = [other for other in overrides[number + 1 :] if other.startswith(f"{key}.")]
+        if later and value.strip().lower() in ("null", "~", ""):
+            raise ValueError(
+                f"override {override!r} does not empty {key} before {later[0]!r}: overrides add to what the recipe's "
+                f"file holds; remove it there, or override its fields one by one"
+            )
 
 
 def _check_names(written: Any, schema: Any, prefix: str) -> None:
