@@ -1,10 +1,11 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart seeds ablations teachers test test-slow quality bench clean
+.PHONY: help quickstart seeds ablations teachers test test-slow test-lmms quality bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -31,7 +32,15 @@ test: $(VENV)/installed  ## Run the tests (under 20 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/installed  ## Run the long tests too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not lmms"
+
+$(LMMS_VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --progress-bar off -e ".[dev,lmms]"
+	touch $@
+
+test-lmms: $(LMMS_VENV)/installed  ## Test against lmms-eval, in an environment of its own
+	$(LMMS_VENV)/bin/python -m pytest -m lmms tests/evaluation/test_lmms_eval.py
 
 quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/ruff check .
@@ -45,5 +54,5 @@ bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the in
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
 
-clean:  ## Remove the environment and caches (never runs/)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+clean:  ## Remove the environments and caches (never runs/)
+	rm -rf $(VENV) $(LMMS_VENV) .mypy_cache .ruff_cache .pytest_cache

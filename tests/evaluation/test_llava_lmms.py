@@ -40,8 +40,8 @@ def lmms_eval(monkeypatch):
         def __init__(self):
             self.task_dict = {}
 
-    def simple_evaluate(model, tasks, task_manager, limit, batch_size, log_samples):
-        seen.calls.append((tasks, limit, batch_size))
+    def simple_evaluate(model, tasks, task_manager, limit, batch_size, log_samples, cli_args):
+        seen.calls.append((tasks, limit, batch_size, cli_args.output_path))
         results = {}
         for task in tasks:
             model.task_dict[task] = {"test": DOCUMENTS}
@@ -89,7 +89,7 @@ def test_requests_are_answered_and_metrics_named(built, lmms_eval, tmp_path, mon
         for image, one in zip(images, DOCUMENTS, strict=True)
     ]
     assert lmms_eval.answers == [[*expected, expected[-1]]] * 2
-    assert lmms_eval.calls == [(["gqa", "pope_pop"], None, 2)]
+    assert lmms_eval.calls == [(["gqa", "pope_pop"], None, 2, str(tmp_path))]
 
     # started again, nothing is asked again
     def refuse(*args):
@@ -106,9 +106,12 @@ def test_a_metric_that_is_not_there_is_an_error(built, lmms_eval, tmp_path, monk
         evaluate_lmms(*built, ["gqa"], tmp_path, batch_size=4, limit=1)
 
 
-def test_without_lmms_eval_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install transformers_radio\[lmms\]"):
+@pytest.mark.parametrize("missing", ["lmms_eval.evaluator", "filelock._api"])
+def test_without_lmms_eval_or_what_it_needs_the_error_says_how_to_get_it(lmms_eval, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, "filelock._api", ModuleType("filelock._api"))
+    check_lmms_eval(["gqa"])
+    monkeypatch.setitem(sys.modules, missing, None)  # Python's own way to say that there is no such module
+    with pytest.raises(ImportError, match=rf'{missing}.*pip install "transformers_radio\[lmms\]"'):
         check_lmms_eval(["gqa"])
     check_lmms_eval([])
     with pytest.raises(ValueError, match="choose from gqa"):

@@ -3,8 +3,9 @@
 lmms-eval is an optional extra: `pip install transformers_radio[lmms]`.
 """
 
+import argparse
 import hashlib
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,21 @@ def check_lmms_eval(tasks: list[str]) -> None:
     """
     Raises:
         ValueError: a task that is not in `LMMS_TASKS`.
-        ImportError: lmms-eval is not installed.
+        ImportError: lmms-eval is not installed, or lacks something that it needs.
     """
     unknown = [task for task in tasks if task not in LMMS_TASKS]
     if unknown:
         raise ValueError(f"lmms_eval_tasks has {', '.join(unknown)}; choose from {', '.join(LMMS_TASKS)}.")
-    if tasks and importlib.util.find_spec("lmms_eval") is None:
+    if not tasks:
+        return
+    try:
+        importlib.import_module("lmms_eval.evaluator")
+        importlib.import_module("filelock._api")  # lmms-eval itself imports it only when it starts, after the training
+    except ImportError as error:
         raise ImportError(
-            f"{', '.join(tasks)} are scored by lmms-eval, which is not installed: pip install "
-            "transformers_radio[lmms], or leave them out with lmms_eval_tasks=[]."
-        )
+            f"{', '.join(tasks)} are scored by lmms-eval, which is not installed or not whole ({error}): pip install "
+            '"transformers_radio[lmms]", or leave them out with lmms_eval_tasks=[].'
+        ) from error
 
 
 def evaluate_lmms(
@@ -51,7 +57,7 @@ def evaluate_lmms(
     """Percentages by column of `LMMS_TASKS`; an empty dict on all processes but the first.
 
     Args:
-        folder: keeps the answers, so that a killed evaluation goes on where it was.
+        folder: keeps the answers, so that a killed evaluation goes on where it was, and lmms-eval's own files.
         limit: only so many questions of each task, for a first try.
 
     Raises:
@@ -100,6 +106,8 @@ def evaluate_lmms(
         limit=limit,
         batch_size=batch_size,
         log_samples=False,
+        # some scorers write files for a server of theirs; without a path, into the current folder
+        cli_args=argparse.Namespace(output_path=str(folder), process_with_media=True),
     )
     if results is None:
         return {}
