@@ -127,6 +127,17 @@ def test_extensions(extension, tmp_path, caplog):
     assert keys_and_notes(caplog, tmp_path) == ([f"1.{extension}"], "")
 
 
+def test_hidden_folders_are_left_out_and_named(tmp_path, caplog):
+    fill(tmp_path, "a/1.jpg", "a/.ipynb_checkpoints/2.jpg", ".thumbnails/x/3.jpg")
+    for path in (tmp_path, tmp_path / "**" / "*.jpg"):
+        keys, text = keys_and_notes(caplog, path)
+        assert [os.path.basename(key) for key in keys] == ["1.jpg"]
+        assert "left out 2 hidden folders: .thumbnails, a/.ipynb_checkpoints" in text
+    assert keys_and_notes(caplog, tmp_path / ".thumbnails") == (["x/3.jpg"], "")  # asked for
+    fill(tmp_path / "b", "train/1.jpg", "other/.thumbnails/2.jpg")
+    assert keys_and_notes(caplog, tmp_path / "b") == (["train/1.jpg"], "")  # nothing beside the split was meant
+
+
 def test_a_folder_that_cannot_be_opened_is_named(tmp_path, caplog, monkeypatch):
     fill(tmp_path, "a/1.jpg", "lost+found/2.jpg")
     scandir = os.scandir

@@ -214,6 +214,15 @@ def test_image_column(tmp_path, photos):
     assert "none of the first 1 images can be used" in message and "'caption'" in message
 
 
+@pytest.mark.parametrize("keys", [("my.photo.001", "my.photo.002"), ("a.001", "b.002")])
+def test_names_with_dots_of_their_own_are_to_be_changed(keys, tmp_path, photos):
+    write_tar(tmp_path / "dots.tar", {key: {"jpg": photos["000"]} for key in keys})
+    message = error_of(tmp_path / "dots.tar")
+    assert "A sample's key ends at the first dot" in message and "rename these files" in message
+    write_tar(tmp_path / "column.tar", {f"{key}.rgb": {"jpg": data} for key, data in photos.items()})
+    assert len(first_epoch(whole_image(str(tmp_path / "column.tar")))) == COUNT  # the column rgb.jpg of all
+
+
 def test_check_reports_sources_without_one_usable_or_enough_images(tmp_path, photos):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"<html>")

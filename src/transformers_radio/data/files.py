@@ -97,11 +97,12 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
 def _walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
     """-> (every folder from `root` on with the names of its files, sentences about what was left out).
 
-    Links to folders are followed, but no folder is read twice: none that a link leads to a second time, and none that
-    holds the root itself.
+    Hidden folders are left out. Links to folders are followed, but no folder is read twice: none that a link leads to
+    a second time, and none that holds the root itself.
     """
     listed: list[tuple[str, list[str]]] = []
     refused: list[str] = []
+    hidden: list[str] = []
     unreadable: list[OSError] = []
     real_root = os.path.realpath(root)
     read: set[str] = set()
@@ -119,11 +120,15 @@ def _walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
                 continue
             read.add(real_parent)
             listed.append((parent, names))
+            hidden += [os.path.relpath(os.path.join(parent, name), root) for name in folders if name.startswith(".")]
+            folders[:] = [name for name in folders if not name.startswith(".")]  # walk goes into the others alone
             links += [link for name in folders if os.path.islink(link := os.path.join(parent, name))]
         waiting += sorted(links)  # after the folders that are really here, whatever order the disk lists them in
     notes = []
     if refused:
         notes.append(f"left out {_count(len(refused), 'link')} to folders that are read anyway: {_listed(refused)}")
+    if hidden:
+        notes.append(f"left out {_count(len(hidden), 'hidden folder')}: {_listed(sorted(hidden))}")
     if unreadable:
         reasons = [f"{error.filename} ({error.strerror})" for error in unreadable]
         notes.append(f"left out {_count(len(reasons), 'folder')} that cannot be opened: {_listed(reasons)}")
@@ -146,10 +151,9 @@ def _glob(pattern: str) -> tuple[list[str], list[str]]:
         listed, left_out = _walk(root)
         notes += left_out
         for folder, _ in listed:
-            if os.sep + "." not in folder[len(root) :]:  # hidden folders are none of a pattern's matches
-                matching, left_out = _glob(os.path.join(glob.escape(folder), after))
-                files += matching
-                notes += left_out
+            matching, left_out = _glob(os.path.join(glob.escape(folder), after))
+            files += matching
+            notes += left_out
     real_folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(file) for file in files}}
     kept: dict[tuple[str, str], str] = {}
     for file in sorted(files, key=lambda file: (file.count(os.sep), file)):
@@ -182,7 +186,11 @@ def _beside(folder: str, split: str, where: str) -> list[str]:
 
 
 def _holds_data(folder: str) -> bool:
-    return any(kind_of(name) for _, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(kind_of(name) for name in names if not name.startswith(".")):
+            return True
+    return False
 
 
 def _select_split(path: str, paths: list[str], split: str, where: str, by_name: bool) -> tuple[list[str], list[str]]:
@@ -197,7 +205,9 @@ def _select_split(path: str, paths: list[str], split: str, where: str, by_name: 
         return paths, []
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
     hint = f" Its sub-folders are {_listed(names)}: set {where}.split to one of them." if names else ""
-    raise ValueError(f"{where}.path={path!r} has no split {split!r}: neither a sub-folder nor files of this name.{hint}")
+    raise ValueError(
+        f"{where}.path={path!r} has no split {split!r}: neither a sub-folder nor files of this name.{hint}"
+    )
 
 
 def _count(number: int, noun: str) -> str:

@@ -275,11 +275,18 @@ def _choose_image_columns(samples: list[list[str]], images: list[str], config: S
     if len(images) > 1:  # a tar with KEY.jpg and KEY.mask.png: the plain name is the image
         usual = ["image", "img", *(extension[1:] for extension in EXTENSIONS)]
         images = [name for name in images if name.lower() in usual] or images
-    if not images or max(len(set(images) & set(sample)) for sample in samples) > 1:
+    # of x.001.jpg and y.002.jpg neither column is that of all samples, even if no sample has two of them
+    stems = {name.rpartition(".")[0] for name in images}
+    if len(stems) != 1 or max(len(set(images) & set(sample)) for sample in samples) > 1:
         found = f"several ({', '.join(images)})" if images else "none"
+        fix = f"Set {where}.image_column."
+        if stems - {""}:
+            fix += (
+                " A sample's key ends at the first dot of its file name and the rest names the column: if names in the"
+                " tar have dots of their own, such as my.photo.001.jpg, rename these files and write the tar again."
+            )
         raise ValueError(
-            f"{where}.path={config.path!r}: expected one column of images, found {found} among {all_columns}."
-            f" Set {where}.image_column."
+            f"{where}.path={config.path!r}: expected one column of images, found {found} among {all_columns}. {fix}"
         )
     return images
 
