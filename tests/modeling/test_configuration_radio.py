@@ -28,6 +28,14 @@ def test_named_sizes_have_the_published_parameter_counts(size, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
+def test_a_whole_mlp_ratio_is_taken_and_saved_as_transformers_reads_it(tmp_path):
+    config = RadioConfig(mlp_ratio=2, summary_idxs=[0, 1])
+    assert config == RadioConfig(mlp_ratio=2.0, summary_idxs=[0, 1])
+    config.save_pretrained(tmp_path)
+    native = transformers.RadioConfig.from_pretrained(tmp_path)
+    assert native.mlp_ratio == 2.0 and isinstance(native.mlp_ratio, float)
+
+
 def test_from_size_takes_overrides_and_refuses_unknown_names():
     config = RadioConfig.from_size("vit-b-16", num_cls_tokens=1, max_img_size=1024)
     assert (config.num_cls_tokens, config.max_img_size, config.num_hidden_layers) == (1, 1024, 12)
@@ -58,6 +66,8 @@ def test_global_blocks_of_released_models(depth, fields, expected):
     ("fields", "words"),
     [
         ({"adaptors": {"clip": {**ADAPTOR, "summary_token": 3}}}, ["clip", "summary_token", "3"]),
+        ({"adaptors": {"values": ADAPTOR}}, ["values", "ModuleDict", "another"]),
+        ({"adaptors": {"training": ADAPTOR}}, ["training", "ModuleDict", "another"]),
         ({"adaptors": {"clip": {"summary_dim": 4}}}, ["clip", "feature_dim", "hidden_dim"]),
         ({"adaptors": {"clip": {**ADAPTOR, "width": 4}}}, ["clip", "width"]),
         ({"adaptors": {"clip": {**ADAPTOR, "hidden_dim": 0}}}, ["clip", "hidden_dim", "0"]),

@@ -1,12 +1,15 @@
 import copy
 import logging
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from tiny_radio import TINY, build, native
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_radio import RadioConfig, RadioModel
 
@@ -91,6 +94,39 @@ def test_packed_images_equal_native_and_one_by_one(attention):
     torch.testing.assert_close(alone.features, single[0].features[0])
 
 
+def test_packed_images_reach_flash_attention_in_one_call_with_their_ends(monkeypatch):
+    calls = []
+
+    def packed_flash(module, query, key, value, attention_mask, scaling, dropout, **options):
+        """What flash attention does with packed sequences, by PyTorch's attention for each image."""
+        calls.append((query.shape, attention_mask, dropout, options))
+        ends = options["cu_seq_lens_q"].tolist()
+        outputs = [
+            F.scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale=scaling
+            )
+            for start, end in pairwise(ends)
+        ]
+        return torch.cat(outputs, dim=2).transpose(1, 2), None  # (1, L, heads, D/heads), as transformers' functions
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_flash", packed_flash)
+    model = build(attn_implementation="sdpa")
+    pixels, grids = torch.rand(12 + 12 + 1, 768), torch.tensor([[4, 3], [2, 6], [1, 1]])
+    with torch.no_grad():
+        expected = model(pixels, image_grid_hw=grids)
+        model.config._attn_implementation = "packed_flash"
+        found = model(pixels, image_grid_hw=grids)
+    for name in ("summary", "features"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert len(calls) == model.config.num_hidden_layers
+    for shape, mask, dropout, options in calls:
+        assert shape == (1, 2, 17 + 17 + 6, 16) and mask is None and dropout == 0.0  # 5 tokens before the patches
+        assert set(options) == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+        assert options["max_length_q"] == options["max_length_k"] == 17
+        for ends in (options["cu_seq_lens_q"], options["cu_seq_lens_k"]):
+            assert ends.dtype == torch.int32 and ends.tolist() == [0, 17, 34, 40]
+
+
 # ---------------------------------------------------------------- variants that native does not have
 
 
@@ -126,6 +162,11 @@ def test_final_norm_mean_summary_and_mlp_norm_against_native_layers():
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), {}, ["uint8", "255"]),
         (torch.rand(1, 3, 64, 96), {"window_size": 3}, ["window_size 3", "4x6", "48x96"]),
         (torch.rand(1, 3, 64, 96), {"window_size": -1}, ["-1"]),
+        (torch.rand(1, 3, 64, 96), {"window_size": 2.0}, ["2.0", "whole number"]),
+        (torch.rand(0, 3, 64, 96), {}, ["no image"]),
+        (np.zeros((1, 3, 32, 32), np.float32), {}, ["ndarray", "torch.as_tensor"]),
+        (torch.rand(6, 768), {"image_grid_hw": [[2, 3]]}, ["list", "torch.tensor"]),
+        (torch.rand(0, 768), {"image_grid_hw": torch.zeros(0, 2, dtype=torch.long)}, ["no image"]),
         (torch.rand(1, 3, 64, 96), {"adaptors": ["clip"]}, ["clip"]),
         (torch.rand(1, 3, 64, 96), {"output_attentions": True}, ["sdpa", "eager"]),
         (torch.rand(5, 768), {"image_grid_hw": torch.tensor([[2, 3]])}, ["(5, 768)", "(6, 768)"]),
@@ -142,14 +183,21 @@ def test_wrong_input_is_named_with_the_fix(images, options, words):
 
 def test_images_in_the_wrong_range_are_reported_once(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    for images, words in ((torch.rand(1, 3, 32, 32) * 255, "255"), (torch.randn(1, 3, 32, 32), "normalized")):
+    hole = torch.rand(1, 3, 32, 32)
+    hole[0, 0, 0, 0] = torch.nan
+    for images, words in (
+        (torch.rand(1, 3, 32, 32) * 255, "255"),
+        (torch.randn(1, 3, 32, 32), "normalized"),
+        (hole, "NaN"),
+    ):
         model = build()
         model(torch.rand(1, 3, 32, 32))
         assert not caplog.records
         model(images)
         model(images)
         assert len(caplog.records) == 1 and words in caplog.text
-        assert f"{images.max().item():.2f}" in caplog.text
+        assert ("normalized" in caplog.text) == (words == "normalized")
+        assert images is hole or f"{images.max().item():.2f}" in caplog.text
         caplog.clear()
     model = build()
     conditioner = model.make_preprocessor_external()

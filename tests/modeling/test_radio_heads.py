@@ -96,6 +96,10 @@ def test_segmentation_ignore_index(student_folder):
     labels[0, 5, 7] = 2
     scores = F.interpolate(model(pixel_values).logits, size=(32, 32), mode="bilinear", align_corners=False)
     torch.testing.assert_close(model(pixel_values, labels=labels).loss, -scores.log_softmax(1)[0, 2, 5, 7])
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(model(pixel_values, labels=labels.to(dtype)).loss, model(pixel_values, labels=labels).loss)
+    with pytest.raises(ValueError, match="dtype torch.float32; expected one map of integers"):
+        model(pixel_values, labels=labels.float())
 
 
 @pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])

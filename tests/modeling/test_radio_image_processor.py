@@ -112,6 +112,38 @@ def test_grey_and_transparent_images_become_rgb():
         torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1.01 / 255)
 
 
+def test_boolean_and_unsigned_images_are_read_as_what_they_say():
+    processor = RadioImageProcessor(size={"height": 32, "width": 32})
+    grey = np.array(photo(32, 32).convert("L"))
+    black_and_white = torch.from_numpy(grey > 127).float().expand(1, 3, 32, 32)
+    for image in (
+        grey > 127,
+        torch.from_numpy(grey > 127),
+        np.stack([grey > 127] * 3, -1),
+        Image.fromarray(grey > 127),
+    ):
+        assert torch.equal(processor(image, return_tensors="pt").pixel_values, black_and_white)
+    expected = processor(grey, return_tensors="pt").pixel_values
+    for wide in (np.uint16, np.uint32, np.uint64):
+        array = grey.astype(wide)
+        for image in (array, torch.from_numpy(array)):
+            assert torch.equal(processor(image, return_tensors="pt").pixel_values, expected)
+    with pytest.raises(ValueError, match="must be in 0..255, got values from 300 to 300; convert to 8 bits"):
+        processor(np.full((32, 32, 3), 300, np.uint16))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_pil_images_are_turned_upright(mode, tmp_path):
+    upright = photo(32, 48).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    processor = RadioImageProcessor(size={"shortest_edge": 32})
+    expected = processor(upright, return_tensors="pt").pixel_values
+    found = processor(Image.open(tmp_path / "phone.png"), return_tensors="pt").pixel_values
+    assert found.shape == (1, 3, 32, 48) and torch.equal(found, expected)
+
+
 def test_black_and_white_span_the_whole_range_even_where_bicubic_overshoots():
     edge = torch.zeros(3, 40, 40)
     edge[:, :, 20:] = 1.0

@@ -5,6 +5,7 @@ from dataclasses import field, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import RadioConfig as NativeRadioConfig
 
 # width, depth, heads, MLP width; patch 16 throughout
@@ -70,6 +71,7 @@ class RadioConfig(NativeRadioConfig):
     # typed `bool` there, so that class stops and prints the sentence. Ours never has another value than False.
     use_swiglu_ffn: bool | str = False  # type: ignore[assignment]
 
+    mlp_ratio: float | int = 4.0
     adaptors: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary_type: Literal["cls", "mean"] = "cls"
     final_norm: bool = False
@@ -93,6 +95,7 @@ class RadioConfig(NativeRadioConfig):
             )
         if isinstance(self.use_swiglu_ffn, str):
             self.use_swiglu_ffn = False
+        self.mlp_ratio = float(self.mlp_ratio)  # transformers' own class reads nothing else
         self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
         if self.summary_idxs is None:
             tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
@@ -161,6 +164,8 @@ class RadioConfig(NativeRadioConfig):
         where = f"RadioConfig: adaptor {name!r}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(f"{where}: use letters, digits, `_` and `-` only, the name is part of the weights' keys.")
+        if hasattr(nn.ModuleDict(), name):  # where the model keeps its adaptors
+            raise ValueError(f"{where}: torch's ModuleDict has an attribute of this name; choose another one.")
         missing = [key for key in _ADAPTOR_REQUIRED if key not in adaptor]
         unknown = sorted(set(adaptor) - set(_ADAPTOR_REQUIRED) - set(_ADAPTOR_OPTIONAL))
         if missing or unknown:

@@ -4,6 +4,7 @@ The mean and standard deviation belong to the model (its input conditioner), so 
 """
 
 import torch
+from PIL import ImageOps
 from torch.nn import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -22,7 +23,8 @@ class RadioImageProcessor(TorchvisionBackend):
     """Turns images into `pixel_values` (batch_size, 3, height, width), float32 in [0, 1], at a supported resolution.
 
     Takes one image or a batch, as PIL images, numpy arrays or torch tensors, grey, RGB or RGBA (laid over white).
-    Integer images hold 0..255 and are divided by 255; float images must already be in [0, 1] and keep their values.
+    Integer images hold 0..255 and are divided by 255; float images must already be in [0, 1] and keep their values;
+    boolean ones are black and white. PIL images are turned upright, as their EXIF orientation says.
 
     `size` selects how an image is resized (bicubic with antialiasing by default):
 
@@ -94,14 +96,21 @@ class RadioImageProcessor(TorchvisionBackend):
                 raise ValueError(
                     f"a PIL image of mode {image.mode!r} has no defined range; convert it to 8 bits first"
                 )
+            image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = image.copy()
                 white.paste((255, 255, 255, 255), (0, 0, *image.size))
                 white.alpha_composite(image)
                 image = white.convert("RGB")
-        elif getattr(image, "ndim", 3) == 3 and image.shape[-1] == 4 and image.shape[0] not in (1, 3, 4):
-            kwargs["input_data_format"] = "channels_last"  # transformers 5.20 would not know
+        else:
+            dtype = str(image.dtype).removeprefix("torch.")
+            if dtype == "bool":
+                image = 255 * image
+            elif dtype in ("uint16", "uint32", "uint64"):  # torch hardly computes with these
+                image = torch.as_tensor(image).long()
+            if image.ndim == 3 and image.shape[-1] == 4 and image.shape[0] not in (1, 3, 4):
+                kwargs["input_data_format"] = "channels_last"  # transformers 5.20 would not know
         image = super().process_image(image, *args, **kwargs)
         if image.shape[0] == 4:  # transformers 5.20 leaves arrays of one and four channels as they are
             scale = 1 if image.is_floating_point() else 255

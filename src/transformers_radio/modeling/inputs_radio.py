@@ -1,5 +1,7 @@
 """Checks of what a RADIO model is called with; all raise ValueError with the value and the fix."""
 
+import math
+
 import torch
 
 
@@ -11,6 +13,8 @@ def check_images(pixel_values: torch.Tensor, num_channels: int, step: int):
             f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {num_channels}, height, width); "
             "add a batch axis, move the channels first, convert grey or RGBA images to RGB."
         )
+    if pixel_values.shape[0] == 0:
+        raise ValueError("pixel_values hold no image (batch size 0); leave empty batches out.")
     height, width = pixel_values.shape[-2:]
     if height % step or width % step or not height or not width:
         raise ValueError(
@@ -23,6 +27,13 @@ def check_images(pixel_values: torch.Tensor, num_channels: int, step: int):
 def check_packed(pixel_values: torch.Tensor, image_grid_hw: torch.Tensor, patch_dim: int) -> list[tuple[int, int]]:
     """Floats `(total patches, patch_dim)` that fit the grids `(images, 2)`; returns the grids."""
     check_floats(pixel_values)
+    if not isinstance(image_grid_hw, torch.Tensor):
+        raise ValueError(
+            f"image_grid_hw is a {type(image_grid_hw).__name__}, expected a tensor of integers (images, 2): pass "
+            "torch.tensor([[rows, columns], ...])."
+        )
+    if image_grid_hw.shape[0] == 0:
+        raise ValueError("image_grid_hw holds no image; leave empty batches out.")
     if image_grid_hw.ndim != 2 or image_grid_hw.shape[1] != 2 or image_grid_hw.is_floating_point():
         raise ValueError(
             f"image_grid_hw has shape {tuple(image_grid_hw.shape)} and dtype {image_grid_hw.dtype}, expected integers "
@@ -39,6 +50,11 @@ def check_packed(pixel_values: torch.Tensor, image_grid_hw: torch.Tensor, patch_
 
 
 def check_floats(pixel_values: torch.Tensor):
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(
+            f"pixel_values is a {type(pixel_values).__name__}, expected a torch.Tensor; pass "
+            "torch.as_tensor(pixel_values)."
+        )
     if not pixel_values.is_floating_point():
         raise ValueError(
             f"pixel_values are {pixel_values.dtype}, expected floats in [0, 1]; for integers in [0, 255] divide by "
@@ -48,8 +64,10 @@ def check_floats(pixel_values: torch.Tensor):
 
 def check_window(window_size: int, rows: int, cols: int, patch_size: int):
     """A window side in patches, 0 for none, must divide the patch grid."""
-    if window_size < 0:
-        raise ValueError(f"window_size is {window_size}, expected a number of patches, or 0 for global attention.")
+    if not isinstance(window_size, int) or window_size < 0:
+        raise ValueError(
+            f"window_size is {window_size!r}, expected a whole number of patches, or 0 for global attention."
+        )
     if window_size and (rows % window_size or cols % window_size):
         height, width = (nearest_multiple(side, window_size) * patch_size for side in (rows, cols))
         raise ValueError(
@@ -82,6 +100,8 @@ def describe_range_error(pixel_values: torch.Tensor) -> str | None:
     low, high = (bound.item() for bound in pixel_values.detach().aminmax())
     if -0.5 <= low and high <= 1.5:
         return None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "pixel_values hold NaN or infinite values but the model expects [0, 1]; look at how they were made."
     guess = (
         "they look like [0, 255]: divide by 255"
         if low >= 0

@@ -116,16 +116,16 @@ class RadioForSemanticSegmentation(RadioHeadModel):
         """
         Args:
             pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
-            labels (batch_size, label_height, label_width): int64 class of each pixel, at any size.
+            labels (batch_size, label_height, label_width): class of each pixel, integers, at any size.
 
         Returns:
             `logits` (batch_size, num_labels, height / patch_size, width / patch_size) and, with labels, the mean
             cross-entropy `loss` of the logits resized bilinearly to the labels.
         """
-        if labels is not None and (labels.ndim != 3 or len(labels) != len(pixel_values)):
+        if labels is not None and (labels.ndim != 3 or len(labels) != len(pixel_values) or labels.is_floating_point()):
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; expected one map per image: "
-                f"({len(pixel_values)}, label_height, label_width)"
+                f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers per "
+                f"image: ({len(pixel_values)}, label_height, label_width)"
             )
         outputs = self.model(
             pixel_values,
@@ -140,6 +140,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
         if labels is not None:
             ignore_index = getattr(self.config, "semantic_loss_ignore_index", 255)
             scores = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            labels = labels.long()  # all that cross_entropy takes
             loss = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="sum")
             loss = loss / (labels != ignore_index).sum().clamp(min=1)  # a batch without any label has loss 0, not NaN
         return SemanticSegmenterOutput(
