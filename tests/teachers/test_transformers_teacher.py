@@ -388,6 +388,21 @@ def test_a_size_that_a_model_does_not_take_is_named(save):
         build_teacher("transformers", save(plain_vit()), image_size=50)
 
 
+@pytest.mark.parametrize("path", ["{}/clipp", "./clipp", "runs/teachers/clipp"])
+def test_a_mistyped_path_is_said_to_be_none(path, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*clipp; give an existing one, or a Hub id"):
+        build_teacher("transformers", path.format(tmp_path))
+
+
+def test_an_id_without_a_model_is_said_to_be_no_folder_either(monkeypatch):
+    def unknown(checkpoint):
+        raise OSError("404")
+
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unknown)
+    with pytest.raises(FileNotFoundError, match="there is no folder runs/clipp, and as a Hub id it failed: 404"):
+        build_teacher("transformers", "runs/clipp")
+
+
 def test_unknown_model_type(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type 'bert', which is no vision model"):

@@ -131,8 +131,16 @@ def test_shapes_that_do_not_fit_are_found(make_recipe):
         run_teacher(teachers["clip"])
 
 
-def test_the_plan_says_what_the_run_will_be(make_recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "240")
+def test_no_header_is_cut_in_a_pipe(make_recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_plan(load_recipe(make_recipe(), [GROUPS]), gpu="h100")
+    text = capsys.readouterr().out
+    for header in ("GFLOPs/image", "activations", "samples seen", "all with FSDP2", "TFLOPs/step"):
+        assert header in text
+    assert "…" not in text
+
+
+def test_the_plan_says_what_the_run_will_be(make_recipe, tmp_path, capsys):
     recipe = load_recipe(make_recipe(), ["stages.main.micro_batch_size=1"])
     print_plan(recipe, processes=2)
     text = capsys.readouterr().out

@@ -4,6 +4,7 @@ import inspect
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -338,10 +339,21 @@ def transformers_teacher(
         options: `features` for SAM, `adaptor` for RADIO.
 
     Raises:
+        FileNotFoundError: for a path where no folder is.
         ValueError: for a model_type without a teacher, unknown options, missing or unexpected weights, pickled code,
             or a checkpoint that does not say how its images are normalised.
     """
-    model_type = _config_dict(checkpoint).get("model_type")
+    is_path = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1  # and no Hub id
+    if is_path and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {checkpoint}; give an existing one, or a Hub id such as owner/name"
+        )
+    try:
+        model_type = _config_dict(checkpoint).get("model_type")
+    except OSError as error:
+        if Path(checkpoint).is_dir():
+            raise
+        raise FileNotFoundError(f"there is no folder {checkpoint}, and as a Hub id it failed: {error}") from error
     if model_type is None:
         raise ValueError(f"the configuration of {checkpoint} names no model_type, so it is no transformers model")
     teacher = BY_MODEL_TYPE.get(model_type, VisionModelTeacher)

@@ -21,6 +21,9 @@ from .placement import load_teacher, sharding_ranks
 from .recipe import Recipe, StageRecipe, TeacherRecipe
 from .validate import validate
 
+# In characters: all tables fit.
+PIPE_WIDTH = 240
+
 
 def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utilisation: float = 0.4) -> None:
     """Prints the tables of `transformers-radio plan`; raises what training would raise before its first step.
@@ -55,7 +58,8 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     outputs = {name: cost.output for name, cost in teacher_costs.items()}
     steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
 
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no width; 80 would cut the headers
+    # A pipe has no width, and with the usual 80 columns the headers would be cut.
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(_teachers_table(recipe, teachers, teacher_costs))
     heads = sum(parameter.numel() for parameter in student.adaptors.parameters()) / 1e6
     config = student.config
