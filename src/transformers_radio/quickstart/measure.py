@@ -82,7 +82,10 @@ def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | N
         num_classes=1 + len(CLASS_NAMES),
         description=f"{name}: probe",
     )
-    if encoder.is_student or encoder.spec.startswith("segment_anything:"):
+    speaks_sam = (
+        "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.startswith("segment_anything:")
+    )
+    if speaks_sam:
         sam = yardstick.sam
         embed: nn.Module = StudentEncoder(encoder.model, sam) if encoder.is_student else SamEncoder(sam)
         metrics["Masks"] = prompted_mask_iou(
