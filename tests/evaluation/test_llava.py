@@ -18,11 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_llava import make_world, save_language_model, save_student, settings
 
+from transformers_radio import RadioModel
 from transformers_radio.evaluation.llava_answers import AnswerLog, answer_questions, read_questions
 from transformers_radio.evaluation.llava_model import load_llava
 from transformers_radio.evaluation.results import Result
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.evaluation.tasks.llava import LlavaQuestions
+from transformers_radio.teachers import digest_weights
 
 LEARNING = {
     "finetune.epochs": 10,
@@ -197,6 +199,15 @@ def test_other_models_are_refused(root, tmp_path):
     overrides = settings(root / "short", root / "language_model")
     with pytest.raises(ValueError, match="no student"):
         run_task("llava", ["transformers:anything"], output=tmp_path, overrides=overrides)
+
+
+def test_a_student_in_transformers_own_layout(root, tmp_path):
+    transformers.RadioModel.from_pretrained(root / "student").save_pretrained(tmp_path / "native")
+    make_world(tmp_path / "world", images=8, questions=1)
+    little = {"hardware.per_device_batch_size": 8, "pretrain.batch_size": 8, "finetune.batch_size": 8}
+    overrides = settings(tmp_path / "world", root / "language_model", **little)
+    (result,) = run_task("llava", [str(tmp_path / "native")], output=tmp_path / "out", overrides=overrides)
+    assert result.settings["weights"] == digest_weights(RadioModel.from_pretrained(root / "student"))
 
 
 @pytest.mark.parametrize(

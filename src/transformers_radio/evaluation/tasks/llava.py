@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneratio
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import digest_weights
 
-from ..encoder import count_parameters, split_spec, split_title
+from ..encoder import count_parameters, load_student, split_spec, split_title
 from ..llava_answers import LlavaQuestions, Question, answer_questions, read_questions
 from ..llava_data import Conversations, read_conversations
 from ..llava_lmms import check_lmms_eval, evaluate_lmms
@@ -98,7 +98,7 @@ def _load_student(spec: str, image_size: int) -> RadioModel:
     kind, checkpoint = split_spec(split_title(spec)[1])
     if kind != "student":
         raise ValueError(f"{spec} is no student, so it cannot be the vision tower of this LLaVA.")
-    student = RadioModel.from_pretrained(checkpoint)
+    student = load_student(checkpoint)
     check_image_size(student, image_size)
     return student
 
