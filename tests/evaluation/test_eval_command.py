@@ -6,13 +6,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard_data import model_index_to_eval_results
 from omegaconf import OmegaConf
 from test_sam_coco import Dataset
 from test_segmentation_probe import LITTLE, describe, write_set
@@ -181,23 +177,6 @@ def test_the_command_prints_and_errors_take_one_line(student, colours, tmp_path)
         run = command(*arguments, "--output", out)
         assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
         assert message in run.stderr.strip().splitlines()[-1]
-
-
-def test_results_become_entries_of_a_model_card():
-    scores, counts = {"mIoU": 51.3, "aAcc": 80.0}, {"validation_images": 2000}
-    result = Result("segmentation", "m", "ADE20K", scores, "linear probe: 5 classes", {}, counts, resolution=512)
-    entries = result.eval_results()
-    assert [(e.task_type, e.dataset_name, e.metric_type, e.metric_value) for e in entries] == [
-        ("image-segmentation", "ADE20K", "mean_iou", 51.3),
-        ("image-segmentation", "ADE20K", "accuracy", 80.0),
-    ]
-    # What makes the number comparable goes with it, through the card's YAML and back.
-    index = yaml.safe_load(ModelCardData(model_name="m", eval_results=entries).to_yaml())["model-index"]
-    _, read = model_index_to_eval_results(index)
-    stated = {"protocol": "linear probe: 5 classes", "validation_images": 2000}
-    assert [(e.metric_args, e.metric_config) for e in read] == [(stated, "512 px")] * 2
-    with pytest.raises(ValueError, match="mIoU = nan"):
-        Result("segmentation", "m", "ADE20K", {"mIoU": np.nan}, "")
 
 
 @pytest.mark.parametrize("name", ["ade20k", "voc2012"])

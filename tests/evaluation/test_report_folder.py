@@ -60,12 +60,12 @@ def test_the_table_has_one_row_a_model_in_the_order_of_table_1(tmp_path):
         "| CLIP | 632 | 224 | **503** | **77.19** | **81.10** | 40.25 | – | – | – | – |\n"
         "| SAM | 0.0 | 64×128 | – | – | – | – | – | – | – | 77.18 |\n"
         "| mine | 1.3 | 64 | 12.3 | 74.00 | **81.10** | – | 9.50 | 60.00 | 80.00 | – |\n\n"
-        "- Zero-shot: Tiny set; 3 templates.\n"
-        "- k-NN: Tiny set; k = 20.\n"
-        "- ADE20K: ADE20K; linear probe.\n"
-        "- ADE20K (summary_head): ADE20K; by words.\n"
-        "- GQA, POPE F1: LLaVA-1.5; greedy.\n"
-        "- SAM COCO: COCO; true boxes.\n"
+        "- Zero-shot: Tiny set; 3 templates; 9 images.\n"
+        "- k-NN: Tiny set; k = 20; 9 images.\n"
+        "- ADE20K: ADE20K; linear probe; 9 images.\n"
+        "- ADE20K (summary_head): ADE20K; by words; 9 images.\n"
+        "- GQA, POPE F1: LLaVA-1.5; greedy; 9 images.\n"
+        "- SAM COCO: COCO; true boxes; 9 images.\n"
         "- Throughput (CLIP): 224x224; batch 8, float32, cpu, 224 px.\n"
         "- Throughput (mine): 64x64; batch 8, float32, cpu, 64 px.\n"
         "- Not at the row's resolution: ADE20K of CLIP at 512 px, ADE20K (summary_head) of mine at 512 px.\n"
@@ -133,14 +133,51 @@ def test_one_name_for_two_models_names_both_files(tmp_path):
     assert resized.exists()
 
 
-def test_throughputs_that_have_no_room_in_the_row_are_refused(tmp_path):
+def test_of_several_throughputs_the_row_has_the_one_at_its_resolution_without_a_decoder(tmp_path):
     save(tmp_path, "knn", "CLIP", "birds", {"k-NN": 50.0}, 224, CLIP)
-    save(tmp_path, "throughput", "CLIP", "336x336", {"Throughput": 5.0}, 336, CLIP)
+    save(tmp_path, "throughput", "CLIP", "336x336", {"Throughput": 5.0}, 336, {**CLIP, "decoder": "linear"})
     table, _ = report_table(read_results([tmp_path]))
     assert table.rows[0].throughput == 5.0 and "Throughput of CLIP at 336 px" in table.notes[-1]
-    save(tmp_path, "throughput", "CLIP", "448x448", {"Throughput": 3.0}, 448, CLIP)
-    with pytest.raises(ValueError, match=r"336x336.json and .*448x448.json, and its row, at 224 px, has room for one"):
+    save(tmp_path, "throughput", "CLIP", "448x448", {"Throughput": 3.0}, 448, {**CLIP, "decoder": "linear"})
+    table, _ = report_table(read_results([tmp_path]))
+    assert table.rows[0].throughput is None
+    assert table.notes[-1] == "Throughput of CLIP: measured at 336 and 448 px, none of which is the row's."
+    save(tmp_path, "throughput", "CLIP", "224x224, linear", {"Throughput": 8.0}, 224, {**CLIP, "decoder": "linear"})
+    assert report_table(read_results([tmp_path]))[0].rows[0].throughput == 8.0
+    save(tmp_path, "throughput", "CLIP", "224x224", {"Throughput": 9.0}, 224, {**CLIP, "decoder": "none"})
+    assert report_table(read_results([tmp_path]))[0].rows[0].throughput == 9.0
+    save(tmp_path, "throughput", "CLIP", "224x224, cuda", {"Throughput": 99.0}, 224, {**CLIP, "decoder": "none"})
+    with pytest.raises(
+        ValueError, match=r"224x224-cuda.json and .*224x224.json, and its row, at 224 px, has room for"
+    ):
         report_table(read_results([tmp_path]))
+
+
+def test_a_model_without_a_column_has_no_row(tmp_path):
+    save(tmp_path, "resolution", "mine", "birds", {"k-NN @ 64": 50.0}, 64, STUDENT)
+    save(tmp_path, "features", "mine", "birds", {"Norm, median": 5.0}, 64, STUDENT)
+    with pytest.raises(ValueError, match="only results of features, resolution, .*measure one of zero-shot, knn"):
+        report_table(read_results([tmp_path]))
+    save(tmp_path, "knn", "CLIP", "birds", {"k-NN": 50.0}, 224, CLIP)
+    table, files = write_report([tmp_path])
+    assert [row.model for row in table.rows] == ["CLIP"] and [file.name for file in files] == [
+        "report.md",
+        "report.json",
+    ]
+    assert table.notes[-1] == "Without a row: mine, measured by features, resolution only."
+
+
+def test_the_notes_have_seeds_counts_and_the_outputs_of_each_model(tmp_path):
+    read = {"summary": "class tokens [0], 64 wide", "features": "last patch tokens, 64 wide", "adaptor": "clip"}
+    save(tmp_path, "knn", "mine", "birds", {"k-NN": 50.0}, 64, {**STUDENT, **read})
+    probe = {"method": "probe", "probe": {"seed": 3}}
+    save(tmp_path, "segmentation", "mine", "ADE20K", {"mIoU": 5.0}, 64, {**STUDENT, **read, **probe}, "linear probe")
+    table, _ = report_table(read_results([tmp_path]))
+    assert table.notes == [
+        "k-NN: birds; k = 20; 9 images.",
+        "ADE20K: ADE20K; linear probe; seed 3; 9 images.",
+        "Outputs of mine: summary: class tokens [0], 64 wide; features: last patch tokens, 64 wide; adaptor: clip.",
+    ]
 
 
 def test_files_of_the_report(tmp_path):

@@ -78,23 +78,41 @@ def report_table(measured: Sequence[Measured], title: str = "Students and teache
     """One row a model, teachers before students and each in the order met; and the names of the students.
 
     A row's resolution is that of its first column in the order of Table 1 (zero-shot, k-NN, ...). Its throughput is
-    the one at that resolution, or else the only one there is. The notes say how each column was measured, what was
-    measured at another resolution than the row's, and which metrics have no column.
+    the one at that resolution, or else the only one there is; of several the one without a decoder. The notes say how
+    each column was measured and on how much, which outputs of the models there were to read, what was measured at
+    another resolution than the row's, and what has no place in the table.
 
     Raises:
-        ValueError: a model has several throughputs, and not exactly one at its resolution.
+        ValueError: a model has several throughputs at its resolution, or nothing that was measured has a column.
     """
     by_model: dict[str, list[Measured]] = {}
     for one in measured:
         by_model.setdefault(one.result.model, []).append(one)
-    students = [model for model, ones in by_model.items() if not _is_teacher(ones)]
     cells = _cells(measured)
+    shown = {cell.one.result.model for cell in cells}
+    shown |= {one.result.model for one in measured if one.result.task == "throughput"}
+    if not shown:
+        tasks = ", ".join(dict.fromkeys(one.result.task for one in measured))
+        raise ValueError(
+            f"There are only results of {tasks}, without a column in the table: measure one of "
+            f"{', '.join(TABLE_METRICS)} or throughput."
+        )
+    rowless = [
+        f"Without a row: {model}, measured by {', '.join(one.method for one in by_model.pop(model))} only."
+        for model in list(by_model)
+        if model not in shown
+    ]
+    students = [model for model, ones in by_model.items() if not _is_teacher(ones)]
     names = list(dict.fromkeys(cell.column for cell in cells))
-    rows, speeds = [], []
+    rows, speeds, empty = [], [], []
     for model in sorted(by_model, key=lambda model: model in students):  # stable: teachers first
         own = [cell for cell in cells if cell.one.result.model == model]
-        first = (own[0].one if own else by_model[model][0]).result
-        speed = _throughput(by_model[model], first.resolution)
+        timed = [one for one in by_model[model] if one.result.task == "throughput"]
+        first = (own[0].one if own else timed[0]).result
+        speed = _throughput(timed, first.resolution)
+        if timed and speed is None:
+            sides = " and ".join(dict.fromkeys(str(one.result.resolution) for one in timed))
+            empty.append(f"Throughput of {model}: measured at {sides} px, none of which is the row's.")
         rows.append(
             Row(
                 model,
@@ -105,8 +123,9 @@ def report_table(measured: Sequence[Measured], title: str = "Students and teache
             )
         )
         speeds += [] if speed is None else [_Cell("Throughput", speed, rows[-1].throughput or 0.0)]
-    notes = [*_protocols([*cells, *speeds]), *_other_resolutions([*cells, *speeds], rows), *_left_out(measured)]
-    return Table(title, rows, notes), students
+    everything = [*cells, *speeds]
+    notes = [*_protocols(everything), *_choices(cells), *_other_resolutions(everything, rows), *empty]
+    return Table(title, rows, [*notes, *_left_out(measured), *rowless]), students
 
 
 def write_report(
@@ -231,10 +250,14 @@ def _with_column(result: Result) -> list[str]:
     return [name for name in result.metrics if (name in chosen if chosen else not name.endswith(SUMMED_UP))]
 
 
-def _throughput(ones: Sequence[Measured], resolution: int | list[int] | None) -> Measured | None:
-    speeds = [one for one in ones if one.result.task == "throughput"]
-    fitting = [one for one in speeds if one.result.resolution == resolution] or speeds
+def _throughput(timed: Sequence[Measured], resolution: int | list[int] | None) -> Measured | None:
+    """The one for the row; None where there is none, or several and none at the row's resolution."""
+    fitting = [one for one in timed if one.result.resolution == resolution] or timed
+    # all have the model alone, but beside a decoder it was timed in other company
+    fitting = [one for one in fitting if one.result.settings.get("decoder", "none") == "none"] or fitting
     if len(fitting) > 1:
+        if fitting[0].result.resolution != resolution:
+            return None
         raise ValueError(
             f"{fitting[0].result.model} has the throughputs of {' and '.join(str(one.path) for one in fitting)}, and "
             f"its row, at {resolution} px, has room for one: leave the others out of the folders."
@@ -246,15 +269,31 @@ def _protocols(cells: Sequence[_Cell]) -> list[str]:
     """A note for each way of measuring, with its columns and, where not all models were measured so, its models."""
     groups: dict[tuple[str, str], list[_Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.one.result.data, cell.one.result.protocol), []).append(cell)
+        result = cell.one.result
+        seed = [] if result.seed is None else [f"seed {result.seed}"]
+        # the rounds of a throughput are in its protocol
+        counts = {} if result.task == "throughput" else result.counts
+        numbers = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+        how = "; ".join([result.protocol, *seed, *([", ".join(numbers)] if numbers else [])])
+        groups.setdefault((result.data, how), []).append(cell)
     notes = []
-    for (data, protocol), group in groups.items():
+    for (data, how), group in groups.items():
         columns = list(dict.fromkeys(cell.column for cell in group))
         models = list(dict.fromkeys(cell.one.result.model for cell in group))
         everyone = {cell.one.result.model for cell in cells if cell.column in columns}
         whose = "" if everyone == set(models) else f" ({', '.join(models)})"
-        notes.append(f"{', '.join(columns)}{whose}: {data}; {protocol}.")
+        notes.append(f"{', '.join(columns)}{whose}: {data}; {how}.")
     return notes
+
+
+def _choices(cells: Sequence[_Cell]) -> list[str]:
+    """A note for each model that has outputs to choose from."""
+    read: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        if "summary" in cell.one.result.choices:
+            texts = read.setdefault(cell.one.result.model, {})
+            texts.update({f"{key}: {choice}": None for key, choice in cell.one.result.choices.items()})
+    return [f"Outputs of {model}: {'; '.join(texts)}." for model, texts in read.items()]
 
 
 def _other_resolutions(cells: Sequence[_Cell], rows: Sequence[Row]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What a Hub model card calls the task, and the type of each metric there.
+# What a Hub model card calls the task.
 HUB_TASKS = {
     "knn": ("image-classification", "k-NN classification"),
     "zero-shot": ("zero-shot-image-classification", "Zero-shot classification"),
@@ -16,7 +16,17 @@ HUB_TASKS = {
     "sam-coco": ("mask-generation", "Prompted masks"),
     "llava": ("visual-question-answering", "Visual question answering with LLaVA-1.5"),
 }
-HUB_METRICS = {"mIoU": "mean_iou"}  # accuracy otherwise
+# And the type of a metric, by its name or its last word; accuracy otherwise.
+HUB_METRICS = {
+    "mIoU": "mean_iou",
+    "mAcc": "mean_accuracy",
+    "SAM COCO": "mean_iou",
+    **{f"mask AP{part}": "mean_average_precision" for part in ("", "50", "75", "_small", "_medium", "_large")},
+    "F1": "f1",
+    "precision": "precision",
+    "recall": "recall",
+    "yes": "yes_ratio",
+}
 
 
 @dataclass
@@ -64,6 +74,18 @@ class Result:
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no result of an evaluation ({error}).") from error
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """Which of the model's outputs there were to read: its summary, its features, and a student's adaptor."""
+        return {key: self.settings[key] for key in ("summary", "features", "adaptor") if self.settings.get(key)}
+
+    @property
+    def seed(self) -> int | None:
+        """Of what was random; None where nothing was."""
+        if self.settings.get("method") == "probe":  # segmentation's; by words nothing is trained
+            return self.settings["probe"]["seed"]
+        return self.settings.get("seed")
+
     def eval_results(self) -> list:
         """The metrics as `huggingface_hub.EvalResult`s, for the metadata of a model card; none for speed and such."""
         from huggingface_hub import EvalResult
@@ -72,19 +94,21 @@ class Result:
             return []
         task_type, task_name = HUB_TASKS[self.task]
         resolution = self.resolution
+        arguments = {"protocol": self.protocol, **self.choices, "resolution": resolution, "seed": self.seed}
         return [
             EvalResult(
                 task_type=task_type,
                 task_name=task_name,
                 dataset_type=re.sub(r"[^a-z0-9]+", "-", self.data.lower()).strip("-"),
                 dataset_name=self.data,
-                metric_type=HUB_METRICS.get(name, "accuracy"),
+                metric_type=HUB_METRICS.get(name) or HUB_METRICS.get(name.split()[-1], "accuracy"),
                 metric_name=name,
                 metric_value=value,
                 metric_config=None if resolution is None else f"{resolution} px",
-                metric_args={"protocol": self.protocol, **self.counts},
+                metric_args={key: value for key, value in arguments.items() if value is not None} | self.counts,
             )
             for name, value in self.metrics.items()
+            if value >= 0  # COCO has -1 where there is no object of a size
         ]
 
 
