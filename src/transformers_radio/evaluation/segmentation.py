@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from transformers_radio.data.lanes import exit_with_parent
 
 from .confusion import IGNORE_INDEX, confusion_matrix, iou_scores
 from .segmentation_config import SegmentationConfig
-from .segmentation_data import Samples, SegmentationData, SegmentationSplit
+from .segmentation_data import Sample, Samples, SegmentationData, SegmentationSplit, data_settings
 from .segmentation_inference import Encoder, Head, encode_grid, image_logits
 from .segmentation_transforms import fitted_size, resize_image, training_sample
 
@@ -86,6 +86,32 @@ def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, ignore_index: i
     """
     logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, masks, ignore_index=ignore_index, reduction="sum") / masks.numel()
+
+
+class _ErrorsAsItems(Dataset):
+    """Items, or the error that one is refused for: one raised in a worker comes with the worker's traceback as its
+    message. `_raise_errors` raises it in the main process."""
+
+    def __init__(self, items: Any):
+        self.items = items
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.items[index]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Any:
+    """A batch, or the first error among its items."""
+    return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
+
+
+def _raise_errors(loader: DataLoader) -> Iterator[Any]:
+    for item in loader:
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
 class _TrainingCrops(Dataset):
@@ -164,14 +190,15 @@ def train_head(
     head, optimizer = accelerator.prepare(head.to(device), optimizer)
 
     loader = DataLoader(
-        _TrainingCrops(samples, config, ignore_index),
+        _ErrorsAsItems(_TrainingCrops(samples, config, ignore_index)),
+        collate_fn=_collate,
         batch_sampler=_Positions(start, config.iterations, config.batch_size, rank, processes),
         num_workers=config.num_workers,
         worker_init_fn=exit_with_parent,
         pin_memory=device.type == "cuda",
     )
     progress = tqdm(
-        loader,
+        _raise_errors(loader),
         desc="linear probe",
         initial=start,
         total=config.iterations,
@@ -211,6 +238,20 @@ def train_head(
     return accelerator.unwrap_model(head).eval()
 
 
+def _in_turn(samples: Samples, config: SegmentationConfig, accelerator: Accelerator, title: str) -> Iterator[Sample]:
+    """This process's share of the samples, read in workers."""
+    share = range(accelerator.process_index, len(samples), accelerator.num_processes)
+    loader: DataLoader = DataLoader(
+        _ErrorsAsItems(samples),
+        batch_size=None,
+        sampler=share,
+        num_workers=config.num_workers,
+        worker_init_fn=exit_with_parent,
+    )
+    hidden = not accelerator.is_main_process
+    return iter(tqdm(_raise_errors(loader), desc=title, unit="image", total=len(share), disable=hidden))
+
+
 @torch.no_grad()
 def evaluate_segmentation(
     encode: Encoder,
@@ -227,17 +268,10 @@ def evaluate_segmentation(
         encode: float images in [0, 1] (B, 3, H, W) -> features (B, h*w, C) and the grid (h, w).
         head: features (B, C, h, w) -> logits (B, num_classes, h, w).
     """
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    loader: DataLoader = DataLoader(
-        samples,  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=range(rank, len(samples), processes),
-        num_workers=config.num_workers,
-        worker_init_fn=exit_with_parent,
-    )
+    device = accelerator.device
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     pixels = torch.zeros((), dtype=torch.int64, device=device)
-    for image, mask, _ in tqdm(loader, desc="segmenting", unit="image", disable=not accelerator.is_main_process):
+    for image, mask, _ in _in_turn(samples, config, accelerator, "segmenting"):
         size = fitted_size(image.shape[1], image.shape[2], config.long_side, config.short_side)
         resized = resize_image(image, size).to(device).float() / 255
         logits = image_logits(encode, head, resized, config)
@@ -280,6 +314,7 @@ def segmentation_probe(
     settings = {
         "model": model_name,
         "data": data.name,
+        **data_settings(data, train, validation),
         "train_images": len(train),
         "validation_images": len(validation),
         "num_classes": len(data.classes),
@@ -291,6 +326,10 @@ def segmentation_probe(
     accelerator.wait_for_everyone()  # all have looked before one writes
     if finished is not None:
         return finished
+    if not (output / "checkpoint.pt").exists():
+        for _ in _in_turn(validation, config, accelerator, "checking the validation split"):
+            pass  # what cannot be used would else be found after the training
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         _write_json(output / "settings.json", {**settings, "features_std": std})

@@ -1,5 +1,6 @@
 """Segmentation sets: folders of images and masks (ADE20K, PASCAL VOC), or any `datasets` source with both columns."""
 
+import hashlib
 import io
 import os
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class SegmentationSplit:
         if split not in data.splits:
             raise ValueError(f"{data.name} has no split {split!r}; it has {', '.join(data.splits)}.")
         self.data = data
+        self.name = split
         self.parts = [_open_part(data, part) for part in data.splits[split]]
         if not sum(map(len, self.parts)):
             raise ValueError(
@@ -124,6 +126,13 @@ class SegmentationSplit:
                 return self._read(*part[index])
             index -= len(part)
         raise IndexError("no such sample")
+
+    def fingerprint(self) -> str:
+        """Of what the samples are read from: names, sizes and dates of files, or what `datasets` calls the rows."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self.parts:
+            digest.update(repr(part.fingerprint()).encode())
+        return digest.hexdigest()
 
     def _read(self, image_file: Any, mask_file: Any, key: str) -> Sample:
         try:
@@ -164,12 +173,31 @@ class SegmentationSplit:
         return reduce_labels(ids, self.data.ignore_index) if first else ids
 
 
+def data_settings(data: SegmentationData, *splits: SegmentationSplit) -> dict[str, Any]:
+    """What figures depend on of a set that is called `data.name`."""
+    return {
+        "classes": data.classes,
+        "reduce_labels": data.reduce_labels,
+        "ignore_index": data.ignore_index,
+        **{f"{split.name} files": split.fingerprint() for split in splits},
+    }
+
+
 def _open_part(data: SegmentationData, part: SplitSource):
     if part.split is not None:
         return _Table(data, part)
     if part.images is None or part.masks is None:
         raise ValueError(f"A split of {data.name} needs the folders `images` and `masks`, or `split` of a data set.")
-    return _list_pairs(Path(data.path).expanduser(), part)
+    return _Pairs(_list_pairs(Path(data.path).expanduser(), part))
+
+
+class _Pairs(list[tuple[str, str, str]]):
+    """(image file, mask file, name) of the images of a folder."""
+
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """Without the folder, which may be moved."""
+        dated = [(name, os.stat(file)) for image, mask, name in self for file in (image, mask)]
+        return [(name, status.st_size, status.st_mtime_ns) for name, status in dated]
 
 
 def _list_pairs(root: Path, part: SplitSource) -> list[tuple[str, str, str]]:
@@ -217,6 +245,9 @@ class _Table:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        return self.rows._fingerprint
 
     def __getitem__(self, index: int) -> tuple[Any, Any, str]:
         row = self.rows[index]

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from transformers_radio.modeling import RadioModel
@@ -13,7 +14,7 @@ from ..encoder import VisionEncoder, load_encoder
 from ..results import Result, done, result_path, work_folder
 from ..segmentation import segmentation_probe
 from ..segmentation_config import SegmentationConfig
-from ..segmentation_data import SegmentationData, SegmentationSplit
+from ..segmentation_data import SegmentationData, SegmentationSplit, data_settings
 from ..segmentation_inference import Encoder
 from ..zero_shot import load_text_tower, openai_imagenet_templates, zero_shot_classifier
 
@@ -44,21 +45,28 @@ def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list
     config.probe.check()
     if config.method not in METHODS:
         raise ValueError(f"method is {config.method!r}; expected one of {', '.join(METHODS)}.")
-    for split in ("train", "validation") if config.method == "probe" else ("validation",):
-        SegmentationSplit(config.data, split)
+    names = ("train", "validation") if config.method == "probe" else ("validation",)
+    of_data = data_settings(config.data, *(SegmentationSplit(config.data, name) for name in names))
     device = Accelerator(mixed_precision="no").device
     # A teacher sees squares of one size: the window's.
-    encoders = [load_encoder(spec, config.probe.crop_size, config.dtype, device, config.adaptor) for spec in models]
+    encoders = [_load(spec, config, device) for spec in models]
     for encoder in encoders:
         encoder.check_size(config.probe.crop_size, config.probe.crop_size)
         if config.probe.test_mode == "whole" and not encoder.is_student:
             raise ValueError(f"{encoder.name} takes only squares of one size: use probe.test_mode=slide.")
         if config.method != "probe":
             _check_words(encoder, config)
-    return [_measure(encoder, config, output) for encoder in encoders]
+    return [_measure(encoder, of_data, config, output) for encoder in encoders]
 
 
-def _measure(encoder: VisionEncoder, config: SegmentationTaskConfig, output: Path) -> Result:
+def _load(spec: str, config: SegmentationTaskConfig, device: torch.device) -> VisionEncoder:
+    try:
+        return load_encoder(spec, config.probe.crop_size, config.dtype, device, config.adaptor)
+    except ValueError as error:
+        raise ValueError(f"{spec} at probe.crop_size={config.probe.crop_size}: {error}") from error
+
+
+def _measure(encoder: VisionEncoder, of_data: dict, config: SegmentationTaskConfig, output: Path) -> Result:
     task = "segmentation" if config.method == "probe" else f"segmentation-{config.method}"
     path = result_path(output, encoder.name, task, config.data.name)
     folder = work_folder(output, encoder.name, task, config.data.name)
@@ -66,7 +74,7 @@ def _measure(encoder: VisionEncoder, config: SegmentationTaskConfig, output: Pat
         **encoder.settings(),
         "method": config.method,
         "probe": {k: v for k, v in asdict(config.probe).items() if k not in ("num_workers", "checkpoint_every")},
-        "classes": config.data.classes,
+        **of_data,
         "text": config.text,
     }
     finished = done(path, settings, config.overwrite)
