@@ -13,7 +13,7 @@ from transformers_radio.evaluation.encoder import load_encoder
 from transformers_radio.evaluation.results import Result
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.evaluation.tasks import throughput as task
-from transformers_radio.evaluation.tasks.throughput import ThroughputConfig, run
+from transformers_radio.evaluation.tasks.throughput import ThroughputConfig
 from transformers_radio.teachers.segment_anything import load_sam
 
 torch.set_num_threads(1)
@@ -147,8 +147,6 @@ def test_what_cannot_be_measured_is_refused_first(student, sam_file, tmp_path, m
             run_task("throughput", [student], None, None, tmp_path, settings(**changes))
     with pytest.raises(FileNotFoundError, match="no file missing.pth"):
         run_task("throughput", [student], None, None, tmp_path, settings(decoder="sam", sam="missing.pth"))
-    with pytest.raises(ValueError, match="Two models have one name"):
-        run([student, student], ThroughputConfig(device="cpu"), tmp_path)
     with pytest.raises(ValueError, match="its own 64 pixels, not at 32"):
         run_task(
             "throughput",

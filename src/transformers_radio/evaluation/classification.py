@@ -53,7 +53,7 @@ def load_encoders(models: list[str], config: ClassificationConfig, adaptor: str 
     """All models, on Accelerate's device.
 
     Raises:
-        ValueError: an image size that one of them cannot take, two models of one name, and what `load_encoder` raises.
+        ValueError: an image size that one of them cannot take, and what `load_encoder` raises.
     """
     size = config.image_size
     sides = size if isinstance(size, list) and len(size) == 2 else [size] if size is not None else []
@@ -72,8 +72,6 @@ def load_encoders(models: list[str], config: ClassificationConfig, adaptor: str 
         if len(sides) == 2:
             encoder.check_size(*sides)
         encoders.append(encoder)
-    if len({encoder.name for encoder in encoders}) < len(encoders):
-        raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     return encoders
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .results import Result
+from .encoder import split_title
+from .results import Result, slug
+from .summary_store import start_processes
 
 # task -> its module and its settings
 TASKS = {
@@ -21,6 +23,8 @@ TASKS = {
     "resolution": ("resolution", "ResolutionConfig"),
     "features": ("features", "FeaturesConfig"),
 }
+# Their work is not spread over processes: each would do all of it, and write the same files.
+ONE_PROCESS = ("sam-coco", "throughput", "resolution", "features")
 
 
 def run_task(
@@ -42,7 +46,8 @@ def run_task(
         overrides: `key=value`, over the recipe's.
 
     Raises:
-        ValueError: an unknown task or setting, a missing one, or what the task itself refuses.
+        ValueError: an unknown task or setting, a missing one, two models of one name, more processes than the task
+            can use, or what the task itself refuses.
     """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}: use one of {', '.join(TASKS)}.")
@@ -51,6 +56,14 @@ def run_task(
     module_name, config_name = TASKS[task]
     module = importlib.import_module(f"transformers_radio.evaluation.tasks.{module_name}")
     config = load_config(getattr(module, config_name), data, recipe, overrides)
+    if task in ONE_PROCESS and (processes := start_processes().num_processes) > 1:
+        raise ValueError(
+            f"eval {task} runs in one process, but {processes} were started: run it without accelerate launch, the "
+            "models in commands of their own where there are several devices."
+        )
+    names = [slug(split_title(model)[0]) for model in models]
+    if len(set(names)) < len(names):  # they would share their files
+        raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     return module.run(models, config, Path(output))
 
 

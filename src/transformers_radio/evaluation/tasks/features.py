@@ -63,8 +63,6 @@ def run(models: list[str], config: FeaturesConfig, output: Path) -> list[Result]
         raise ValueError(f"outlier_factor is {config.outlier_factor}; expected more than 1.")
     device = Accelerator(mixed_precision="no").device
     encoders = [load_encoder(spec, config.image_size, config.dtype, device) for spec in models]
-    if len({encoder.name for encoder in encoders}) < len(encoders):
-        raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     files, skipped = _read(config)
     return [_measure(encoder, files, skipped, config, output) for encoder in encoders]
 

@@ -100,8 +100,6 @@ def run(models: list[str], config: ResolutionConfig, output: Path) -> list[Resul
     sizes = _check(config)
     device = Accelerator(mixed_precision="no").device
     encoders = [_load(spec, config, device) for spec in models]
-    if len({encoder.name for encoder in encoders}) < len(encoders):
-        raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     name = config.name or Path(config.data).name
     read = (config.config_name, config.image_column, config.label_column)
     queries = sample_labelled_files(config.data, config.split, *read, config.images)

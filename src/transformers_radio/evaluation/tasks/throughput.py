@@ -66,8 +66,6 @@ def run(models: list[str], config: ThroughputConfig, output: Path) -> list[Resul
     side = sam.image_encoder.img_size if sam is not None and config.image_size is None else config.image_size
     encoders = [_load(spec, side, config, device) for spec in models]
     names = [encoder.name for encoder in encoders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Two models have one name, {', '.join(names)}: give them titles, as TITLE=MODEL.")
     settings = [_settings(encoder, models, config, device, sam) for encoder in encoders]
     paths = [result_path(output, encoder.name, "throughput", _data_name(encoder, config)) for encoder in encoders]
     found = [done(path, own, config.overwrite) for path, own in zip(paths, settings, strict=True)]
