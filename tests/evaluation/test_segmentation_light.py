@@ -1,4 +1,4 @@
-"""The light probe against scikit-learn and against chance; zero-shot segmentation of images in memory by hand."""
+"""The light probe against scikit-learn and against chance."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from transformers_radio.evaluation.confusion import confusion_matrix, iou_scores
-from transformers_radio.evaluation.segmentation_light import _bilinear_weights, dense_zero_shot_miou, probe_miou
+from transformers_radio.evaluation.segmentation_light import _bilinear_weights, probe_miou
 
 torch.set_num_threads(1)
 
@@ -88,21 +88,6 @@ def test_images_and_masks_may_have_two_sizes():
     assert score == pytest.approx(probe_miou(patches(4), *TRAIN, *VALIDATION, num_classes=4), abs=3)
 
 
-def test_zero_shot_takes_the_most_similar_class_of_each_pixel():
-    directions = F.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    masks = torch.tensor([[0, 0, 3, 3], [1, 1, 255, 2]])[None].repeat_interleave(2, dim=1)  # (1, 4, 4)
-    true = torch.tensor([0, 3, 1, 2])
-
-    def encode(images):  # 2 x 2 patches; their lengths must not matter
-        return (directions[true] * torch.tensor([0.1, 100, 3, 1])[:, None])[None], (2, 2)
-
-    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    similar = F.interpolate((directions @ directions[true].T).view(1, 4, 2, 2), size=(4, 4), mode="bilinear")
-    expected = iou_scores(confusion_matrix(similar.argmax(dim=1), masks, 4))["mIoU"]
-    assert dense_zero_shot_miou(encode, directions, images, masks) == pytest.approx(expected)
-    assert expected > 60
-
-
 def test_bad_input_is_named():
     images, masks = VALIDATION
     with pytest.raises(ValueError, match="train images are torch.float32.*expected uint8"):
@@ -113,5 +98,3 @@ def test_bad_input_is_named():
     wrong[7, 3, 3] = 4
     with pytest.raises(ValueError, match="train mask 7 has the id 4; expected 0 to 3 or 255"):
         probe_miou(patches(8), images, wrong, images, masks, 4)
-    with pytest.raises(ValueError, match="Patches have 3 dimensions and the text 5"):
-        dense_zero_shot_miou(patches(8), torch.ones(4, 5), images, masks)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 
+from .counting_metric import CountingMetric
 from .features import check_labelled
 from .knn import knn_predictions
 from .zero_shot import check_classifier, zero_shot_predictions
@@ -14,15 +14,15 @@ from .zero_shot import check_classifier, zero_shot_predictions
 Rows = torch.Tensor | Sequence[Any]  # (N, D) tensor, array or lists
 
 
-class _SummaryAccuracy(evaluate.Metric):
-    """Percent of summaries whose predicted class is the reference. They are counted as they are added and not kept."""
+class _SummaryAccuracy(CountingMetric):
+    """Percent of summaries whose predicted class is the reference."""
 
     name_of_score = ""
-    describes = ""
+    inputs = "predictions: summaries (N, D) of images; references: class indices (N,)."
+    schema = {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        self._reset()
         super().__init__()
 
     def _reset(self) -> None:
@@ -32,20 +32,10 @@ class _SummaryAccuracy(evaluate.Metric):
         """(N, D) -> int64 (N,)"""
         raise NotImplementedError
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.describes,
-            citation="",
-            inputs_description="predictions: summaries (N, D) of images; references: class indices (N,).",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
-            ),
-        )
-
     def __len__(self) -> int:
         return self.images
 
-    def add_batch(self, *, predictions: Rows, references: Rows) -> None:
+    def add_batch(self, *, predictions: Rows, references: Rows) -> None:  # type: ignore[override]
         """Counts images: summaries (N, D) and class indices (N,).
 
         Raises:
@@ -62,23 +52,14 @@ class _SummaryAccuracy(evaluate.Metric):
         """Counts one image: its summary (D,) and class index."""
         self.add_batch(predictions=torch.as_tensor(prediction)[None], references=torch.as_tensor([reference]))
 
-    def compute(self, *, predictions: Rows | None = None, references: Rows | None = None) -> dict[str, float]:
-        """Score of all images since the last `compute`, those given here included.
-
-        Raises:
-            ValueError: no image was added.
-        """
-        if predictions is not None and references is not None:
-            self.add_batch(predictions=predictions, references=references)
+    def _scores(self) -> dict[str, float]:
         if not self.images:
             raise ValueError("There is no image to score; add some first.")
-        scores = {self.name_of_score: 100 * self.correct / self.images, "images": self.images}
-        self._reset()
-        return scores
+        return {self.name_of_score: 100 * self.correct / self.images, "images": self.images}
 
 
 class KnnAccuracy(_SummaryAccuracy):
-    """k-NN accuracy as in `knn_accuracy`; needs no network.
+    """k-NN accuracy as in `knn_accuracy`.
 
         metric = KnnAccuracy(bank, bank_labels)
         for images, labels in batches:
@@ -93,7 +74,7 @@ class KnnAccuracy(_SummaryAccuracy):
     """
 
     name_of_score = "knn_accuracy"
-    describes = "Accuracy of a weighted k-NN vote over cosine similarities of summaries, in percent."
+    description = "Accuracy of a weighted k-NN vote over cosine similarities of summaries, in percent."
 
     def __init__(
         self,
@@ -124,7 +105,7 @@ class KnnAccuracy(_SummaryAccuracy):
 
 
 class ZeroShotAccuracy(_SummaryAccuracy):
-    """Zero-shot accuracy as in `zero_shot_accuracy`; needs no network.
+    """Zero-shot accuracy as in `zero_shot_accuracy`.
 
         metric = ZeroShotAccuracy(zero_shot_classifier(text_encoder, class_names, templates))
         for images, labels in batches:
@@ -136,7 +117,7 @@ class ZeroShotAccuracy(_SummaryAccuracy):
     """
 
     name_of_score = "zero_shot_accuracy"
-    describes = "Accuracy of the class whose text embedding is most similar to an image's summary, in percent."
+    description = "Accuracy of the class whose text embedding is most similar to an image's summary, in percent."
 
     def __init__(self, classifier: torch.Tensor):
         check_classifier(classifier, classifier.shape[-1])

@@ -6,7 +6,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .confusion import IGNORE_INDEX, confusion_matrix, iou_scores
-from .dense_zero_shot import TextHead
 from .segmentation import LinearHead
 from .segmentation_inference import Encoder, encode_grid
 
@@ -71,26 +70,6 @@ def probe_miou(
         optimizer.step()
         schedule.step()
     return _score(head.eval(), queries, validation_masks, num_classes, ignore_index)["mIoU"]
-
-
-def dense_zero_shot_miou(
-    encode: Encoder,
-    classifier: torch.Tensor,
-    images: torch.Tensor,
-    masks: torch.Tensor,
-    ignore_index: int = IGNORE_INDEX,
-    description: str = "dense zero-shot",
-) -> float:
-    """Percent mean IoU of the most similar class of each pixel; `dense_zero_shot` for images in memory.
-
-    Args:
-        encode: float images in [0, 1] (B, 3, H, W) -> patch embeddings in the text space (B, h*w, D), and (h, w).
-        classifier: unit vectors (K, D), from `zero_shot_classifier`.
-        images, masks: uint8 (N, 3, H, W), and integers (N, H', W'): class indices or `ignore_index`.
-    """
-    _check(images, masks, "given", len(classifier), ignore_index)
-    embeddings = _encode_all(encode, images, description)
-    return _score(TextHead(classifier), embeddings, masks, len(classifier), ignore_index)["mIoU"]
 
 
 def _encode_all(encode: Encoder, images: torch.Tensor, description: str) -> torch.Tensor:
