@@ -1,5 +1,6 @@
 """A student with two modes is flagged and the same one without is not; every figure against other libraries."""
 
+import json
 import shutil
 from importlib import resources
 
@@ -8,10 +9,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from classification_world import start_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from transformers_radio.evaluation.features import extract_summaries
 from transformers_radio.evaluation.labelled_files import sample_labelled_files
 from transformers_radio.evaluation.resolution_plot import curves, parse_size, resolution_figure, size_name
 from transformers_radio.evaluation.results import Result
@@ -180,6 +183,60 @@ def test_a_finished_result_is_not_measured_again_and_the_picture_is_drawn(result
     assert picture.read_bytes() == before
     with pytest.raises(ValueError, match="k \\(3 there, 2 here\\)"):
         run_task("resolution", models, str(pictures), None, output, [*SETTINGS, "k=2"])
+
+
+def test_a_killed_run_goes_on_at_the_first_size_that_is_not_whole(pictures, students, tmp_path, monkeypatch):
+    settings = ["sizes=[32,48,80,96,112,128,[32,64]]", "k=3", "feature_images=6", "batch_size=1"]
+    arguments = ("resolution", [str(students / "steady")], str(pictures), None)
+    process = start_process(run_task, *arguments, tmp_path / "killed", settings)
+    work = tmp_path / "killed" / "steady" / "resolution.colours"
+    while not (work / "48.json").exists():
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    whole = {path.stem for path in work.glob("*.json")} - {"settings"}
+    assert {"64", "32", "48"} <= whole and len(whole) < 8 and not work.with_name("resolution.colours.json").exists()
+
+    encoded = []
+
+    def watched(*arguments, description, **options):
+        encoded.append(description.split()[1])
+        return extract_summaries(*arguments, description=description, **options)
+
+    monkeypatch.setattr("transformers_radio.evaluation.tasks.resolution.extract_summaries", watched)
+    (result,) = run_task(*arguments, tmp_path / "killed", settings)
+    assert whole.isdisjoint(encoded) and len(set(encoded)) == 8 - len(whole)
+    assert result == run_task(*arguments, tmp_path / "whole", settings)[0]
+    assert not work.exists()
+
+
+def test_other_files_are_another_result_and_work_of_theirs_is_refused(pictures, students, tmp_path, monkeypatch):
+    data = shutil.copytree(pictures, tmp_path / "colours")
+    arguments = ("resolution", [str(students / "steady")], str(data), None, tmp_path / "out")
+    settings = ["sizes=[32]", "k=3", "feature_images=2"]
+    (result,) = run_task(*arguments, settings)
+    assert result.settings["seed"] == 0
+    (data / "train" / "red" / "0.png").touch()
+    with pytest.raises(ValueError, match=r"differs in bank \("):
+        run_task(*arguments, settings)
+    path = tmp_path / "out" / "steady" / "resolution.colours.json"
+    path.unlink()
+    claimed = tmp_path / "out" / "steady" / "resolution.colours" / "settings.json"
+    claimed.parent.mkdir()
+    claimed.write_text(json.dumps({key: result.settings[key] for key in ("bank", "queries")}))
+    with pytest.raises(ValueError, match="holds work of other settings; it differs in .*bank"):
+        run_task(*arguments, settings)
+
+
+def test_classes_without_an_image_in_the_bank_are_named(pictures, students, tmp_path):
+    data = shutil.copytree(pictures, tmp_path / "colours")
+    for number in range(8):
+        (data / "train" / "white" / f"{number}.png").unlink()
+    (data / "train" / "white" / "broken.png").write_bytes(b"no picture")
+    settings = ["sizes=[32]", "k=3", "feature_images=2"]
+    (result,) = run_task("resolution", [str(students / "steady")], str(data), None, tmp_path / "out", settings)
+    assert "The bank has no image of 1 of the classes, which k-NN therefore gets wrong: white." in result.protocol
+    assert result.counts["classes_without_bank"] == 1 and result.metrics["k-NN @ 64"] <= 75
 
 
 def red_pixels(path):

@@ -18,17 +18,20 @@ from transformers_radio.data.source import read_image
 from .features import LabelledSplit, warn_of_skipped
 
 FILES_SHUFFLED = 1000  # encoded images that are shuffled together; of paths to local files, the whole split
+SAMPLE_SEED = 0  # of what tasks draw
 
 
 @dataclass
 class LabelledFiles:
     """`files` as `datasets` hands them over undecoded (paths, or encoded images); `labels` int64 (N,); `class_names`
-    where the source states them; `skipped` images per reason (they are in neither)."""
+    where the source states them; `skipped` images per reason (they are in neither); `fingerprint` of the whole split,
+    as `LabelledSplit` has it."""
 
     files: list[Any]
     labels: torch.Tensor
     class_names: list[str] | None
     skipped: dict[str, int]
+    fingerprint: dict[str, Any]
 
     def batches(self, size: tuple[int, int], batch_size: int) -> "ResizedBatches":
         """All images at (height, width), as uint8 batches (B, 3, height, width)."""
@@ -65,7 +68,7 @@ def sample_labelled_files(
     image_column: str | None = None,
     label_column: str | None = None,
     limit: int | None = None,
-    seed: int = 0,
+    seed: int = SAMPLE_SEED,
 ) -> LabelledFiles:
     """Up to `limit` images of a split, drawn by the seed; all of them, in their order, without a limit.
 
@@ -102,7 +105,7 @@ def sample_labelled_files(
             f"{source} ({split}) holds no readable image in column {rows.image_column!r}; skipped: {dict(skipped)}."
         )
     warn_of_skipped(f"{source} ({split})", len(files), skipped)
-    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped))
+    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped), rows.fingerprint())
 
 
 def _shuffled(rows: LabelledSplit, generator: random.Random) -> Iterator[tuple[Any, int]]:

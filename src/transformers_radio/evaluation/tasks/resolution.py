@@ -4,7 +4,10 @@ RADIO v2.1 has 82.9 % zero-shot at 432 pixels and 0.2 % at 1024: above some size
 """
 
 import hashlib
+import json
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from omegaconf import MISSING
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..class_names import OPENAI_IMAGENET, load_class_names, load_templates
@@ -21,9 +25,10 @@ from ..encoder import Features, VisionEncoder, load_encoder, split_spec, split_t
 from ..feature_statistics import feature_cosine
 from ..features import extract_summaries
 from ..knn import knn_accuracy
-from ..labelled_files import LabelledFiles, ResizedBatches, sample_labelled_files
+from ..labelled_files import SAMPLE_SEED, LabelledFiles, ResizedBatches, sample_labelled_files
+from ..llava_train import claim_folder
 from ..resolution_plot import Size, resolution_figure, size_name
-from ..results import Result, done, result_path, slug
+from ..results import Result, done, result_path, slug, work_folder
 from ..zero_shot import Template, load_text_tower, zero_shot_accuracy, zero_shot_classifier
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,7 @@ logger = logging.getLogger(__name__)
 ZERO_SHOT, KNN, KNN_REFERENCE = "Zero-shot", "k-NN", "k-NN, reference bank"
 SUMMARY_COSINE, FEATURE_COSINE = "Summary cosine", "Feature cosine"
 FEATURE_BATCH = 4  # images
+CLASSES_NAMED = 5  # in the protocol, of those without an image in the bank
 
 
 @dataclass
@@ -86,13 +92,26 @@ class Reference:
     queries: torch.Tensor  # (M, D)
     features: list[Features]  # a batch each
 
+    def write(self, path: Path) -> None:
+        features = {f"features {number}": feature for number, (feature, _) in enumerate(self.features)}
+        tensors = {"bank": self.bank, "queries": self.queries, "grid": torch.tensor(self.features[0][1]), **features}
+        save_file(tensors, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    @classmethod
+    def read(cls, path: Path, side: int) -> "Reference":
+        tensors = load_file(path)
+        rows, columns = tensors.pop("grid").tolist()
+        bank, queries = tensors.pop("bank"), tensors.pop("queries")
+        return cls(side, bank, queries, [(tensors[f"features {n}"], (rows, columns)) for n in range(len(tensors))])
+
 
 def run(models: list[str], config: ResolutionConfig, output: Path) -> list[Result]:
     """One `Result` a model, with metrics "MEASURE @ SIZE"; and OUTPUT/resolution.<data>.png of all of them.
 
     Sizes that a model cannot take (teachers take only squares) are left out, counted and named with the reason in
     `settings["left_out"]`; `settings["flagged"]` holds the sizes at which a measure falls below `flag_below` of its
-    value at the reference.
+    value at the reference. A killed run goes on at the first size that is not whole.
 
     Raises:
         FileNotFoundError, ValueError: data, settings or a model that cannot be used; before any image is encoded.
@@ -156,32 +175,47 @@ def _measure(
         **encoder.settings(),
         "reference": encoder.image_size,
         "words": words.digest(),
+        "bank": bank.fingerprint,
+        "queries": queries.fingerprint,
+        "seed": SAMPLE_SEED,
     }
     finished = done(path, settings, config.overwrite)
     if finished is not None:
         return finished
     classifier, no_words = _classifier(encoder, words, config)
+    folder = work_folder(output, encoder.name, "resolution", name)
+    claim_folder(folder, settings, config.overwrite)
     left_out = {} if classifier is not None else {ZERO_SHOT: no_words}
     used: dict[Size, Size] = {size: _fitted(size, encoder.step) for size in sizes}
     measured: dict[Size, dict[str, float]] = {}
     reference: Reference | None = None
     for size in dict.fromkeys([reference_size, *used.values()]):
+        path_of_size, path_of_reference = folder / f"{size_name(size)}.json", folder / "reference.safetensors"
+        if path_of_size.exists():
+            measured[size] = json.loads(path_of_size.read_text(encoding="utf-8"))
+            continue
         try:
             at_size = _encoder_at(encoder, size, config)
         except ValueError as error:  # not for this model; said in the result
             left_out[size_name(size)] = str(error)
             continue
+        if reference is None and size != reference_size:
+            reference = Reference.read(path_of_reference, encoder.image_size)
         measured[size], reference = _at_size(at_size, size, bank, queries, classifier, config, reference)
+        if size == reference_size:
+            reference.write(path_of_reference)
+        path_of_size.with_suffix(".tmp").write_text(json.dumps(measured[size]), encoding="utf-8")
+        os.replace(path_of_size.with_suffix(".tmp"), path_of_size)
     flagged = find_collapses(measured, reference_size, config.flag_below)
     for side, what in flagged.items():
         logger.warning("%s at %s: below %g of the reference: %s", encoder.name, side, config.flag_below, what)
-    missing = set(queries.labels.tolist()) - set(bank.labels.tolist())
-    return Result(
+    missing = sorted(set(queries.labels.tolist()) - set(bank.labels.tolist()))
+    result = Result(
         "resolution",
         encoder.name,
         name,
         {f"{measure} @ {size_name(size)}": value for size, one in measured.items() for measure, value in one.items()},
-        _protocol(encoder, bank, queries, config, flagged, left_out, len(measured)),
+        _protocol(encoder, bank, queries, missing, config, flagged, left_out, len(measured)),
         {
             **settings,
             "used_sizes": {size_name(asked): size_name(size) for asked, size in used.items()},
@@ -202,6 +236,8 @@ def _measure(
         encoder.params,
         encoder.image_size,
     ).write(path)
+    shutil.rmtree(folder)  # features of large models fill disks, and nothing reads them again
+    return result
 
 
 def _fitted(size: Size, step: int) -> Size:
@@ -249,7 +285,7 @@ def _at_size(
     encode_features = tqdm(pictured, desc=f"{title} features", unit="batch")
     features = (encoder.features(batch.to(device).float() / 255) for batch in encode_features)
     if reference is None:
-        kept = [(feature.cpu(), grid) for feature, grid in features]
+        kept = [(feature.cpu().contiguous(), grid) for feature, grid in features]
         reference = Reference(side, of_bank, of_queries, kept)
         features = (one for one in kept)
     similar = [
@@ -309,6 +345,7 @@ def _protocol(
     encoder: VisionEncoder,
     bank: LabelledFiles,
     queries: LabelledFiles,
+    missing: list[int],
     config: ResolutionConfig,
     flagged: dict[str, list[str]],
     left_out: dict[str, str],
@@ -319,8 +356,16 @@ def _protocol(
         verdict = f"MODE SWITCH? Below {config.flag_below:g} of the reference at {falls}."
     else:
         verdict = "Nothing collapses." if sizes > 1 else "No size to compare with the reference."
+    without = ""
+    if missing:
+        names = [bank.class_names[label] if bank.class_names else label for label in missing[:CLASSES_NAMED]]
+        more = f" and {len(missing) - len(names)} more" if len(missing) > len(names) else ""
+        without = (
+            f" The bank has no image of {len(missing)} of the classes, which k-NN therefore gets wrong: "
+            f"{', '.join(map(str, names))}{more}."
+        )
     return (
         f"{len(queries.files)} whole images scaled to each size, bicubic; {config.k}-NN in {len(bank.files)} images "
         f"at the same size and at {encoder.image_size}; cosines to {encoder.image_size}, features on the coarser "
-        f"grid. {verdict}" + (f" Left out: {', '.join(left_out)}." if left_out else "")
+        f"grid.{without} {verdict}" + (f" Left out: {', '.join(left_out)}." if left_out else "")
     )
