@@ -3,10 +3,20 @@
 import random
 import statistics
 
+import evaluate
 import pytest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from transformers_radio.evaluation.llava_scorers import exact_match, normalize_answer, score, vqa_accuracy, yes_no
+from transformers_radio.evaluation.llava_scorers import (
+    ExactMatch,
+    VqaAccuracy,
+    YesNo,
+    exact_match,
+    normalize_answer,
+    score,
+    vqa_accuracy,
+    yes_no,
+)
 
 
 def literal_vqa_accuracy(answer: str, people: list[str]) -> float:
@@ -94,3 +104,37 @@ def test_score_names_its_metrics():
     assert set(score("yes_no", "POPE", ["yes"], [["yes"]])) == {
         *("POPE accuracy", "POPE precision", "POPE recall", "POPE F1", "POPE yes"),
     }
+
+
+def test_as_metrics_of_evaluate():
+    generator = random.Random(2)
+    answers = [generator.choice(["cat", "dog", "fox"]) for _ in range(60)]
+    people = [[generator.choice(["cat", "dog"]) for _ in range(10)] for _ in answers]
+    metric = VqaAccuracy()
+    assert isinstance(metric, evaluate.Metric)
+    metric.add(prediction=answers[0], reference=people[0])
+    metric.add_batch(predictions=answers[1:40], references=people[1:40])
+    assert len(metric) == 40
+    expected = statistics.mean(map(literal_vqa_accuracy, answers, people))
+    found = metric.compute(predictions=answers[40:], references=people[40:])
+    assert found == {"vqa_accuracy": pytest.approx(100 * expected)}
+    assert len(metric) == 0  # the next set begins anew
+
+    assert ExactMatch().compute(predictions=["Cat.", "a dog"], references=[["fox", "cat"], ["dog"]]) == {
+        "exact_match": 50.0
+    }
+    said, true = (generator.choices(["yes", "no"], k=60) for _ in range(2))
+    found = YesNo().compute(predictions=said, references=[[one] for one in true])
+    precision, recall, f1, _ = precision_recall_fscore_support(true, said, average="binary", pos_label="yes")
+    assert [found[name] for name in ("accuracy", "precision", "recall", "F1")] == pytest.approx(
+        [100 * value for value in (accuracy_score(true, said), precision, recall, f1)]
+    )
+
+
+@pytest.mark.parametrize("metric", [ExactMatch, VqaAccuracy, YesNo])
+def test_metrics_name_what_is_missing(metric):
+    with pytest.raises(ValueError, match="no answer to score"):
+        metric().compute()
+    for reference in ([], "cat"):
+        with pytest.raises(ValueError, match="The reference of 'dog' is .*expected a list of answers"):
+            metric().add(prediction="dog", reference=reference)

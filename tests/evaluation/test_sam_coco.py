@@ -328,6 +328,14 @@ def test_detections_that_do_not_fit(dataset, content, message):
         load_detections(dataset.config(detections=str(dataset.folder / "detections.json")))
 
 
+def test_with_detections_every_annotation_must_have_its_image(dataset):
+    dataset.write([{"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}], "detections.json")
+    dataset.annotations[1]["image_id"] = 99
+    dataset.write()
+    with pytest.raises(ValueError, match="Annotation 101 belongs to image 99, which is not in"):
+        load_detections(dataset.config(detections=str(dataset.folder / "detections.json")))
+
+
 def test_images_of_another_size_or_broken_ones_stop_the_run(dataset):
     images, crowds = load_annotations(dataset.config())
     assert [image.id for image in images] == [3, 7, 12] and crowds == 3

@@ -127,3 +127,5 @@ def test_a_split_whose_colours_are_its_words(tmp_path):
     assert swapped["aAcc"] < 25
     with pytest.raises(ValueError, match="classifier has 2 classes, words has 3"):
         dense_zero_shot(encode, "colours", words[:2], data, config, "too few")
+    with pytest.raises(ValueError, match="Patches have 3 dimensions and the text 5"):
+        dense_zero_shot(encode, "colours", torch.ones(3, 5), data, config, "another space")

@@ -101,7 +101,12 @@ def load_detections(config: SamCocoConfig) -> list[PromptedImage]:
             annotations.
     """
     assert config.detections is not None
-    images, _, categories = _read_annotations(config)
+    images, annotations, categories = _read_annotations(config)
+    for entry in annotations:
+        if entry["image_id"] not in images:
+            raise ValueError(
+                f"Annotation {entry['id']} belongs to image {entry['image_id']}, which is not in {config.annotations}."
+            )
     detections = _read_json(config.detections)
     if not isinstance(detections, list) or not detections or not all(isinstance(entry, dict) for entry in detections):
         raise ValueError(f"{config.detections} holds no detections: expected a non-empty list of COCO results.")

@@ -6,6 +6,11 @@ Published figures come from lmms-eval's own scorers (see llava_lmms.py); these s
 import re
 import string
 from collections import Counter
+from collections.abc import Callable
+
+import datasets
+
+from .counting_metric import CountingMetric
 
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
 NUMBERS["none"] = "0"
@@ -89,13 +94,73 @@ def _first_yes_or_no(text: str) -> str | None:
     return next((word for word in re.findall(r"[a-z]+", text.lower()) if word in ("yes", "no")), None)
 
 
+class _AnswerMetric(CountingMetric):
+    """Short answers to questions; a prediction is a text, a reference the list of right or of people's answers."""
+
+    inputs = "predictions: answers; references: for each question a list of answers."
+    schema = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+
+    def _reset(self) -> None:
+        self.answers: list[str] = []
+        self.expected: list[list[str]] = []
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def add(self, *, prediction: str, reference: list[str]) -> None:
+        """Counts one question.
+
+        Raises:
+            ValueError: no list of texts, or an empty one.
+        """
+        if isinstance(reference, str) or not reference:
+            raise ValueError(f"The reference of {prediction!r} is {reference!r}; expected a list of answers.")
+        self.answers.append(prediction)
+        self.expected.append(list(reference))
+
+    def _mean(self, of_answer: Callable[[str, list[str]], float]) -> float:
+        """Percent."""
+        self._check()
+        return 100 * sum(map(of_answer, self.answers, self.expected)) / len(self.answers)
+
+    def _check(self) -> None:
+        if not self.answers:
+            raise ValueError("There is no answer to score; add some first.")
+
+
+class ExactMatch(_AnswerMetric):
+    """{"exact_match": percent}, see `exact_match`."""
+
+    description = "Share of answers that are one of the expected ones, in percent."
+
+    def _scores(self) -> dict[str, float]:
+        return {"exact_match": self._mean(exact_match)}
+
+
+class VqaAccuracy(_AnswerMetric):
+    """{"vqa_accuracy": percent}, see `vqa_accuracy`."""
+
+    description = "VQA accuracy against several people's answers, in percent."
+
+    def _scores(self) -> dict[str, float]:
+        return {"vqa_accuracy": self._mean(vqa_accuracy)}
+
+
+class YesNo(_AnswerMetric):
+    """{"accuracy", "precision", "recall", "F1", "yes": percent}, see `yes_no`; a reference is ["yes"] or ["no"]."""
+
+    description = "Accuracy, precision, recall and F1 of yes and no (POPE), in percent."
+
+    def _scores(self) -> dict[str, float]:
+        self._check()
+        return yes_no(self.answers, [texts[0] for texts in self.expected])
+
+
+METRICS = {"exact_match": ExactMatch, "yes_no": YesNo, "vqa": VqaAccuracy}
+SCORERS = tuple(METRICS)
+
+
 def score(scorer: str, name: str, answers: list[str], expected: list[list[str]]) -> dict[str, float]:
     """Percentages by metric; those of "yes_no" are called `name` and what they are."""
-    if scorer == "yes_no":
-        scores = yes_no(answers, [texts[0] for texts in expected])
-        return {f"{name} {metric}": value for metric, value in scores.items()}
-    each = {"exact_match": exact_match, "vqa": vqa_accuracy}[scorer]
-    return {name: 100 * sum(each(a, e) for a, e in zip(answers, expected, strict=True)) / len(answers)}
-
-
-SCORERS = ("exact_match", "yes_no", "vqa")
+    scores = METRICS[scorer]().compute(predictions=answers, references=expected)
+    return {f"{name} {metric}" if len(scores) > 1 else name: value for metric, value in scores.items()}

@@ -5,7 +5,6 @@ evaluation that it names, EfficientViT-SAM's: ground-truth boxes, mean mask IoU 
 """
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from transformers_radio.teachers import digest_weights
 
 from .coco_data import (
-    EXTRA,
     PromptedImage,
     SamCocoConfig,
     decode_segmentation,
@@ -25,16 +23,8 @@ from .coco_data import (
     load_detections,
     mask_library,
 )
+from .mask_average_precision import MaskAveragePrecision, average_precision_library
 from .prompted_masks import SamEncoder, StudentEncoder, mask_overlap, predict_masks
-
-AP_NAMES = {
-    "AP": "AP_all",
-    "AP50": "AP_50",
-    "AP75": "AP_75",
-    "AP_small": "AP_small",
-    "AP_medium": "AP_medium",
-    "AP_large": "AP_large",
-}
 
 
 def evaluate_sam_coco(
@@ -53,8 +43,8 @@ def evaluate_sam_coco(
     Returns:
         Without `config.detections`: mean_mask_iou (percent, over annotations), and the numbers of images, annotations,
         crowd regions left out (crowd) and empty masks left out (empty).
-        With: AP, AP50, AP75, AP_small, AP_medium, AP_large of COCO's masks (percent; -1 where the annotations have
-        no object of that size), and the numbers of images and detections.
+        With: AP, AP50, AP75, AP_small, AP_medium, AP_large of COCO's masks (percent; without those sizes of which
+        no object is annotated), and the numbers of images and detections.
 
     Raises:
         ImportError: a library for COCO's masks or its AP is not installed.
@@ -68,7 +58,7 @@ def evaluate_sam_coco(
     if config.detections is None:
         images, crowds = load_annotations(config)
     else:
-        _average_precision_library()
+        average_precision_library()
         images = load_detections(config)
     records, file = open_results(Path(results), _settings(encoder, sam, config))
     with file:
@@ -120,31 +110,22 @@ def _prompt_image(
             record["annotations"] += zip(ids, intersections.tolist(), unions.tolist(), strict=True)
         else:
             record["detections"] += [
-                # without the box, so that small, medium and large go by the mask's area, as COCO has it
                 {key: entry[key] for key in ("image_id", "category_id", "score")} | {"segmentation": encode_mask(mask)}
                 for entry, mask in zip(entries[chunk], predictions, strict=True)
             ]
     return record
 
 
-def _average_precision_library() -> Any:
-    try:
-        return importlib.import_module("faster_coco_eval")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"COCO's mask AP needs faster-coco-eval, which is not installed: {EXTRA}") from error
-
-
 def _average_precision(config: SamCocoConfig, records: list[dict[str, Any]]) -> dict[str, float]:
-    library = _average_precision_library()
-    detections = [detection for record in records for detection in record["detections"]]
-    truth = library.COCO(str(config.annotations))
-    evaluation = library.COCOeval_faster(truth, truth.loadRes(detections), "segm")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    found = evaluation.stats_as_dict
-    percent = {name: found[key] if found[key] == -1 else 100 * found[key] for name, key in AP_NAMES.items()}
-    return {**percent, "images": len(records), "detections": len(detections)}
+    content = json.loads(Path(config.annotations).read_text(encoding="utf-8"))
+    truths = {image["id"]: {**image, "annotations": []} for image in content["images"]}
+    for entry in content["annotations"]:
+        truths[entry["image_id"]]["annotations"].append(entry)
+    detections = {record["image_id"]: record["detections"] for record in records}
+    metric = MaskAveragePrecision()
+    for number, truth in truths.items():
+        metric.add(prediction=detections.get(number, []), reference=truth)
+    return {**metric.compute(), "images": len(records), "detections": sum(map(len, detections.values()))}
 
 
 def _settings(encoder: SamEncoder | StudentEncoder, sam: Any, config: SamCocoConfig) -> dict[str, Any]:

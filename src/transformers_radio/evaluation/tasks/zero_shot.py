@@ -23,11 +23,12 @@ from ..classification import (
     resolution,
     store_config,
 )
+from ..classification_metrics import ZeroShotAccuracy
 from ..encoder import VisionEncoder
 from ..features import LabelledSplit
 from ..results import Result, done, result_path, work_folder
 from ..summary_store import SummaryStore, start_processes, store_summaries
-from ..zero_shot import Template, check_classifier, load_text_tower, zero_shot_classifier, zero_shot_predictions
+from ..zero_shot import Template, check_classifier, load_text_tower, zero_shot_classifier
 
 ROWS = 8192  # summaries that are compared at once
 
@@ -136,12 +137,10 @@ def _accuracy(store: SummaryStore, weights: torch.Tensor, split: LabelledSplit) 
             f"A label of {split.source} ({split.split}) is {store.labels.max()}, but there are {len(weights)} class "
             "names: give one name a class."
         )
-    weights = weights.to(PartialState().device)
-    correct = 0
+    metric = ZeroShotAccuracy(weights.to(PartialState().device))
     for summaries, labels in store.chunks(ROWS):
-        predicted = zero_shot_predictions(summaries.to(weights.device), weights)
-        correct += int((predicted == labels.to(weights.device)).sum())
-    return 100 * correct / len(store)
+        metric.add_batch(predictions=summaries.to(metric.classifier.device), references=labels)
+    return metric.compute()["zero_shot_accuracy"]
 
 
 def _make_classifier(tower: str, names: list[str], templates: Sequence[Template], folder: Path) -> Classifier:
