@@ -4,11 +4,10 @@ The mean and standard deviation belong to the model (its input conditioner), so 
 """
 
 import torch
-from PIL import ImageOps
 from torch.nn import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageType, PILImageResampling, get_image_type
+from transformers.image_utils import ImageType, PILImageResampling, get_image_type, load_image
 from transformers.processing_utils import ImagesKwargs
 
 
@@ -96,13 +95,13 @@ class RadioImageProcessor(TorchvisionBackend):
                 raise ValueError(
                     f"a PIL image of mode {image.mode!r} has no defined range; convert it to 8 bits first"
                 )
-            image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = image.copy()
                 white.paste((255, 255, 255, 255), (0, 0, *image.size))
                 white.alpha_composite(image)
                 image = white.convert("RGB")
+            image = load_image(image)  # upright, in RGB
         else:
             dtype = str(image.dtype).removeprefix("torch.")
             if dtype == "bool":
