@@ -1,9 +1,11 @@
 import copy
+import gc
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_processes import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -106,10 +108,11 @@ def test_bad_input_is_named():
         ema.load_state_dict({**state, "scale": torch.ones(2, 1)})
 
 
-def _sharded_average(rank: int, store: str) -> None:
-    """The same steps plain and sharded; every second step is followed by a forward in eval mode."""
+def sharded_average():
+    """In each of two processes: the same steps plain and sharded, every second followed by a forward in eval mode."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     plain = network()
     sharded = copy.deepcopy(plain)
     fully_shard(sharded[3])
@@ -141,9 +144,13 @@ def _sharded_average(rank: int, store: str) -> None:
     emas[1].load_state_dict(whole[0])
     assert same(emas[1].state_dict(), whole[0])
     assert emas[1].averages["0.weight"].placements == average.placements
+
+
+def test_the_average_of_sharded_weights_is_that_of_plain_ones():
+    run(2, module="test_ema")
+
+
+if __name__ == "__main__":
+    sharded_average()
+    gc.collect()  # sharded models hold on to the group, whose threads would outlive the interpreter: an abort
     dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_the_average_of_sharded_weights_is_that_of_plain_ones(tmp_path):
-    torch.multiprocessing.spawn(_sharded_average, args=(str(tmp_path / "store"),), nprocs=2)

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from transformers_radio.training import load_recipe, train
+from transformers_radio.training import load_recipe, placement, train
+from transformers_radio.training.partition import stage_groups
+from transformers_radio.training.placement import build_teachers
+from transformers_radio.training.progress import StopSignal
 
 # Two groups, as the paper's second stage: SAM sees fewer images, at a higher student resolution, every second step.
 GROUPS = [
@@ -40,7 +44,8 @@ FSDP = {
 }
 
 
-def start(processes, recipe, *overrides, **environment):
+def start(processes, *arguments, module="transformers_radio.training", **environment):
+    """`python -m module` under torchrun; for training the arguments are a recipe and its overrides."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
@@ -49,7 +54,7 @@ def start(processes, recipe, *overrides, **environment):
         **environment,
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, "-m", "transformers_radio.training", str(recipe), *overrides]
+    command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -59,9 +64,9 @@ def children(process):
     return [int(number) for number in listed.stdout.split()]
 
 
-def run(processes, recipe, *overrides, **environment):
+def run(processes, *arguments, **options):
     """To the end; a deadlock is a failure, and leaves no processes behind."""
-    process = start(processes, recipe, *overrides, **environment)
+    process = start(processes, *arguments, **options)
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
@@ -95,6 +100,16 @@ def alone(tmp_path_factory, image_folder, recipe_text):
     path = folder / "recipe.yaml"
     path.write_text(recipe_text.format(output=folder / "run", images=image_folder))
     train(load_recipe(path, GROUPS))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def half_alone(tmp_path_factory, image_folder, recipe_text):
+    """As `alone`, in bfloat16; in a process of its own, as the precision is one for all of a process."""
+    folder = tmp_path_factory.mktemp("half_alone")
+    path = folder / "recipe.yaml"
+    path.write_text(recipe_text.format(output=folder / "run", images=image_folder))
+    run(1, path, *GROUPS, "mixed_precision=bf16")
     return folder / "run"
 
 
@@ -189,3 +204,85 @@ def test_a_dead_process_stops_all_and_the_same_command_goes_on_to_the_bit(make_r
     run(2, recipe, *options)
     left, right = weights(tmp_path / "reference" / "student"), weights(tmp_path / "killed" / "student")
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_every_process_builds_only_the_teachers_that_it_serves(make_recipe, monkeypatch):
+    recipe = load_recipe(make_recipe(), GROUPS)
+    loaded = []
+    load_teacher = placement.load_teacher
+    monkeypatch.setattr(placement, "load_teacher", lambda name, spec: loaded.append(name) or load_teacher(name, spec))
+    for rank, processes, expected in ((0, 2, ["clip"]), (1, 2, ["sam"]), (3, 4, ["sam"]), (0, 1, ["clip", "sam"])):
+        groups = {"main": stage_groups("main", recipe.stages["main"], list(recipe.teachers), rank, processes)}
+        assert list(build_teachers(recipe, groups)) == expected
+        assert loaded == expected
+        loaded.clear()
+
+
+def test_groups_that_count_by_their_share_do_so_by_two_processes_as_by_one(make_recipe, tmp_path):
+    options = [*GROUPS, "stages.main.weighting=per_rank", "stages.main.groups.low.share=3"]
+    train(load_recipe(make_recipe("one"), options))
+    run(2, make_recipe("two"), *options)
+    assert_close(weights(tmp_path / "one" / "student"), weights(tmp_path / "two" / "student"), atol=1e-6)
+    # 8 images of low and 4 of high: a share of 3 : 1 is not 2 : 1, which per_image would be
+    train(load_recipe(make_recipe("by_image"), options[:-2]))
+    left, right = (weights(tmp_path / name / "student") for name in ("one", "by_image"))
+    assert max((left[name] - right[name]).abs().max() for name in left) > 1e-4
+
+
+@pytest.mark.parametrize("engine", [{}, FSDP])
+def test_two_processes_in_half_precision_are_close_to_one(engine, half_alone, make_recipe, tmp_path):
+    """bfloat16 has 8 bits. Losses agree to half a percent, and how far the weights have moved to a twentieth."""
+    run(2, make_recipe("two"), *GROUPS, "mixed_precision=bf16", **engine)
+    one, two = weights(half_alone / "student"), weights(tmp_path / "two" / "student")
+    before = weights(half_alone / "checkpoints" / "step-00000002")
+    for name in (name for name in one if one[name].is_floating_point()):
+        # Next to nothing moves the biases of the keys, which change no attention.
+        assert (one[name] - two[name]).norm() <= 0.05 * (one[name] - before[name]).norm() + 1e-6, name
+    for left, right in zip(metrics(half_alone), metrics(tmp_path / "two"), strict=True):
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"images_per_second", "stage"}:
+            assert left[key] == pytest.approx(right[key], rel=5e-3), (key, left["step"])
+    # Losses are float32: those of 8 images, each rounded to bfloat16, would be multiples of 2**-13
+    assert metrics(tmp_path / "two")[0]["clip/features"] * 2**13 % 1 != 0
+
+
+def test_a_position_of_two_processes_goes_on_in_one_with_the_same_passes(make_recipe, tmp_path):
+    options = [*GROUPS[1:], "stages.main.steps=4", "stages.main.batch_size=8"]
+    recipe = make_recipe("moved")
+    run(2, recipe, *options)
+    shutil.copytree(tmp_path / "moved", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "moved" / "student")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step-00000004")
+    with pytest.raises(ValueError, match="had 4 images in a pass .* has 8 now.*micro_batch_size=4.* divides 2"):
+        train(load_recipe(recipe, options))
+    train(load_recipe(recipe, [*options, "stages.main.micro_batch_size=4"]))
+    assert_close(weights(tmp_path / "whole" / "student"), weights(tmp_path / "moved" / "student"), atol=1e-6)
+
+
+def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(make_recipe, tmp_path, capsys):
+    options = ["stages.main.steps=400", "checkpoints.every_steps=1000", "log_every_steps=1", "data.lanes=2"]
+    options += ["stages.main.micro_batch_size=2"]
+    recipe, stopped = make_recipe("stopped"), tmp_path / "stopped"
+    process = start(2, recipe, *options)
+    while process.poll() is None and not ((stopped / "metrics.jsonl").exists() and metrics(stopped)):
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output  # the launcher's own, whatever its processes end with
+    assert "stopped by a signal at step" in output, output
+    (checkpoint,) = (stopped / "checkpoints").iterdir()
+    assert 0 < int(checkpoint.name[5:]) < 400
+    assert train(load_recipe(recipe, options)).step == 400  # by one process
+    assert f"from step {int(checkpoint.name[5:])} of 400" in capsys.readouterr().out
+
+
+def test_a_signal_that_comes_while_the_processes_talk_counts_in_the_next_step():
+    def interrupted(told):
+        signal.raise_signal(signal.SIGTERM)
+        return told
+
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=interrupted)
+    with StopSignal() as stop:
+        assert not stop.agreed(accelerator) and stop.number is None
+        accelerator.gather = torch.clone
+        assert stop.agreed(accelerator) and stop.number == signal.SIGTERM

@@ -1,10 +1,12 @@
 import copy
+import gc
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_processes import run
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -271,10 +273,11 @@ def test_a_deepcopy_is_independent(pixels):
         assert {f"{name}.parametrizations.weight.{part}" for part in ("original", "0.scale", "0._u", "0._v")} <= moved
 
 
-def _sharded_training(rank: int, store: str) -> None:
+def sharded_training():
     """Two processes, half of the batch each, against one plain model with the whole batch; with noise on top."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     plain, sharded = tiny_student(), tiny_student()
     for model in (plain, sharded):
         add_spectral_reparam(model)
@@ -299,9 +302,13 @@ def _sharded_training(rank: int, store: str) -> None:
     for key, tensor in sharded.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.allclose(whole, expected[key], rtol=1e-4, atol=1e-5), (key, (whole - expected[key]).abs().max())
+
+
+def test_sharded_over_two_processes_it_trains_as_in_one():
+    run(2, module="test_spectral")
+
+
+if __name__ == "__main__":
+    sharded_training()
+    gc.collect()  # sharded models hold on to the group, whose threads would outlive the interpreter: an abort
     dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_sharded_over_two_processes_it_trains_as_in_one(tmp_path):
-    torch.multiprocessing.spawn(_sharded_training, args=(str(tmp_path / "store"),), nprocs=2)

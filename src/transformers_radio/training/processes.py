@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -51,6 +52,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         # The partial state overwrites the other whenever somebody asks for it.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":  # Accelerate's policy would round the losses
+        policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "fsdp_version is 1; set it to 2 in Accelerate's config file, as recipes/accelerate/fsdp2.yaml"

@@ -84,9 +84,13 @@ class Log:
 
 
 class StopSignal:
-    """Remembers the first Ctrl-C or SIGTERM, so that the step in hand ends and is saved; a second one is immediate."""
+    """Remembers the first Ctrl-C or SIGTERM, so that the step in hand ends and is saved; a second one is immediate.
+
+    `number` is what all processes have agreed on.
+    """
 
     def __init__(self) -> None:
+        self.received = 0  # by this process
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
@@ -100,14 +104,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        self.number = number
+        self.received = number
         self.__exit__()
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """True on every process as soon as one has been told to stop: all must save the same step."""
-        if accelerator.num_processes == 1:
-            return self.number is not None
-        told = torch.tensor([self.number or 0], device=accelerator.device)
-        number = int(accelerator.gather(told).max())
+        number = self.received
+        if accelerator.num_processes > 1:  # a signal that comes while they talk counts the next time
+            number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
         self.number = number or None
         return self.number is not None
