@@ -211,7 +211,7 @@ def test_resolution(out, student, imagenet):
 
 
 def test_features(out, student, imagenet):
-    result = evaluate(out, "features", student, "--data", imagenet, "split=val", "images=4")
+    result = evaluate(out, "features", student, "--data", imagenet, "images=4")
     assert result.counts["images"] == 4
 
 

@@ -1,17 +1,13 @@
 """Drawing from sources that are read part by part."""
 
-import random
-
 import pytest
 
 from transformers_radio.evaluation import labelled_files
-from transformers_radio.evaluation.labelled_files import _shuffled
+from transformers_radio.evaluation.labelled_files import shuffled
 
 
 class Parts:
     """Rows numbered through, in three parts of ten."""
-
-    num_shards = 3
 
     def __init__(self, content: bytes | None):
         self.content = content
@@ -24,7 +20,7 @@ class Parts:
 @pytest.mark.parametrize("content", [b"encoded", None])
 def test_every_row_comes_once_in_an_order_of_the_seed(content, monkeypatch):
     monkeypatch.setattr(labelled_files, "FILES_SHUFFLED", 4)
-    orders = [[label for _, label in _shuffled(Parts(content), random.Random(seed))] for seed in (0, 0, 1)]
+    orders = [[label for _, label in shuffled(3, Parts(content).rows, seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert sorted(order) == list(range(30)) != order

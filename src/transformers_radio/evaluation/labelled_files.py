@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def sample_labelled_files(
     rows = LabelledSplit(source, split, name, image_column, label_column)
     files, labels, skipped = [], [], Counter[str]()
     with tqdm(total=limit, desc=f"{source} {split}", unit=" images") as progress:
-        for file, label in rows.rows() if limit is None else _shuffled(rows, random.Random(seed)):
+        for file, label in rows.rows() if limit is None else shuffled(rows.num_shards, rows.rows, seed):
             try:
                 decode_rgb(read_image(file))
             except SkippedImage as error:
@@ -108,12 +108,20 @@ def sample_labelled_files(
     return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped), rows.fingerprint())
 
 
-def _shuffled(rows: LabelledSplit, generator: random.Random) -> Iterator[tuple[Any, int]]:
-    """Every row once; parts in random order, and each row in exchange for one that waited."""
-    waiting: list[tuple[Any, int]] = []
-    for shard in generator.sample(range(rows.num_shards), rows.num_shards):
-        for row in rows.rows(shard):
-            if row[0].get("bytes") is None or len(waiting) < FILES_SHUFFLED:
+def shuffled(
+    num_shards: int, read: Callable[[int], Iterable[tuple[Any, Any]]], seed: int = SAMPLE_SEED
+) -> Iterator[tuple[Any, Any]]:
+    """Every row once; parts in random order, and each row in exchange for one that waited.
+
+    Args:
+        read: the number of a part -> its rows, (image as `datasets` hands it over undecoded, anything).
+    """
+    generator = random.Random(seed)
+    waiting: list[tuple[Any, Any]] = []
+    for shard in generator.sample(range(num_shards), num_shards):
+        for row in read(shard):
+            is_path = isinstance(row[0], dict) and row[0].get("bytes") is None
+            if is_path or len(waiting) < FILES_SHUFFLED:
                 waiting.append(row)
                 continue
             place = generator.randrange(len(waiting))

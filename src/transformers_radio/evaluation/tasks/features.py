@@ -1,10 +1,15 @@
 """`eval features`: high-norm patches, activation statistics, and the noise of the position table."""
 
+import contextlib
+import hashlib
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +33,12 @@ from ..feature_statistics import (
     position_table,
 )
 from ..features import resize_image
+from ..labelled_files import SAMPLE_SEED, shuffled
 from ..results import Result, done, result_path, work_folder
 
 POSITIONS_NAMED = 10
+# Other names of the splits, as `datasets` knows them, by which the other tasks find theirs.
+SPLIT_NAMES = {"train": ("training",), "validation": ("val", "valid", "dev"), "test": ("testing", "eval")}
 
 
 @dataclass
@@ -42,7 +50,7 @@ class FeaturesConfig:
     config_name: str | None = None  # of a Hub dataset that has several configurations
     split: str = "validation"
     image_column: str | None = None  # null: the only one
-    images: int = 64  # the first ones
+    images: int = 64  # drawn with seed 0
     image_size: int | None = None  # side in pixels; null: each model's own
     outlier_factor: float = 3.0  # a patch whose norm is above so many times the median is an outlier
     dtype: str = "float32"
@@ -68,24 +76,40 @@ def run(models: list[str], config: FeaturesConfig, output: Path) -> list[Result]
 
 
 def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
-    """The first readable images, undecoded, and the number of unreadable ones among them."""
-    source = Source(SourceConfig(config.data, config.split, config.config_name, config.image_column))
+    """Readable images, undecoded, and the number of unreadable ones among them."""
+    source = _open(config)
+
+    def read(shard: int) -> Iterator[tuple[Any, str]]:
+        return ((image, key) for key, image in source.records(shard))
+
     files: list[bytes] = []
     skipped = Counter[str]()
-    for shard in range(len(source.shards)):
-        for _, image in source.records(shard):
-            content = source.read(image)
-            try:
-                decode_rgb(content)
-            except SkippedImage as error:
-                skipped[error.reason] += 1
-                continue
-            files.append(content)
-            if len(files) == config.images:
-                return files, skipped.total()
+    # The first ones would be of the first class, where the data comes class by class.
+    for image, _ in shuffled(len(source.shards), read):
+        content = source.read(image)
+        try:
+            decode_rgb(content)
+        except SkippedImage as error:
+            skipped[error.reason] += 1
+            continue
+        files.append(content)
+        if len(files) == config.images:
+            break
     if not files:
         raise ValueError(f"{config.data} ({config.split}) holds no readable image; skipped: {dict(skipped)}.")
     return files, skipped.total()
+
+
+def _open(config: FeaturesConfig) -> Source:
+    folder = Path(config.data).expanduser()
+    names = (config.split, *SPLIT_NAMES.get(config.split, ()))
+    there = (name for name in names if (folder / name).is_dir() or any(folder.glob(f"{name}[!a-zA-Z0-9]*")))
+    split = next(there, config.split)
+    try:
+        return Source(SourceConfig(config.data, split, config.config_name, config.image_column))
+    except (ValueError, FileNotFoundError) as error:  # in the words of a training recipe
+        message = re.sub(r"\bdata\.(split|image_column)\b", r"\1", str(error))
+        raise type(error)(re.sub(r"\bdata\.path\b", "data", message)) from error
 
 
 def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: FeaturesConfig, output: Path) -> Result:
@@ -95,6 +119,8 @@ def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: F
         **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "batch_size")},
         **encoder.settings(),
         "image_size": encoder.image_size,
+        "seed": SAMPLE_SEED,
+        "files": _digest(files),
     }
     finished = done(path, settings, config.overwrite)
     if finished is not None:
@@ -149,6 +175,13 @@ def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: F
     ).write(path)
 
 
+def _digest(files: list[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(hashlib.blake2b(file).digest())
+    return digest.hexdigest()
+
+
 def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """float32 (N, h*w, C) on the CPU, and (h, w)."""
     device = next(encoder.model.parameters()).device
@@ -164,11 +197,15 @@ def _noise(encoder: VisionEncoder, table: torch.Tensor | None, grid: tuple[int, 
     """Of the table as it is stored; and as a student resizes it to its patches, where these are others."""
     if table is None:
         return {}
-    noise = {"Position noise": 100 * position_noise(table)}
+    tables = {"Position noise": table}
     if encoder.is_student and grid != tuple(table.shape[:2]):
         stored = table.permute(2, 0, 1)[None]  # (h, w, D) -> (1, D, h, w)
         resized = F.interpolate(stored, size=grid, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-        noise["Position noise, resized"] = 100 * position_noise(resized)
+        tables["Position noise, resized"] = resized
+    noise = {}
+    for name, one in tables.items():
+        with contextlib.suppress(ValueError):  # a constant table, or a single row of it, has none
+            noise[name] = 100 * position_noise(one)
     return noise
 
 
