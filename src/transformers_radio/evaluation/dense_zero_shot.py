@@ -3,7 +3,7 @@
 A CLIP teacher's text space is that of its summary. A student's patches come to it in two ways, neither of which any
 loss has trained: the adaptor's summary head, applied to patch tokens instead of the class token; or the adaptor's
 features (the teacher's patch tokens as its last block leaves them) through the teacher's own final norm and
-projection. The docs compare both.
+projection. `eval segmentation` measures both.
 """
 
 from typing import Any
