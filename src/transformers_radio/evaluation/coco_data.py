@@ -1,5 +1,6 @@
 """COCO-format annotations and detections as box prompts with masks, one list entry an image."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -120,6 +121,23 @@ def load_detections(config: SamCocoConfig) -> list[PromptedImage]:
                 f"{config.annotations}: write COCO's category ids, not the detector's own numbers."
             )
     return _group(config, images, detections, "Detection")
+
+
+def file_digests(config: SamCocoConfig, images: list[PromptedImage]) -> dict[str, str | None]:
+    """What the masks depend on: contents of annotations and detections; of images names, sizes and dates."""
+    dated = hashlib.blake2b(digest_size=16)
+    for image in images:
+        status = image.path.stat()
+        dated.update(repr((image.path.name, status.st_size, status.st_mtime_ns)).encode())
+    return {
+        "annotations_digest": _digest(config.annotations),
+        "detections_digest": None if config.detections is None else _digest(config.detections),
+        "images_digest": dated.hexdigest(),
+    }
+
+
+def _digest(path: str) -> str:
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def _read_json(path: str) -> Any:

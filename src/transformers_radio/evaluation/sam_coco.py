@@ -4,7 +4,6 @@ The paper does not say how masks are prompted and scored. Its number for SAM-H (
 evaluation that it names, EfficientViT-SAM's: ground-truth boxes, mean mask IoU x 100 over annotations.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from .coco_data import (
     SamCocoConfig,
     decode_segmentation,
     encode_mask,
+    file_digests,
     load_annotations,
     load_detections,
     mask_library,
@@ -60,7 +60,7 @@ def evaluate_sam_coco(
     else:
         average_precision_library()
         images = load_detections(config)
-    records, file = open_results(Path(results), _settings(encoder, sam, config))
+    records, file = open_results(Path(results), _settings(encoder, sam, config, images))
     with file:
         waiting = [image for image in images if image.id not in records]
         for image in tqdm(waiting, desc="prompted masks", unit=" images", total=len(images), initial=len(records)):
@@ -128,20 +128,17 @@ def _average_precision(config: SamCocoConfig, records: list[dict[str, Any]]) -> 
     return {**metric.compute(), "images": len(records), "detections": sum(map(len, detections.values()))}
 
 
-def _settings(encoder: SamEncoder | StudentEncoder, sam: Any, config: SamCocoConfig) -> dict[str, Any]:
+def _settings(
+    encoder: SamEncoder | StudentEncoder, sam: Any, config: SamCocoConfig, images: list[PromptedImage]
+) -> dict[str, Any]:
     """All that the lines of a results file depend on."""
     return {
         "weights": digest_weights(encoder, sam.prompt_encoder, sam.mask_decoder),
-        "annotations": _digest_file(config.annotations),
-        "detections": None if config.detections is None else _digest_file(config.detections),
+        **file_digests(config, images),
         "image_size": encoder.image_size,
         "window_size": encoder.window_size,
         "best_of_three": config.best_of_three,
     }
-
-
-def _digest_file(path: str) -> str:
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def open_results(path: Path, settings: dict[str, Any]) -> tuple[dict[int, dict[str, Any]], BinaryIO]:

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from transformers_radio.teachers import digest_weights, load_sam
 
-from ..coco_data import SamCocoConfig, load_annotations, load_detections, mask_library
+from ..coco_data import SamCocoConfig, file_digests, load_annotations, load_detections, mask_library
 from ..encoder import count_parameters, load_student, split_spec, split_title
 from ..prompted_masks import SamEncoder, StudentEncoder
 from ..results import Result, done, result_path, work_folder
@@ -61,11 +61,14 @@ def run(models: list[str], config: SamCocoTaskConfig, output: Path) -> list[Resu
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path}; check data, split, detections and sam.")
     mask_library()
-    load_annotations(data) if config.detections is None else load_detections(data)
+    images = load_annotations(data)[0] if config.detections is None else load_detections(data)
+    files = file_digests(data, images)
     device = Accelerator(mixed_precision="no").device
     sam = load_sam(config.sam).to(device)
     encoders = {split_title(spec): _encoder(spec, sam, config, device) for spec in models}
-    return [_measure(name, spec, encoder, sam, config, data, output) for (name, spec), encoder in encoders.items()]
+    return [
+        _measure(name, spec, encoder, sam, config, data, files, output) for (name, spec), encoder in encoders.items()
+    ]
 
 
 def _encoder(
@@ -86,9 +89,10 @@ def _measure(
     name: str,
     spec: str,
     encoder: SamEncoder | StudentEncoder,
-    sam: torch.nn.Module,
+    sam: Any,
     config: SamCocoTaskConfig,
     data: SamCocoConfig,
+    files: dict[str, str | None],
     output: Path,
 ) -> Result:
     task = "sam-coco" if config.detections is None else "sam-coco-detections"
@@ -97,6 +101,8 @@ def _measure(
         **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "prompts_per_chunk")},
         "model": spec,
         "weights": digest_weights(encoder),
+        "decoder_weights": digest_weights(sam.prompt_encoder, sam.mask_decoder),
+        **files,
     }
     finished = done(path, settings, config.overwrite)
     if finished is not None:
