@@ -9,12 +9,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from classification_world import CLASSES, pictures, run_processes, start_process, write_folders, write_parquet
+from classification_world import pictures, run_processes, start_process, write_folders, write_parquet
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from transformers_radio.evaluation.encoder import VisionEncoder
+from transformers_radio.evaluation.features import LabelledSplit
 from transformers_radio.evaluation.run import load_config, run_task
 from transformers_radio.evaluation.tasks.knn import KnnConfig
 from transformers_radio.evaluation.tasks.zero_shot import ZeroShotConfig
@@ -167,10 +168,21 @@ def test_half_precision_summaries_halve_the_disk(student, parquet, tmp_path):
         assert load_file(path)["summaries"].dtype == torch.float16
 
 
-def test_classes_that_the_bank_does_not_have_are_named(student, folders, tmp_path):
-    assert sorted(CLASSES)[0] == "blue cone"
-    with pytest.raises(ValueError, match=r"2 classes.*no image in the bank \(train\).*'red ball'.*Raise train_limit"):
-        run_task("knn", [str(student)], str(folders), None, tmp_path, [*SETTINGS, "train_limit=10"])
+def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet, tmp_path, monkeypatch):
+    encoded = []
+    summary = VisionEncoder.summary
+    monkeypatch.setattr(VisionEncoder, "summary", lambda *images: encoded.append(images) or summary(*images))
+    for data, missing in ((folders, "'green_Box!', 'red ball'"), (parquet, "'blue cone'")):
+        with pytest.raises(ValueError, match=rf"no image in the bank \(train\): \[{missing}\]\. Raise train_limit"):
+            run_task("knn", [str(student)], str(data), None, tmp_path, [*SETTINGS, "k=1", "train_limit=2"])
+        assert bool(encoded) == (data == parquet)  # the names of class folders show it before
+
+
+def test_labels_that_class_folders_show_are_those_of_their_rows(folders, parquet):
+    for limit in (None, 10, 60):
+        split = LabelledSplit(folders, "train", limit=limit)
+        assert split.labels_of_folders() == {label for _, label in split.rows()}
+    assert LabelledSplit(parquet, "train").labels_of_folders() is None
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,15 @@ class LabelledSplit:
             count = count_images(DataConfig(sources=sources))
         return count if count is None or self.limit is None else min(count, self.limit)
 
+    def labels_of_folders(self) -> set[int] | None:
+        """The labels that occur, readable images or not, where class folders show them by their names; else None."""
+        files = [str(file) for file in (self._builder.config.data_files or {}).get(self.split, [])][: self.limit]
+        folders = {os.path.basename(os.path.dirname(file)) for file in files}
+        labels = {name: label for label, name in enumerate(self.class_names or [])}
+        if {kind_of(file) for file in files} != {"imagefolder"} or not folders <= labels.keys():
+            return None
+        return {labels[folder] for folder in folders}
+
     def fingerprint(self) -> dict[str, Any]:
         """What the rows depend on; of the files, names and dates, or the revision on the Hub."""
         digest = hashlib.blake2b(digest_size=16)

@@ -17,7 +17,7 @@ from ..encoder import VisionEncoder
 from ..features import LabelledSplit
 from ..knn import knn_accuracy_of_stores
 from ..results import Result, done, result_path, work_folder
-from ..summary_store import SummaryStore, start_processes, store_summaries
+from ..summary_store import start_processes, store_summaries
 
 
 @dataclass
@@ -46,6 +46,9 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     start_processes()
     bank = open_split(config, config.train_split, config.train_limit)
     queries = open_split(config, config.split)
+    in_bank, asked = bank.labels_of_folders(), queries.labels_of_folders()
+    if in_bank is not None and asked is not None:
+        _check_classes(in_bank, asked, bank, config)
     encoders = load_encoders(models, config)
     for encoder in encoders:
         store_config(encoder, config).check()
@@ -79,7 +82,9 @@ def _measure(
         )
         for split in (queries, bank)
     )
-    num_classes = _check_classes(bank_store, query_store, bank, config)
+    in_bank = set(bank_store.labels.unique().tolist())
+    _check_classes(in_bank, set(query_store.labels.unique().tolist()), bank, config)
+    num_classes = max(in_bank) + 1 if bank.num_classes is None else bank.num_classes
     memory = config.memory_gb * 1e9
     accuracy = knn_accuracy_of_stores(bank_store, query_store, config.k, config.temperature, num_classes, memory)
     result = Result(
@@ -105,10 +110,9 @@ def _measure(
     return result
 
 
-def _check_classes(bank_store: SummaryStore, query_store: SummaryStore, bank: LabelledSplit, config: KnnConfig) -> int:
-    """The number of classes. ValueError when images ask for a class that no neighbour can vote for."""
-    in_bank = set(bank_store.labels.unique().tolist())
-    missing = sorted(set(query_store.labels.unique().tolist()) - in_bank)
+def _check_classes(in_bank: set[int], asked: set[int], bank: LabelledSplit, config: KnnConfig) -> None:
+    """ValueError when images ask for a class that no neighbour can vote for."""
+    missing = sorted(asked - in_bank)
     if missing:
         names = [bank.class_names[label] if bank.class_names else label for label in missing[:5]]
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -117,4 +121,3 @@ def _check_classes(bank_store: SummaryStore, query_store: SummaryStore, bank: La
             f"{len(missing)} classes of {config.data} ({config.split}) have no image in the bank "
             f"({config.train_split}): {names}{more}.{limited}"
         )
-    return max(in_bank) + 1 if bank.num_classes is None else bank.num_classes
