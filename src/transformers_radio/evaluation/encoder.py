@@ -12,6 +12,8 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import TEACHERS, Teacher, build_teacher, digest_weights
 from transformers_radio.teachers.base import DTYPES
 
+from .hub_names import folder_or_hub
+
 TEXT_TOWERS = ("open_clip", "transformers")  # teachers whose text towers can be loaded alone
 Features = tuple[torch.Tensor, tuple[int, int]]
 
@@ -238,7 +240,8 @@ def _model_type(checkpoint: str) -> str | None:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     from transformers import PretrainedConfig
 
-    return PretrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    with folder_or_hub(checkpoint):
+        return PretrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
 
 
 def _language_adaptor(student: RadioModel, adaptor: str | None, spec: str) -> str | None:

@@ -20,6 +20,8 @@ from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
 
+from .hub_names import folder_or_hub
+
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -95,7 +97,8 @@ class LabelledSplit:
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
         self.source, self.split, self.limit = os.path.expanduser(str(source)), split, limit
-        self._builder = datasets.load_dataset_builder(self.source, name)
+        with folder_or_hub(self.source):
+            self._builder = datasets.load_dataset_builder(self.source, name)
         stream = self._builder.as_streaming_dataset(split=split)
         first = None if stream.features else next(iter(stream), None)
         columns = list(stream.features or first or ())

@@ -17,6 +17,7 @@ from transformers_radio.data.images import EXTENSIONS, FORMATS, SkippedImage, de
 from transformers_radio.data.source import read_image
 
 from .confusion import IGNORE_INDEX, reduce_labels
+from .hub_names import folder_or_hub
 from .segmentation_config import SegmentationConfig
 
 
@@ -232,7 +233,9 @@ class _Table:
     def __init__(self, data: SegmentationData, part: SplitSource):
         import datasets
 
-        rows = datasets.load_dataset(os.path.expanduser(data.path), part.config_name, split=part.split)
+        path = os.path.expanduser(data.path)
+        with folder_or_hub(path):
+            rows = datasets.load_dataset(path, part.config_name, split=part.split)
         for column in (part.image_column, part.mask_column):
             if column not in rows.column_names:
                 raise ValueError(
