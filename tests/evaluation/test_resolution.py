@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from importlib import resources
 
 import numpy as np
@@ -190,8 +191,10 @@ def test_a_killed_run_goes_on_at_the_first_size_that_is_not_whole(pictures, stud
     arguments = ("resolution", [str(students / "steady")], str(pictures), None)
     process = start_process(run_task, *arguments, tmp_path / "killed", settings)
     work = tmp_path / "killed" / "steady" / "resolution.colours"
+    deadline = time.monotonic() + 200
     while not (work / "48.json").exists():
-        assert process.is_alive()
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.002)
     process.kill()
     process.join()
     whole = {path.stem for path in work.glob("*.json")} - {"settings"}

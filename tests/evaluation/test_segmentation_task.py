@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -63,8 +64,10 @@ def test_a_finished_result_is_not_that_of_other_data(student, recipe, tmp_path):
 def test_a_killed_probe_does_not_go_on_with_other_data(tmp_path):
     folder = write_set(tmp_path / "colours")
     process = start(folder, tmp_path / "probe", delay=0.1)
+    deadline = time.monotonic() + 200
     while _iteration(tmp_path / "probe") < 2:
-        assert process.is_alive()
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
     process.kill()
     process.join()
     other, config = describe(another_set(tmp_path)), SegmentationConfig(**LITTLE)
