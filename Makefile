@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate 
 seeds: $(VENV)/installed  ## The quickstart over three seeds (about 18 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py
 
-ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (an hour or more)
+ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)
 	$(BIN)/python benchmarks/ablations.py
 
 teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
