@@ -36,15 +36,13 @@ def write_recipe(folder: Path, world: Path) -> Path:
 
 def images_per_second(recipe: Path, processes: int, threads: int) -> float:
     """The median of the run's own log."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--multi_cpu"] if processes > 1 else []
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     folder = recipe.parent / "run"
     subprocess.run(
         [*launch, "-m", "transformers_radio.training", str(recipe), f"output_dir={folder}", "overwrite=true"],
         check=True,
         capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)},
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["images_per_second"] for line in lines[UNTIMED:])

@@ -40,7 +40,8 @@ def plain_seconds(recipe: Recipe) -> float:
     stage = next(iter(recipe.stages.values()))
     teachers = {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}
     student = build_student(recipe, {name: TeacherShape.of(teacher) for name, teacher in teachers.items()}).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.optimizer.learning_rate)
+    student.set_attn_implementation(recipe.student.attn_implementation)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.optimizer.learning_rate, fused=True)
     sides = sorted({stage.resolution, *(teacher.image_size for teacher in teachers.values())})
     stream = ImageStream(recipe.data, resolutions=sides, batch_size=stage.batch_size, seed=recipe.seed)
     batches, seconds = iter(stream), []
