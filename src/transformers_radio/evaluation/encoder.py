@@ -9,8 +9,8 @@ from torch import nn
 from transformers import RadioModel as NativeRadioModel
 
 from transformers_radio.modeling import RadioConfig, RadioModel
+from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import TEACHERS, Teacher, build_teacher, digest_weights
-from transformers_radio.teachers.base import DTYPES
 
 from .hub_names import folder_or_hub
 

@@ -18,6 +18,7 @@ from .distill import TeacherShape, build_student
 from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
 from .partition import Group, stage_groups
 from .placement import load_teacher, sharding_ranks
+from .processes import resolve_precision, warn_of_slow_precision
 from .recipe import Recipe, StageRecipe, TeacherRecipe
 from .validate import validate
 
@@ -45,6 +46,10 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
         raise ValueError(f"utilisation is {utilisation}; expected a share above 0 and at most 1")
     if gpu is not None:
         find_gpu(gpu)
+    # These GPUs have bfloat16 units; without `gpu`, the plan is for this machine.
+    device = torch.device("cuda" if gpu is not None or torch.cuda.is_available() else "cpu")
+    recipe = resolve_precision(recipe, device)
+    warn_of_slow_precision(recipe, device)
     groups = {
         name: stage_groups(name, stage, list(recipe.teachers), world_size=processes)
         for name, stage in recipe.stages.items()

@@ -5,10 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 
+from transformers_radio.precision import resolve_dtype, resolve_mixed_precision, warn_if_slow
+
 from .recipe import Recipe
+from .run_folder import recorded_recipe
 
 Result = TypeVar("Result")
 
@@ -62,7 +66,47 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+def settle_precision(recipe: Recipe) -> Recipe:
+    """The recipe with every `auto` precision replaced by the one that this run has. Called by every process.
+
+    That is what the run in output_dir began with, wherever that was; a new run takes what the main process's device
+    is good at. A CPU that is slow in the result is warned about.
+    """
+    state = PartialState()
+
+    def settle() -> Recipe:
+        before = None if recipe.overwrite or not uses_auto_precision(recipe) else recorded_recipe(recipe)
+        settled = resolve_precision(recipe, state.device, before)
+        warn_of_slow_precision(settled, state.device)
+        return settled
+
+    return on_main_process(state, settle)
+
+
+def uses_auto_precision(recipe: Recipe) -> bool:
+    return "auto" in (recipe.mixed_precision, *(teacher.dtype for teacher in recipe.teachers.values()))
+
+
+def resolve_precision(recipe: Recipe, device: torch.device, before: Recipe | None = None) -> Recipe:
+    """A copy without `auto`: each takes its value in `before`, if there is one, else what the device is good at."""
+    mixed_precision = recipe.mixed_precision
+    if mixed_precision == "auto" and before is not None:
+        mixed_precision = before.mixed_precision
+    dtypes = {} if before is None else {name: teacher.dtype for name, teacher in before.teachers.items()}
+    teachers = {}
+    for name, teacher in recipe.teachers.items():
+        dtype = dtypes.get(name, "auto") if teacher.dtype == "auto" else teacher.dtype
+        teachers[name] = replace(teacher, dtype=resolve_dtype(dtype, device))
+    return replace(recipe, mixed_precision=resolve_mixed_precision(mixed_precision, device), teachers=teachers)
+
+
+def warn_of_slow_precision(recipe: Recipe, device: torch.device) -> None:
+    settings = {"mixed_precision": (recipe.mixed_precision, "auto")}
+    settings |= {f"teachers.{name}.dtype": (teacher.dtype, "auto") for name, teacher in recipe.teachers.items()}
+    warn_if_slow(settings, device)
+
+
+def on_main_process(accelerator: Accelerator | PartialState, function: Callable[[], Result]) -> Result:
     """The main process's result or error, on every process."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:

@@ -42,7 +42,7 @@ class TeacherRecipe:
     type: str = MISSING  # open_clip | transformers | segment_anything | timm | python
     checkpoint: str = MISSING  # Hub id, local path, or module:Class
     image_size: int | None = None  # pixels; null: the teacher's own
-    dtype: str = "float32"
+    dtype: str = "float32"  # float32 | bfloat16 | float16 | auto: bfloat16 where the device has units for it
     placement: str = "device"  # device | offloaded (on the CPU, a block at a time) | sharded (over its processes)
     compile: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of this type, e.g. features: neck for SAM
@@ -147,7 +147,8 @@ class Recipe:
     checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     # A folder for the teachers' outputs, which are then computed once an image; needs data.frozen_crops. null: none
     teacher_cache: str | None = None
-    mixed_precision: str = "no"  # no | bf16 | fp16
+    # no | bf16 | fp16 | auto: bf16 where the device has units for it, else no
+    mixed_precision: str = "no"
     ema_decay: float | None = None  # null: none; else the checkpoints hold the moving average of the weights
     seed: int = 0
     log_every_steps: int = 10

@@ -124,6 +124,13 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     )
 
 
+def recorded_recipe(recipe: Recipe) -> Recipe | None:
+    """The recipe of the run that output_dir holds, if it holds one that could be continued. Changes nothing."""
+    output_dir = Path(recipe.output_dir)
+    begun = find_checkpoints(output_dir) or (output_dir / "student").exists()
+    return load_recipe(output_dir / RUN_FILE) if begun and (output_dir / RUN_FILE).exists() else None
+
+
 def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
     """Takes the folder for this process, once everything has been checked; without `resume_from` the run begins anew.
 

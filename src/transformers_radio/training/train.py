@@ -34,7 +34,7 @@ from .export import publish_student
 from .optimizer import build_optimizer, start_schedule
 from .partition import Group, passes_in_step, stage_groups
 from .placement import build_teachers, gather_shapes, open_caches
-from .processes import build_accelerator, on_main_process
+from .processes import build_accelerator, on_main_process, settle_precision
 from .progress import Log, StopSignal, TermSums, to_device
 from .recipe import Recipe
 from .run_folder import find_run, open_run, truncate_metrics
@@ -68,6 +68,7 @@ def train(recipe: Recipe) -> TrainResult:
     """
     validate(recipe)  # it may have been made or changed in Python
     output_dir = Path(recipe.output_dir)
+    recipe = settle_precision(recipe)
     accelerator = build_accelerator(recipe)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     # Only the main process touches the folder; the others are told what it found.

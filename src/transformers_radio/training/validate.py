@@ -26,7 +26,7 @@ def validate(recipe: "Recipe") -> None:
     _require(bool(recipe.stages), "stages", recipe.stages, "at least one stage")
     # NumPy's generators take 32 bits; the number of the step, or of the process, is added
     _require(0 <= recipe.seed < 2**31, "seed", recipe.seed, "0 or more, and below 2**31")
-    _one_of("mixed_precision", recipe.mixed_precision, ("no", "bf16", "fp16"))
+    _one_of("mixed_precision", recipe.mixed_precision, ("no", "bf16", "fp16", "auto"))
     _validate_student(recipe)
     for name, teacher in recipe.teachers.items():
         where = f"teachers.{name}"
@@ -37,7 +37,7 @@ def validate(recipe: "Recipe") -> None:
             name,
             "another name: the student keeps its adaptors in an nn.ModuleDict, which has an attribute of this one",
         )
-        _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
+        _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16", "auto"))
         _one_of(f"{where}.placement", teacher.placement, ("device", "offloaded", "sharded"))
         for key in ("summary_weight", "feature_weight"):
             _at_least_zero(f"{where}.{key}", getattr(teacher, key))

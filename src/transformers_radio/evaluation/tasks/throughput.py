@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import digest_weights, load_sam
-from transformers_radio.teachers.base import DTYPES
 
 from ..encoder import VisionEncoder, load_encoder, split_spec
 from ..forward_cost import FLOPS_RULE, count_flops, memory_rule, module_tensors, peak_memory

@@ -1,0 +1,106 @@
+import logging
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from transformers_radio import precision
+from transformers_radio.precision import is_fast, resolve_dtype, resolve_mixed_precision, warn_if_slow
+from transformers_radio.training import load_recipe, train
+from transformers_radio.training.plan import print_plan
+from transformers_radio.training.progress import StopSignal
+from transformers_radio.training.run_folder import find_run
+
+CPU = torch.device("cpu")
+AUTO = ["mixed_precision=auto", "teachers.clip.dtype=auto"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Says of this CPU that it has bfloat16 units, or that it has none."""
+
+    def pretend(bf16):
+        fake = type("Operators", (), {"_is_mkldnn_bf16_supported": staticmethod(lambda: bf16)})
+        fake._is_mkldnn_fp16_supported = staticmethod(lambda: False)
+        monkeypatch.setattr(torch.ops, "mkldnn", fake)
+
+    return pretend
+
+
+def run_file(folder):
+    return OmegaConf.load(folder / "run.yaml")
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_auto_follows_what_torch_reports(machine, units):
+    machine(bf16=units)
+    assert resolve_dtype("auto", CPU) == ("bfloat16" if units else "float32")
+    assert resolve_mixed_precision("auto", CPU) == ("bf16" if units else "no")
+    assert resolve_dtype("float16", CPU) == "float16" and resolve_mixed_precision("fp16", CPU) == "fp16"
+
+
+def test_a_torch_without_onednn_has_no_units(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not is_fast(torch.bfloat16, CPU) and is_fast(torch.float32, CPU)
+
+
+def test_gpus_are_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_units in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_units: has)
+        assert is_fast(torch.bfloat16, torch.device("cuda")) is has_units
+
+
+def test_the_warning_measures_and_names_the_fields(machine, monkeypatch, caplog):
+    machine(bf16=False)
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: {torch.bfloat16: 61.8, torch.float16: 50}[dtype])
+    settings = {"mixed_precision": ("bf16", "auto"), "dtype": ("float32", "auto"), "other": ("float16", "float32")}
+    with caplog.at_level(logging.WARNING):
+        warn_if_slow(settings, CPU)
+    (message,) = caplog.messages
+    assert message.startswith("mixed_precision=bf16, other=float16: ")
+    assert "61.8 (bf16), 50 (float16) times as long" in message and message.endswith(
+        "Set mixed_precision=auto other=float32."
+    )
+    caplog.clear()
+    machine(bf16=True)
+    warn_if_slow({"mixed_precision": ("bf16", "auto")}, CPU)
+    warn_if_slow({"mixed_precision": ("bf16", "auto")}, torch.device("cuda"))
+    assert not caplog.messages
+
+
+def test_the_measured_ratio_is_that_of_equal_work():
+    assert precision.slowdown(torch.float32) == pytest.approx(1, rel=2)  # itself: only noise apart from 1
+
+
+def test_a_run_records_what_auto_meant_and_keeps_it_elsewhere(machine, make_recipe, tmp_path, caplog, monkeypatch):
+    machine(bf16=False)
+    short = [*AUTO, "stages.main.steps=4", "stages.main.warmup_steps=1"]
+    train(load_recipe(make_recipe("plain"), short))
+    assert run_file(tmp_path / "plain").mixed_precision == "no"
+    assert run_file(tmp_path / "plain").teachers.clip.dtype == "float32"
+
+    # begun here, where it means float32; resumed where it would mean bfloat16
+    monkeypatch.setattr(StopSignal, "agreed", lambda self, accelerator: True)
+    moved = make_recipe("moved")
+    assert train(load_recipe(moved, short)).student_dir is None
+    monkeypatch.undo()
+    machine(bf16=True)
+    with pytest.raises(FileExistsError, match=r"mixed_precision \('no' there, 'bf16' here\)"):
+        find_run(load_recipe(moved, [*short, "mixed_precision=bf16"]))
+    train(load_recipe(moved, short))
+    assert run_file(tmp_path / "moved").mixed_precision == "no"
+    for name in ("model.safetensors", "config.json"):
+        same = [(tmp_path / run / "student" / name).read_bytes() for run in ("plain", "moved")]
+        assert same[0] == same[1]
+
+
+def test_plan_warns_of_a_slow_precision(machine, make_recipe, caplog, capsys):
+    machine(bf16=False)
+    print_plan(load_recipe(make_recipe(), ["mixed_precision=bf16", "teachers.clip.dtype=bfloat16"]))
+    (message,) = (text for text in caplog.messages if "times as long" in text)
+    assert "mixed_precision=bf16, teachers.clip.dtype=bfloat16" in message
+    caplog.clear()
+    print_plan(load_recipe(make_recipe(), AUTO))
+    print_plan(load_recipe(make_recipe(), ["mixed_precision=bf16"]), gpu="h100")
+    assert not [text for text in caplog.messages if "times as long" in text]
