@@ -1,6 +1,7 @@
 """Any frozen vision model behind what evaluation asks of it: a summary, patch features, and words if it has them."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,22 @@ from .hub_names import folder_or_hub
 
 TEXT_TOWERS = ("open_clip", "transformers")  # teachers whose text towers can be loaded alone
 Features = tuple[torch.Tensor, tuple[int, int]]
+
+
+@dataclass
+class Encoded:
+    """What `VisionEncoder.encode` gives, float32 on the images' device.
+
+    summary: (B, D), what k-NN compares.
+    features: (B, h*w, C), row-major over the grid.
+    grid: (h, w).
+    language: (B, E), in the space of a text tower, or None.
+    """
+
+    summary: torch.Tensor
+    features: torch.Tensor
+    grid: tuple[int, int]
+    language: torch.Tensor | None
 
 
 class VisionEncoder(nn.Module):
@@ -80,6 +97,27 @@ class VisionEncoder(nn.Module):
             return self.model(images).summary
         self._require_adaptor()
         return self.model(self._cast(images), adaptors=[self.adaptor]).adaptors[self.adaptor].summary.float()
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> "Encoded":
+        """All of these from one forward pass; `language` is None for a model that speaks no text tower's."""
+        if self.is_student:
+            output = self.model(self._cast(images), adaptors=[] if self.adaptor is None else [self.adaptor])
+            rows, columns = (side // self.model.patch_size for side in images.shape[2:])
+            words = None if self.adaptor is None else output.adaptors[self.adaptor].summary.float()
+            return Encoded(output.summary.float(), output.features.float(), (rows, columns), words)
+        output = self.model(images)
+        summary = output.features.mean(dim=1) if output.summary is None else output.summary
+        return Encoded(summary, output.features, output.grid, output.summary if self.has_words else None)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether `language` has a text tower."""
+        try:
+            self.text_tower()
+        except ValueError:
+            return False
+        return True
 
     def text_tower(self) -> str:
         """TYPE:CHECKPOINT of the text tower that shares the space of `language`.

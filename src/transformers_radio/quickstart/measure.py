@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
+from tqdm.auto import tqdm
 
 from transformers_radio.evaluation.encoder import VisionEncoder
-from transformers_radio.evaluation.features import extract_summaries
 from transformers_radio.evaluation.knn import knn_accuracy
 from transformers_radio.evaluation.prompted_masks import SamEncoder, StudentEncoder, prompted_mask_iou
 from transformers_radio.evaluation.segmentation_light import probe_miou
@@ -25,6 +25,7 @@ TEMPLATES = ["a {}", "a photo of a {}", "a picture of a {}"]
 BANK_IMAGES = 2880  # of the training split, 30 a class: enough for k = 20, and half a minute less than all
 PROBE_IMAGES = 1500
 SCORED_IMAGES = 500  # of the validation split, for masks, which cost more than labels
+BATCH_SIZE = 64
 
 
 @dataclass
@@ -59,25 +60,31 @@ class Yardstick:
         ]
 
 
+@dataclass
+class EncodedSplit:
+    """What a model makes of a split, from one pass over its images.
+
+    summary: (N, D). language: (N, E), or None. maps: bfloat16 (M, C, h, w), of the first M images.
+    """
+
+    summary: torch.Tensor
+    language: torch.Tensor | None
+    maps: torch.Tensor
+
+
 def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | None]:
     """Column -> percent; None where a model has no such output."""
-    train, validation, side, name = yardstick.train, yardstick.validation, encoder.image_size, encoder.name
-    bank, queries = (resize_images(split.images, side) for split in (train, validation))
+    train, validation, name = yardstick.train, yardstick.validation, encoder.name
+    bank = encode_split(encoder, train.images, PROBE_IMAGES, f"{name}: training images")
+    queries = encode_split(encoder, validation.images, SCORED_IMAGES, f"{name}: validation images")
     metrics: dict[str, float | None] = {"Zero-shot": None, "k-NN": None, "mIoU": None, "Masks": None}
-    if encoder.is_student or encoder.spec.startswith("open_clip:"):
-        language = extract_summaries(encoder.language, queries, description=f"{name}: zero-shot")
-        metrics["Zero-shot"] = zero_shot_accuracy(language, yardstick.classifier, validation.classes)
-    metrics["k-NN"] = knn_accuracy(
-        extract_summaries(encoder.summary, bank, description=f"{name}: bank"),
-        train.classes,
-        extract_summaries(encoder.summary, queries, description=f"{name}: queries"),
-        validation.classes,
-    )
+    if queries.language is not None:
+        metrics["Zero-shot"] = zero_shot_accuracy(queries.language, yardstick.classifier, validation.classes)
+    metrics["k-NN"] = knn_accuracy(bank.summary, train.classes, queries.summary, validation.classes)
     metrics["mIoU"] = probe_miou(
-        lambda images: encoder.features(resize_images(images, side).clamp(0, 1)),
-        train.images[:PROBE_IMAGES],
+        bank.maps,
         train.semantic[:PROBE_IMAGES],
-        validation.images[:SCORED_IMAGES],
+        queries.maps,
         validation.semantic[:SCORED_IMAGES],
         num_classes=1 + len(CLASS_NAMES),
         description=f"{name}: probe",
@@ -96,6 +103,25 @@ def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | N
             validation.instances[:SCORED_IMAGES],
         )
     return metrics
+
+
+def encode_split(encoder: VisionEncoder, images: torch.Tensor, mapped: int, description: str) -> EncodedSplit:
+    """Every image at the encoder's size, once; features are kept of the first `mapped` images.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+    """
+    summaries, languages, maps = [], [], []
+    for batch in tqdm(resize_images(images, encoder.image_size).split(BATCH_SIZE), desc=description, unit="batch"):
+        encoded = encoder.encode(batch.float() / 255)
+        summaries.append(encoded.summary)
+        if encoded.language is not None:
+            languages.append(encoded.language)
+        if len(maps) * BATCH_SIZE < mapped:
+            # (B, h*w, C) -> (B, C, h*w) -> (B, C, h, w)
+            maps.append(encoded.features.transpose(1, 2).unflatten(2, encoded.grid).bfloat16())
+    language = torch.cat(languages) if languages else None
+    return EncodedSplit(torch.cat(summaries), language, torch.cat(maps)[:mapped])
 
 
 def resize_images(images: torch.Tensor, side: int) -> torch.Tensor:
