@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, parse_flag_from_env
 
 from transformers_radio.precision import resolve_dtype, resolve_mixed_precision, warn_if_slow
 
@@ -72,7 +72,8 @@ def settle_precision(recipe: Recipe) -> Recipe:
     That is what the run in output_dir began with, wherever that was; a new run takes what the main process's device
     is good at. A CPU that is slow in the result is warned about.
     """
-    state = PartialState()
+    # Without an accelerator, Accelerate would take each process of a group for the only one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
     def settle() -> Recipe:
         before = None if recipe.overwrite or not uses_auto_precision(recipe) else recorded_recipe(recipe)
