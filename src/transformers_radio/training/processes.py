@@ -7,7 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 
 from transformers_radio.precision import resolve_dtype, resolve_mixed_precision, warn_if_slow
 
