@@ -1,17 +1,14 @@
 """The tower with images of mixed sizes, the processor, and the parts of a built and a saved LLaVA."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 from tiny_llava import save_language_model, save_student, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from transformers_radio import RadioConfig, RadioModel
+from transformers_radio import RadioConfig, RadioImageProcessor, RadioLlavaProcessor, RadioModel
 from transformers_radio.evaluation.llava_answers import generate
 from transformers_radio.evaluation.llava_data import LlavaCollator, encode_image, expand_image_token, render
 from transformers_radio.evaluation.llava_model import IMAGE_TOKEN, build_llava, load_llava
@@ -74,10 +71,8 @@ def test_the_paper_s_resolution():
     # long edge 432, the aspect kept, the short edge padded only to a patch: section 5.4
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    from transformers_radio import RadioImageProcessor
-
-    image_processor = RadioImageProcessor(size={"longest_edge": 432}, size_divisor=16, return_pixel_mask=False)
-    processor = LlavaProcessor(
+    image_processor = RadioImageProcessor(size={"longest_edge": 432}, size_divisor=16)
+    processor = RadioLlavaProcessor(
         image_processor,
         tokenizer,
         patch_size=16,
@@ -148,26 +143,27 @@ def test_a_saved_llava_is_the_same(built, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
     assert torch.equal(encode_image(again_processor, image), encode_image(processor, image))
 
-    # in another process, through transformers' own classes, one image at a time
+    # through transformers' own classes, with paths
     image.save(tmp_path / "image.png")
-    code = (
-        "from PIL import Image\n"
-        "import transformers_radio.evaluation.llava_model\n"
-        "from transformers import AutoProcessor, LlavaForConditionalGeneration\n"
-        "processor = AutoProcessor.from_pretrained('llava')\n"
-        "llava = LlavaForConditionalGeneration.from_pretrained('llava').eval()\n"
-        "question = [{'type': 'image'}, {'type': 'text', 'text': 'Where is the shape?'}]\n"
-        "text = processor.apply_chat_template([{'role': 'user', 'content': question}])\n"
-        "inputs = processor(images=Image.open('image.png'), text=text, return_tensors='pt')\n"
-        "tokens = llava.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs['input_ids'].shape[1]:]\n"
-        "print('ANSWER', processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(), sep='|', end='|')\n"
-    )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    by_name = AutoProcessor.from_pretrained(tmp_path / "llava")
+    question = [{"type": "image"}, {"type": "text", "text": "Where is the shape?"}]
+    text = by_name.apply_chat_template([{"role": "user", "content": question}])
+    inputs = by_name(images=str(tmp_path / "image.png"), text=text, return_tensors="pt")
+    tokens = again.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
     answer = generate(llava, processor, [encode_image(processor, image)], ["Where is the shape?"], 5)[0]
-    assert process.stdout.split("ANSWER|")[1] == f"{answer}|"
+    assert by_name.tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
+
+
+def test_a_llava_that_was_saved_with_transformers_processor_still_loads(built, tmp_path):
+    llava, processor = built
+    llava.save_pretrained(tmp_path)
+    images = RadioImageProcessor(size={"longest_edge": 64}, return_pixel_mask=False)
+    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(images, processor.tokenizer, patch_size=16, **options).save_pretrained(tmp_path)
+    batch = {"images": [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))], "text": [f"{IMAGE_TOKEN}\nWhat?"] * 2}
+    got, expected = (one(**batch, return_tensors="pt") for one in (load_llava(str(tmp_path))[1], processor))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_another_tower_is_refused(tmp_path, folders):

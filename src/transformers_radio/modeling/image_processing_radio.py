@@ -24,7 +24,7 @@ class RadioImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 # raster formats, as in training; others that Pillow knows start programs (EPS) or are no photographs
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 class RadioImageProcessor(TorchvisionBackend):
@@ -109,10 +109,9 @@ class RadioImageProcessor(TorchvisionBackend):
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, os.PathLike) or (isinstance(images, str) and os.path.isfile(images)):
-            known = Image.registered_extensions()  # loads all plugins
-            formats = [name for name in _FORMATS if name in known.values()]
+            Image.init()  # loads the plugins
             try:
-                image = Image.open(images, formats=formats)
+                image = Image.open(images, formats=[name for name in _FORMATS if name in Image.OPEN])
                 image.load()  # also closes the file
             except Exception as error:  # plugins raise whatever a damaged file leads them to
                 raise ValueError(f"{os.fspath(images)} cannot be read as an image ({error}); replace it.") from error
