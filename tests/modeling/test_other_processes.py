@@ -86,7 +86,9 @@ def test_remote_code_needs_no_package(folder):
     inputs = RadioImageProcessor.from_pretrained(folder / "student")(
         [folder / "wide.png", folder / "tall.png"], return_tensors="pt"
     )
-    assert found["inputs"].keys() == inputs.keys() and torch.equal(found["inputs"]["pixel_values"], inputs.pixel_values)
+    assert found["inputs"].keys() == inputs.keys() and torch.equal(
+        found["inputs"]["pixel_values"], inputs.pixel_values
+    )
     torch.testing.assert_close(found["summary"], student(**inputs).summary)
     torch.testing.assert_close(found["maps"], backbone(**inputs).feature_maps)
     first = RadioBackbone.from_pretrained(folder / "student", out_indices=[1]).eval()
@@ -129,10 +131,12 @@ def test_larger_models_open_with_one_import(folder):
         "import torch\n"
         "from transformers import AutoProcessor, LlavaForConditionalGeneration, UperNetForSemanticSegmentation\n"
         "import transformers_radio\n"
-        "inputs = AutoProcessor.from_pretrained('llava')(images=['wide.png'], text='<image> what', return_tensors='pt')\n"
+        "processor = AutoProcessor.from_pretrained('llava')\n"
+        "inputs = processor(images=['wide.png'], text='<image> what', return_tensors='pt')\n"
         "llava = LlavaForConditionalGeneration.from_pretrained('llava').eval()\n"
         "segmenter = UperNetForSemanticSegmentation.from_pretrained('upernet').eval()\n"
-        "out = {'inputs': dict(inputs), 'logits': llava(**inputs).logits, 'maps': segmenter(inputs.pixel_values).logits}\n"
+        "out = {'inputs': dict(inputs), 'logits': llava(**inputs).logits,\n"
+        "       'maps': segmenter(inputs.pixel_values).logits}\n"
         "torch.save(out, 'out.pt')\n",
     )
     assert found["inputs"].keys() == inputs.keys() and torch.equal(found["inputs"]["input_ids"], inputs["input_ids"])

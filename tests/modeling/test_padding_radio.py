@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_radio import build, native
 
-from transformers_radio import RadioBackbone, RadioBackboneConfig, RadioForImageClassification, RadioImageProcessor
+from transformers_radio import RadioBackbone, RadioForImageClassification, RadioImageProcessor
 
 ADAPTORS = {
     "clip": {"summary_dim": 8, "feature_dim": 12, "hidden_dim": 16},
@@ -83,7 +83,7 @@ def test_heads_and_backbones_take_the_mask():
     images, processor, batch = padded()
     torch.manual_seed(0)
     classifier = RadioForImageClassification(model.config).eval()
-    backbone = RadioBackbone(RadioBackboneConfig.from_radio(model.config, out_indices=[1, 3])).eval()
+    backbone = RadioBackbone(model.config, out_indices=[1, 3]).eval()
     logits, maps = classifier(**batch).logits, backbone(**batch).feature_maps
     for index, image in enumerate(images):
         alone = processor(image, return_tensors="pt")

@@ -174,7 +174,9 @@ def test_no_block_runs_for_nothing(student_folder, tmp_path, caplog):
     backbone.eval()
     for mine, expected in zip(backbone(pixel_values).feature_maps, full(pixel_values).feature_maps, strict=False):
         assert torch.equal(mine, expected)
-    windowed = [one.model(pixel_values[..., :32], window_size=1, output_hidden_states=True) for one in (backbone, full)]
+    windowed = [
+        one.model(pixel_values[..., :32], window_size=1, output_hidden_states=True) for one in (backbone, full)
+    ]
     for mine, expected in zip(*(output.hidden_states for output in windowed), strict=False):
         assert torch.equal(mine, expected)  # which blocks are global does not depend on those left out
     assert len(RadioBackbone.from_pretrained(student_folder, out_features=["stem"]).model.encoder.layer) == 0
@@ -212,14 +214,14 @@ def depth_model(kind, backbone_config):
     if kind == "DPT":
         return DPTForDepthEstimation(DPTConfig(backbone_config=backbone_config, **necks)).eval()
     sizes = {"patch_size": 16, "reassemble_hidden_size": 32, "head_hidden_size": 8}
-    return DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone_config, **sizes, **necks)).eval()
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(backbone_config=backbone_config, **sizes, **necks)
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", ["DPT", "Depth Anything"])
 def test_depth_models_see_the_student_upright(student_folder, tmp_path, kind):
-    config = RadioBackboneConfig.from_pretrained(
-        student_folder, out_indices=[1, 2, 3, 4], reshape_hidden_states=False
-    )
+    config = RadioBackboneConfig.from_pretrained(student_folder, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
     model = depth_model(kind, config)
     model.backbone = RadioBackbone.from_pretrained(student_folder, config=config).eval()
     images = torch.rand(2, 3, 64, 96)

@@ -31,6 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 
+
 def build_llava(
     student: RadioModel, language_model: str, image_size: int, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, RadioLlavaProcessor]:

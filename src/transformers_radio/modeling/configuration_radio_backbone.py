@@ -1,5 +1,7 @@
 """Configuration of a RADIO backbone inside a transformers detector or segmenter."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
@@ -12,8 +14,8 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
     """A RADIO configuration plus the choice of feature maps, for `backbone_config=` of transformers' dense models.
 
     It is a type of its own because transformers knows type "radio" without a backbone class. It reads the folder of a
-    RADIO student of ours: `RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12])`. A model that is built
-    from it has random weights; `load_student(model, folder)` puts the student's in.
+    RADIO student of ours: `RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12])`. A model that is
+    built from it has random weights; `load_student(model, folder)` puts the student's in.
 
     Args:
         out_features: names of the feature maps out of `stage_names`: "stem" (the embeddings), "stage1" to
@@ -49,13 +51,15 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_radio(cls, config: PreTrainedConfig, **kwargs) -> "RadioBackboneConfig":
-        """The same for the configuration of a student in memory, transformers' own `RadioConfig` included."""
+    def adopt(cls, config: PreTrainedConfig) -> Any:
+        """`config` itself if it is a backbone's; else a backbone's with the fields of a student's, native or ours."""
+        if config.model_type == cls.model_type:
+            return config
         fields = config.to_dict()
         for name in ("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"):
             fields.pop(name, None)
-        attention = config._attn_implementation
-        return cls(**{**fields, "attn_implementation": attention, "name_or_path": config.name_or_path, **kwargs})
+        fields |= {"attn_implementation": config._attn_implementation, "name_or_path": config.name_or_path}
+        return cls(**fields)
 
     def to_dict(self):
         """As in transformers, without the folder that it was read from: a saved model has weights of its own."""

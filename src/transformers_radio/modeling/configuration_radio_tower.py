@@ -13,8 +13,8 @@ from .configuration_radio import RadioConfig
 class RadioVisionTowerConfig(PreTrainedConfig):
     """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
 
-    It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is built
-    from it has a tower with random weights; `load_student(llava, folder)` puts the student's in.
+    It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is
+    built from it has a tower with random weights; `load_student(llava, folder)` puts the student's in.
 
     Args:
         radio_config: the student's [`RadioConfig`], or its fields as a dict. The tower has no adaptors.

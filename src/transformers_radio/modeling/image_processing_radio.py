@@ -169,8 +169,8 @@ class RadioImageProcessor(TorchvisionBackend):
             levels = np.asarray(image).astype(np.int64)
             if levels.min() < 0 or levels.max() > 65535:
                 raise ValueError(
-                    f"a PIL image of mode 'I' holds {levels.min()} to {levels.max()}, more than 16 bits; convert it to "
-                    "8 bits first"
+                    f"a PIL image of mode 'I' holds {levels.min()} to {levels.max()}, more than 16 bits; convert it "
+                    "to 8 bits first"
                 )
             image = Image.fromarray((levels // 257).astype(np.uint8))
         elif image.mode == "F":

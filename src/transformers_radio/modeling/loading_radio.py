@@ -1,4 +1,6 @@
-"""A student's weights in the backbone or vision tower of a larger model, such as UperNet, Mask2Former, DPT or LLaVA."""
+"""A student's weights in the backbone or vision tower of a larger model, such as UperNet, DPT or LLaVA."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ logger = logging.get_logger(__name__)
 _SAME = ("num_attention_heads", "num_cls_tokens", "num_registers", "hidden_act", "layer_norm_eps")
 
 
-def load_student(model: nn.Module, student: "str | RadioModel") -> nn.Module:
+def load_student(model: nn.Module, student: Any) -> nn.Module:
     """Put a student's weights into the RADIO backbone or vision tower inside `model`, in place.
 
     transformers builds the parts of UperNet, Mask2Former, DPT, DETR, LLaVA and the like from configurations, with

@@ -176,8 +176,7 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
     _keys_to_ignore_on_load_unexpected = [r"adaptors\.", r"encoder\.layer\."]
 
     def __init__(self, config, out_features: list[str] | None = None, out_indices: list[int] | None = None):
-        if config.model_type != RadioBackboneConfig.model_type:
-            config = RadioBackboneConfig.from_radio(config)
+        config = RadioBackboneConfig.adopt(config)
         if out_features is not None or out_indices is not None:
             config = copy.deepcopy(config)
             config.set_output_features_output_indices(out_features, out_indices)
@@ -241,9 +240,9 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
 
 
 class RadioStudentBackbone(RadioBackbone):
-    """Lets `AutoBackbone.from_pretrained` open a student's repository: it asks for a class of the student's own type."""
+    """Lets `AutoBackbone.from_pretrained` open a student's repository, for which it wants the student's own type."""
 
-    config_class = RadioConfig
+    config_class = RadioConfig  # type: ignore[assignment]
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

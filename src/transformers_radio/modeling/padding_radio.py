@@ -1,12 +1,14 @@
 """Images of different sizes in one padded batch: each is computed as if it were alone."""
 
+from typing import Any
+
 import torch
 
 from .adaptors_radio import AdaptorOutput
 from .student_radio import RadioModelOutput
 
 
-def padded_grids(pixel_mask: torch.Tensor, pixel_values: torch.Tensor, patch_size: int, step: int):
+def padded_grids(pixel_mask: torch.Tensor, pixel_values: torch.Tensor, patch_size: int, step: int) -> torch.Tensor:
     """Which patches of a padded batch belong to its images.
 
     Args:
@@ -60,13 +62,13 @@ def forward_padded(
     if window_size:
         sides = (grids * patch_size).tolist()
         images = [image[None, :, :h, :w] for image, (h, w) in zip(pixel_values, sides, strict=True)]
-        packed = _pack([model(image, window_size=window_size, **options) for image in images])
+        packed: Any = _pack([model(image, window_size=window_size, **options) for image in images])
     else:
         # (B, C, h*p, w*p) -> (B, C, h, p, w, p) -> (B, h, w, C, p, p) -> (patches of the images, C*p*p)
         patches = pixel_values.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size)).permute(0, 2, 4, 1, 3, 5)
         packed = model(patches[inside].flatten(1), image_grid_hw=grids, window_size=0, **options)
 
-    def unpack(tokens: torch.Tensor | None, num_prefix: int = 0) -> torch.Tensor | None:
+    def unpack(tokens: torch.Tensor | None, num_prefix: int = 0) -> Any:
         if tokens is None:
             return None
         tokens = tokens.flatten(0, -2)  # without the batch axis of 1 that hidden states have
@@ -91,7 +93,7 @@ def forward_padded(
     )
 
 
-def _pack(outputs: list[RadioModelOutput]) -> RadioModelOutput:
+def _pack(outputs: list[Any]) -> RadioModelOutput:
     """Outputs of single images in the layout of packed ones: the images' tokens follow each other."""
 
     def join(tensors):

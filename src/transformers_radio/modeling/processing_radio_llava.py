@@ -29,7 +29,7 @@ class RadioLlavaProcessor(LlavaProcessor):
             if len(sizes) > 1:
                 raise ValueError(
                     f'vision_feature_select_strategy="full" takes images of one size in a batch, got {sorted(sizes)}; '
-                    "pass them one by one, or use the strategy \"default\"."
+                    'pass them one by one, or use the strategy "default".'
                 )
         return image_inputs, replacements
 
