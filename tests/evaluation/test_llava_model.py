@@ -1,5 +1,7 @@
 """The tower with images of mixed sizes, the processor, and the parts of a built and a saved LLaVA."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,31 @@ def test_a_llava_that_was_saved_with_transformers_processor_still_loads(built, t
     got, expected = (one(**batch, return_tensors="pt") for one in (load_llava(str(tmp_path))[1], processor))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_the_snippets_of_the_documentation_start_from_the_student(folders, tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "max_img_size": 64}
+    student = RadioModel(RadioConfig(**shape)).eval()
+    student.save_pretrained(tmp_path)
+    RadioImageProcessor().save_pretrained(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    names = {"language_model": str(folders[1])}
+    for snippet in (one for one in snippets if "load_student(" in one):
+        exec(snippet.replace("runs/mine/student", str(tmp_path)), names)
+    assert len([name for name in ("model", "llava") if name in names]) == 2
+    pixel_values = torch.rand(1, 3, 32, 48)
+    features = student(pixel_values).features
+    last = names["model"].backbone.eval()(pixel_values).feature_maps[-1]
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), features)
+    llava, processor = names["llava"].eval(), names["processor"]
+    torch.testing.assert_close(llava.model.vision_tower(pixel_values).last_hidden_state[:, 1:], features)
+    inputs = processor(images=torch.rand(3, 90, 200), text="<image> What?", return_tensors="pt")
+    assert inputs["image_sizes"].tolist() == [[208, 432]]  # 194 rows are 12.2 patches
+    assert llava.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > 13 * 27
+    language = AutoModelForCausalLM.from_pretrained(folders[1])
+    assert torch.equal(llava.lm_head.weight[: language.config.vocab_size], language.lm_head.weight)
 
 
 def test_another_tower_is_refused(tmp_path, folders):
