@@ -15,7 +15,7 @@ from transformers_radio.modeling.image_processing_radio import RadioImageProcess
 
 
 def photo(height: int, width: int) -> Image.Image:
-    """Smooth colour gradients with some noise, so that neighbouring pixels differ but no filter rings everywhere."""
+    """Smooth color gradients with some noise, so that neighbouring pixels differ but no filter rings everywhere."""
     rng = np.random.default_rng(height * 1000 + width)
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([255 * x / width, 255 * y / height, 127 + 100 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
@@ -157,7 +157,7 @@ def test_black_and_white_span_the_whole_range_even_where_bicubic_overshoots():
         ({"size": {"max_height": 64, "max_width": 64}}, None, "max_height"),
         ({"size": {"shortest_edge": 0}}, None, "positive"),
         ({"size_divisor": 0}, None, "size_divisor=0"),
-        ({"do_normalize": True, "image_mean": 0.5, "image_std": 0.5}, None, "the model normalises"),
+        ({"do_normalize": True, "image_mean": 0.5, "image_std": 0.5}, None, "the model normalizes"),
         ({"do_center_crop": True, "crop_size": 32}, None, "do_center_crop"),
         ({"rescale_factor": 1 / 127.5}, None, "rescale_factor"),
         ({}, torch.full((3, 32, 32), 200.0), "200.0"),

@@ -1,6 +1,6 @@
 """Image processor of RADIO students: any image in, RGB in [0, 1] at a supported resolution out.
 
-The mean and standard deviation belong to the model (its input conditioner), so nothing is normalised here.
+The mean and standard deviation belong to the model (its input conditioner), so nothing is normalized here.
 """
 
 import os
@@ -78,7 +78,7 @@ class RadioImageProcessor(TorchvisionBackend):
         kwargs = super()._standardize_kwargs(*args, **kwargs)
         if kwargs.get("do_normalize"):
             raise ValueError(
-                "do_normalize=True: the model normalises its own input; give it [0, 1] (do_normalize=False)"
+                "do_normalize=True: the model normalizes its own input; give it [0, 1] (do_normalize=False)"
             )
         for name in ("do_center_crop", "do_pad"):
             if kwargs.get(name):

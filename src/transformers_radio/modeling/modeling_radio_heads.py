@@ -163,7 +163,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
 class RadioBackbone(BackboneMixin, RadioHeadModel):
     """Feature maps for transformers' detectors and segmenters, by `backbone_config=RadioBackboneConfig(...)`.
 
-    All maps have the stride of the patches. The input is in [0, 1], not normalised, with sides that are multiples of
+    All maps have the stride of the patches. The input is in [0, 1], not normalized, with sides that are multiples of
     `min_resolution_step`: use [`RadioImageProcessor`]. Blocks after the last map are not built: they would run for
     nothing, and be parameters without gradients.
 

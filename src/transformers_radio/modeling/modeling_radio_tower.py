@@ -25,7 +25,7 @@ class RadioVisionTower(RadioPreTrainedModel):
 
     The number of patches follows each image, height / patch_size * width / patch_size, square or not.
     [`RadioLlavaProcessor`] puts as many image tokens into the text and returns the `image_sizes`, so that no image
-    sees the padding of its batch. Pixels are in [0, 1], and the student normalises them.
+    sees the padding of its batch. Pixels are in [0, 1], and the student normalizes them.
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]
