@@ -11,10 +11,12 @@ _PUBLIC = (
     "RadioForImageClassification",
     "RadioForSemanticSegmentation",
     "RadioImageProcessor",
+    "RadioLlavaProcessor",
     "RadioModel",
     "RadioModelOutput",
     "RadioVisionTower",
     "RadioVisionTowerConfig",
+    "load_student",
 )
 __all__ = [*_PUBLIC, "register"]
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ def _register_new_types() -> None:
     modeling = import_module(".modeling", __name__)
     transformers = import_module("transformers")
     import_module(".modeling.modeling_radio_tower", __name__)  # registers with its module, as does the backbone
+    import_module(".modeling.processing_radio_llava", __name__)
     for auto, model in (
         (transformers.AutoModel, modeling.RadioModel),
         (transformers.AutoModelForImageClassification, modeling.RadioForImageClassification),

@@ -1,7 +1,6 @@
 """The tower with images of mixed sizes, the processor, and the parts of a built and a saved LLaVA."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +8,9 @@ import torch
 import transformers
 from PIL import Image
 from tiny_llava import save_language_model, save_student, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from transformers_radio import RadioConfig, RadioModel
+from transformers_radio import RadioConfig, RadioImageProcessor, RadioLlavaProcessor, RadioModel
 from transformers_radio.evaluation.llava_answers import generate
 from transformers_radio.evaluation.llava_data import LlavaCollator, encode_image, expand_image_token, render
 from transformers_radio.evaluation.llava_model import IMAGE_TOKEN, build_llava, load_llava
@@ -74,10 +73,8 @@ def test_the_paper_s_resolution():
     # long edge 432, the aspect kept, the short edge padded only to a patch: section 5.4
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    from transformers_radio import RadioImageProcessor
-
-    image_processor = RadioImageProcessor(size={"longest_edge": 432}, size_divisor=16, return_pixel_mask=False)
-    processor = LlavaProcessor(
+    image_processor = RadioImageProcessor(size={"longest_edge": 432}, size_divisor=16)
+    processor = RadioLlavaProcessor(
         image_processor,
         tokenizer,
         patch_size=16,
@@ -148,26 +145,52 @@ def test_a_saved_llava_is_the_same(built, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
     assert torch.equal(encode_image(again_processor, image), encode_image(processor, image))
 
-    # in another process, through transformers' own classes, one image at a time
+    # through transformers' own classes, with paths
     image.save(tmp_path / "image.png")
-    code = (
-        "from PIL import Image\n"
-        "import transformers_radio.evaluation.llava_model\n"
-        "from transformers import AutoProcessor, LlavaForConditionalGeneration\n"
-        "processor = AutoProcessor.from_pretrained('llava')\n"
-        "llava = LlavaForConditionalGeneration.from_pretrained('llava').eval()\n"
-        "question = [{'type': 'image'}, {'type': 'text', 'text': 'Where is the shape?'}]\n"
-        "text = processor.apply_chat_template([{'role': 'user', 'content': question}])\n"
-        "inputs = processor(images=Image.open('image.png'), text=text, return_tensors='pt')\n"
-        "tokens = llava.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs['input_ids'].shape[1]:]\n"
-        "print('ANSWER', processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(), sep='|', end='|')\n"
-    )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    by_name = AutoProcessor.from_pretrained(tmp_path / "llava")
+    question = [{"type": "image"}, {"type": "text", "text": "Where is the shape?"}]
+    text = by_name.apply_chat_template([{"role": "user", "content": question}])
+    inputs = by_name(images=str(tmp_path / "image.png"), text=text, return_tensors="pt")
+    tokens = again.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
     answer = generate(llava, processor, [encode_image(processor, image)], ["Where is the shape?"], 5)[0]
-    assert process.stdout.split("ANSWER|")[1] == f"{answer}|"
+    assert by_name.tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
+
+
+def test_a_llava_that_was_saved_with_transformers_processor_still_loads(built, tmp_path):
+    llava, processor = built
+    llava.save_pretrained(tmp_path)
+    images = RadioImageProcessor(size={"longest_edge": 64}, return_pixel_mask=False)
+    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(images, processor.tokenizer, patch_size=16, **options).save_pretrained(tmp_path)
+    batch = {"images": [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))], "text": [f"{IMAGE_TOKEN}\nWhat?"] * 2}
+    got, expected = (one(**batch, return_tensors="pt") for one in (load_llava(str(tmp_path))[1], processor))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_the_snippets_of_the_documentation_start_from_the_student(folders, tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "max_img_size": 64}
+    student = RadioModel(RadioConfig(**shape)).eval()
+    student.save_pretrained(tmp_path)
+    RadioImageProcessor().save_pretrained(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    names = {"language_model": str(folders[1])}
+    for snippet in (one for one in snippets if "load_student(" in one):
+        exec(snippet.replace("runs/mine/student", str(tmp_path)), names)
+    assert len([name for name in ("model", "llava") if name in names]) == 2
+    pixel_values = torch.rand(1, 3, 32, 48)
+    features = student(pixel_values).features
+    last = names["model"].backbone.eval()(pixel_values).feature_maps[-1]
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), features)
+    llava, processor = names["llava"].eval(), names["processor"]
+    torch.testing.assert_close(llava.model.vision_tower(pixel_values).last_hidden_state[:, 1:], features)
+    inputs = processor(images=torch.rand(3, 90, 200), text="<image> What?", return_tensors="pt")
+    assert inputs["image_sizes"].tolist() == [[208, 432]]  # 194 rows are 12.2 patches
+    assert llava.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > 13 * 27
+    language = AutoModelForCausalLM.from_pretrained(folders[1])
+    assert torch.equal(llava.lm_head.weight[: language.config.vocab_size], language.lm_head.weight)
 
 
 def test_another_tower_is_refused(tmp_path, folders):

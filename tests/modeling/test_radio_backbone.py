@@ -1,15 +1,16 @@
 """RadioBackbone against transformers' own RADIO hidden states, and inside transformers' segmenters and detectors."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
 from transformers import (
     AutoBackbone,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
     DetrConfig,
     DetrForObjectDetection,
+    DPTConfig,
+    DPTForDepthEstimation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
@@ -30,10 +31,6 @@ def student_folder(tmp_path_factory):
     config = RadioConfig(**shape, num_cls_tokens=2, num_registers=1, adaptors={"clip": adaptor})
     RadioModel(config).save_pretrained(folder)
     return folder
-
-
-def environment(tmp_path, **extra):
-    return {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", **extra}
 
 
 def uper_net(student_folder) -> UperNetForSemanticSegmentation:
@@ -121,18 +118,6 @@ def test_inside_a_segmenter_it_trains_and_survives_saving(tmp_path, student_fold
     assert logits.shape == (2, 3, 64, 96)
     torch.testing.assert_close(again.eval()(pixel_values).logits, logits)
 
-    # in another process one import of ours is enough
-    torch.save(pixel_values, tmp_path / "in.pt")
-    code = (
-        "import torch\n"
-        "from transformers_radio.modeling import RadioBackbone\n"
-        "from transformers import UperNetForSemanticSegmentation\n"
-        "model = UperNetForSemanticSegmentation.from_pretrained('upernet').eval()\n"
-        "torch.save(model(torch.load('in.pt')).logits, 'out.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(tmp_path), cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits)
-
 
 def test_inside_a_detector_with_padded_images(student_folder):
     torch.manual_seed(0)
@@ -162,21 +147,92 @@ def test_inside_a_detector_with_padded_images(student_folder):
     assert model.model.backbone.model.model.embeddings.patch_projection.weight.grad.abs().sum() > 0
 
 
-def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path, student_folder):
-    backbone = RadioBackbone.from_pretrained(student_folder, out_indices=[2, 4]).eval()
-    backbone.save_pretrained(tmp_path / "backbone")
+def test_a_student_s_configuration_will_do(student_folder):
+    student = RadioModel.from_pretrained(student_folder).eval()
     pixel_values = torch.rand(1, 3, 32, 48)
-    torch.save(pixel_values, tmp_path / "in.pt")
-    # AutoBackbone.from_pretrained of transformers asks the Hub whether the name exists, so a folder cannot go through
-    # it; from_config registers the class of the folder, whose weights are then loaded like any other model's
-    code = (
-        "import sys, torch; sys.modules['transformers_radio'] = None\n"
-        "from transformers import AutoBackbone, AutoConfig\n"
-        "config = AutoConfig.from_pretrained('backbone', trust_remote_code=True)\n"
-        "backbone = AutoBackbone.from_config(config, trust_remote_code=True)\n"
-        "backbone = type(backbone).from_pretrained('backbone', config=config).eval()\n"
-        "torch.save(backbone(torch.load('in.pt')).feature_maps, 'out.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(tmp_path), cwd=tmp_path)
-    for loaded, expected in zip(torch.load(tmp_path / "out.pt"), backbone(pixel_values).feature_maps, strict=True):
-        torch.testing.assert_close(loaded, expected)
+    for config in (student.config, transformers.AutoConfig.from_pretrained(student_folder)):  # ours and the native one
+        backbone = RadioBackbone(config, out_indices=[1, -1]).eval()
+        assert type(backbone.config) is RadioBackboneConfig and backbone.out_features == ["stage1", "stage4"]
+        assert config.adaptors and not backbone.config.adaptors
+        backbone.model.load_state_dict(student.state_dict(), strict=False)
+        last = backbone(pixel_values).feature_maps[-1]
+        assert torch.equal(last.flatten(2).transpose(1, 2), student(pixel_values).features)
+    assert RadioBackbone(student.config).out_features == ["stage4"]
+    loaded = RadioBackbone.from_pretrained(student_folder, config=student.config, out_features=["stage1", "stage4"])
+    assert torch.equal(loaded.eval()(pixel_values).feature_maps[-1], last)
+    eager = RadioConfig.from_pretrained(student_folder, attn_implementation="eager")
+    assert RadioBackbone(eager).eval()(pixel_values, output_attentions=True).attentions[0] is not None
+
+
+def test_no_block_runs_for_nothing(student_folder, tmp_path, caplog):
+    backbone = RadioBackbone.from_pretrained(student_folder, out_indices=[1, 2]).train()
+    full = RadioBackbone.from_pretrained(student_folder, out_indices=[1, 2, 4]).eval()
+    assert [len(one.model.encoder.layer) for one in (backbone, full)] == [2, 4]
+    pixel_values = torch.rand(2, 3, 32, 48)
+    backbone(pixel_values).feature_maps[-1].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())  # as DDP wants
+    backbone.eval()
+    for mine, expected in zip(backbone(pixel_values).feature_maps, full(pixel_values).feature_maps, strict=False):
+        assert torch.equal(mine, expected)
+    windowed = [
+        one.model(pixel_values[..., :32], window_size=1, output_hidden_states=True) for one in (backbone, full)
+    ]
+    for mine, expected in zip(*(output.hidden_states for output in windowed), strict=False):
+        assert torch.equal(mine, expected)  # which blocks are global does not depend on those left out
+    assert len(RadioBackbone.from_pretrained(student_folder, out_features=["stem"]).model.encoder.layer) == 0
+
+    backbone.save_pretrained(tmp_path)
+    again = RadioBackbone.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(pixel_values).feature_maps[-1], backbone(pixel_values).feature_maps[-1])
+    with pytest.raises(ValueError, match="not in the checkpoint.*encoder.layer.2"):
+        RadioBackbone.from_pretrained(tmp_path, out_indices=[4])
+    again.out_indices = [0, 1]  # fewer will do
+    assert len(again(pixel_values).feature_maps) == 2
+    again.out_indices = [1, 3]
+    with pytest.raises(ValueError, match="'stage3'.* built up to 'stage2'"):
+        again(pixel_values)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean"])
+def test_sequences_have_one_summary_token_in_front(student_folder, kind):
+    config = RadioBackboneConfig.from_pretrained(student_folder, out_indices=[0, 3], reshape_hidden_states=False)
+    config.summary_idxs, config.summary_type = [1], kind
+    student = RadioModel.from_pretrained(student_folder).eval()
+    backbone = RadioBackbone(config).eval()
+    backbone.model.load_state_dict(student.state_dict(), strict=False)
+    native = transformers.RadioModel.from_pretrained(student_folder).eval()
+    pixel_values = torch.rand(2, 3, 32, 64)
+    expected = native(pixel_values, output_hidden_states=True).hidden_states
+    for sequence, tokens in zip(backbone(pixel_values).feature_maps, (expected[0], expected[3]), strict=True):
+        summary = tokens[:, 1] if kind == "cls" else tokens[:, 3:].mean(1)  # 2 CLS tokens and 1 register in front
+        torch.testing.assert_close(sequence, torch.cat([summary[:, None], tokens[:, 3:]], dim=1))
+
+
+def depth_model(kind, backbone_config):
+    torch.manual_seed(0)
+    necks = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "reassemble_factors": [4, 2, 1, 0.5]}
+    if kind == "DPT":
+        return DPTForDepthEstimation(DPTConfig(backbone_config=backbone_config, **necks)).eval()
+    sizes = {"patch_size": 16, "reassemble_hidden_size": 32, "head_hidden_size": 8}
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(backbone_config=backbone_config, **sizes, **necks)
+    ).eval()
+
+
+@pytest.mark.parametrize("kind", ["DPT", "Depth Anything"])
+def test_depth_models_see_the_student_upright(student_folder, tmp_path, kind):
+    config = RadioBackboneConfig.from_pretrained(student_folder, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    model = depth_model(kind, config)
+    model.backbone = RadioBackbone.from_pretrained(student_folder, config=config).eval()
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        depth = model(images).predicted_depth
+        assert depth.shape[0] == 2 and depth.shape[2] > depth.shape[1]
+        changed = images.clone()
+        changed[..., 64:] = 1 - changed[..., 64:]
+        moved = (model(changed).predicted_depth - depth).abs().mean((0, 1))  # per column
+    third = len(moved) // 3
+    assert moved[-third:].mean() > 3 * moved[:third].mean()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(type(model).from_pretrained(tmp_path).eval()(images).predicted_depth, depth)

@@ -1,8 +1,6 @@
-"""RadioImageProcessor against torchvision and Pillow, and as remote code in a process without our package."""
+"""RadioImageProcessor against torchvision, Pillow, and what training reads."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +10,12 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvF
 
+from transformers_radio.data.images import decode_rgb
 from transformers_radio.modeling.image_processing_radio import RadioImageProcessor
 
 
 def photo(height: int, width: int) -> Image.Image:
-    """Smooth colour gradients with some noise, so that neighbouring pixels differ but no filter rings everywhere."""
+    """Smooth color gradients with some noise, so that neighbouring pixels differ but no filter rings everywhere."""
     rng = np.random.default_rng(height * 1000 + width)
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([255 * x / width, 255 * y / height, 127 + 100 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
@@ -158,13 +157,16 @@ def test_black_and_white_span_the_whole_range_even_where_bicubic_overshoots():
         ({"size": {"max_height": 64, "max_width": 64}}, None, "max_height"),
         ({"size": {"shortest_edge": 0}}, None, "positive"),
         ({"size_divisor": 0}, None, "size_divisor=0"),
-        ({"do_normalize": True, "image_mean": 0.5, "image_std": 0.5}, None, "the model normalises"),
+        ({"do_normalize": True, "image_mean": 0.5, "image_std": 0.5}, None, "the model normalizes"),
         ({"do_center_crop": True, "crop_size": 32}, None, "do_center_crop"),
         ({"rescale_factor": 1 / 127.5}, None, "rescale_factor"),
         ({}, torch.full((3, 32, 32), 200.0), "200.0"),
         ({}, torch.full((3, 32, 32), float("nan")), r"\[0, 1\]"),
         ({}, np.full((32, 32, 3), 4096, dtype=np.int32), "4096"),
-        ({}, Image.new("I;16", (32, 32)), "I;16"),
+        ({}, Image.new("F", (32, 32)), "mode 'F' has no defined range"),
+        ({}, Image.fromarray(np.full((32, 32), 70000, np.int32)), "70000 to 70000, more than 16 bits"),
+        ({}, "no_such_photo.png", "'no_such_photo.png' is not an image: there is no such file"),
+        ({}, ["/tmp"], "'/tmp' is not an image"),
         ({"do_rescale": False}, np.zeros((32, 32, 3), dtype=np.uint8), "do_rescale"),
         ({}, np.zeros((32, 32, 2), dtype=np.uint8), "channel"),
         (
@@ -211,27 +213,92 @@ def test_semantic_maps_leave_out_the_padding():
     assert (segmentation[0][:50, :55] == 0).all() and (segmentation[0][:50, 65:] == 1).all()
 
 
-def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path):
+def files(folder) -> dict:
+    """Image files of many kinds by name; all that can be saved without loss."""
+    rgb = photo(40, 56)
+    alpha = np.tile(np.linspace(0, 255, 56).astype(np.uint8), (40, 1))
+    rgba = Image.fromarray(np.dstack([np.array(rgb), alpha]), "RGBA")
+    sixteen = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (40, 56)).astype(np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = rgb.quantize(16)
+    palette.info["transparency"] = 3
+    pictures = {
+        "rgb.png": (rgb, {}),
+        "rgba.png": (rgba, {}),
+        "la.png": (rgba.convert("LA"), {}),
+        "palette.png": (palette, {"transparency": 3}),
+        "bits.png": (rgb.convert("1"), {}),
+        "sixteen.png": (sixteen, {}),
+        "sixteen.tiff": (sixteen, {}),
+        "rgba.tiff": (rgba, {}),
+        "cmyk.tiff": (rgb.convert("CMYK"), {}),
+        "grey.bmp": (rgb.convert("L"), {}),
+        "rgb.ppm": (rgb, {}),
+        "rgba.webp": (rgba, {"lossless": True}),
+        "phone.jpg": (rgb, {"exif": exif}),
+        "photo.jpg": (rgb, {}),
+    }
+    for name, (picture, options) in pictures.items():
+        picture.save(folder / name, **options)
+    return {name: folder / name for name in pictures}
+
+
+def test_files_are_read_as_in_training(tmp_path):
+    for name, path in files(tmp_path).items():
+        expected = tvF.pil_to_tensor(decode_rgb(path.read_bytes())).float() / 255
+        processor = RadioImageProcessor(do_resize=False)
+        for image in (str(path), path, Image.open(path)):
+            pixel_values = processor(image, return_tensors="pt").pixel_values
+            assert torch.equal(pixel_values[0], expected), name
+    half = torch.from_numpy(np.array(Image.open(tmp_path / "rgba.png"))).permute(2, 0, 1) / 255
+    pixel_values = processor(str(tmp_path / "rgba.png"), return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(pixel_values, half[:3] * half[3:] + 1 - half[3:], rtol=0, atol=1.01 / 255)
+    sixteen = np.array(Image.open(tmp_path / "sixteen.png")) / 65535
+    pixel_values = processor(tmp_path / "sixteen.png", return_tensors="pt").pixel_values[0, 0]
+    torch.testing.assert_close(pixel_values, torch.from_numpy(sixteen).float(), rtol=0, atol=1.01 / 255)
+
+
+def test_damaged_files_are_named(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    for name in ("photo.png", "photo.jpg", "photo.webp", "photo.tiff"):
+        image.save(tmp_path / name)
+        data = bytearray((tmp_path / name).read_bytes())
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+            RadioImageProcessor()(str(tmp_path / name))
+    image.save(tmp_path / "flipped.png")
+    data = bytearray((tmp_path / "flipped.png").read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "flipped.png").write_bytes(data)
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    for name in ("flipped.png", "text.png", "empty.png"):
+        for call in (RadioImageProcessor(), RadioImageProcessor().fetch_images):
+            with pytest.raises(ValueError, match=f"{name} cannot be read as an image") as caught:
+                call([tmp_path / name])
+            assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"flipped.png cannot be read as an image"):
+        RadioImageProcessor()(Image.open(tmp_path / "flipped.png"))  # Pillow decodes when pixels are asked for
+
+
+def test_image_sizes_are_those_without_the_padding_of_the_batch():
+    images = [photo(100, 200), photo(90, 60)]  # 48 x 96 and 96 x 64
+    processor = RadioImageProcessor(size={"longest_edge": 96}, size_divisor=32)
+    output = processor(images, return_image_sizes=True, return_pixel_mask=False, return_tensors="pt")
+    assert sorted(output) == ["image_sizes", "pixel_values"]
+    assert output.image_sizes.tolist() == [[64, 96], [96, 64]]
+    exact = RadioImageProcessor(size={"height": 32, "width": 48}, return_image_sizes=True)
+    assert exact(images, return_tensors="pt").image_sizes.tolist() == [[32, 48], [32, 48]]
+
+
+def test_the_saved_processor_is_the_same(tmp_path):
     processor = RadioImageProcessor(size={"shortest_edge": 48}, size_divisor=16)
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["auto_map"]["AutoImageProcessor"] == "image_processing_radio.RadioImageProcessor"
-    image = photo(60, 100)
-    image.save(tmp_path / "image.png")
-    expected = processor(image, return_tensors="pt").pixel_values
     reloaded = RadioImageProcessor.from_pretrained(tmp_path)
     assert reloaded.size == {"shortest_edge": 48} and reloaded.size_divisor == 16
+    image = photo(60, 100)
+    expected = processor(image, return_tensors="pt").pixel_values
     assert torch.equal(reloaded(image, return_tensors="pt").pixel_values, expected)
-
-    code = (
-        "import sys, torch; from PIL import Image; sys.modules['transformers_radio'] = None\n"
-        "from transformers import AutoImageProcessor\n"
-        f"processor = AutoImageProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
-        f"image = Image.open({str(tmp_path / 'image.png')!r})\n"
-        f"torch.save(processor(image, return_tensors='pt').pixel_values, {str(tmp_path / 'out.pt')!r})\n"
-        f"processor.save_pretrained({str(tmp_path / 'again')!r})\n"
-    )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
-    assert (tmp_path / "again" / "image_processing_radio.py").exists()

@@ -1,8 +1,5 @@
 """RadioVisionTower against transformers' own RADIO, and end to end inside transformers' LLaVA with a tiny Llama."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -10,10 +7,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    AutoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
@@ -22,6 +19,7 @@ from transformers_radio.modeling.configuration_radio_tower import RadioVisionTow
 from transformers_radio.modeling.image_processing_radio import RadioImageProcessor
 from transformers_radio.modeling.modeling_radio import RadioModel
 from transformers_radio.modeling.modeling_radio_tower import RadioVisionTower
+from transformers_radio.modeling.processing_radio_llava import RadioLlavaProcessor
 
 IMAGE_TOKEN = 9
 
@@ -192,64 +190,87 @@ def test_the_whole_llava_is_the_same_after_saving(tmp_path, student_folder):
     changed = model(input_ids=input_ids, pixel_values=1 - pixel_values).logits
     assert not torch.allclose(changed, logits)  # the text does look at the image
 
-    torch.save((input_ids, pixel_values), tmp_path / "in.pt")
-    code = (
-        "import torch\n"
-        "from transformers_radio.modeling import RadioVisionTower\n"
-        "from transformers import LlavaForConditionalGeneration\n"
-        "input_ids, pixel_values = torch.load('in.pt')\n"
-        "model = LlavaForConditionalGeneration.from_pretrained('llava').eval()\n"
-        "torch.save(model(input_ids=input_ids, pixel_values=pixel_values).logits, 'out.pt')\n"
-    )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits)
 
-
-@pytest.mark.parametrize("strategy", ["default", "full"])
-def test_llava_processor_counts_the_tokens_of_any_resolution(student_folder, strategy):
-    tower = RadioVisionTower.from_pretrained(student_folder)
-    model = tiny_llava(tower.config, strategy).eval()
+def tiny_processor(strategy="default") -> RadioLlavaProcessor:
     vocabulary = {"<pad>": 0, "<s>": 1, "what": 2, "is": 3, "this": 4, "<unk>": 5, "<image>": IMAGE_TOKEN}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    processor = LlavaProcessor(
-        RadioImageProcessor(size={"longest_edge": 96}, return_pixel_mask=False),
+    return RadioLlavaProcessor(
+        RadioImageProcessor(size={"longest_edge": 96}),
         tokenizer,
-        patch_size=tower.config.patch_size,
+        patch_size=16,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1,
     )
-    inputs = processor(images=torch.rand(3, 70, 140), text="<image> what is this", return_tensors="pt")
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_processor_counts_the_tokens_of_any_resolution(student_folder, strategy):
+    tower = RadioVisionTower.from_pretrained(student_folder)
+    model = tiny_llava(tower.config, strategy).eval()
+    inputs = tiny_processor(strategy)(images=torch.rand(3, 70, 140), text="<image> what is this", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 48, 96)
     assert (inputs["input_ids"] == IMAGE_TOKEN).sum() == 3 * 6 + (strategy == "full")
     generated = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
-def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path, student_folder):
-    tower = RadioVisionTower.from_pretrained(student_folder).eval()
-    tower.save_pretrained(tmp_path / "tower")
-    pixel_values = torch.rand(1, 3, 32, 48)
-    torch.save(pixel_values, tmp_path / "in.pt")
-    code = (
-        "import sys, torch; sys.modules['transformers_radio'] = None\n"
-        "from transformers import AutoModel\n"
-        "tower = AutoModel.from_pretrained('tower', trust_remote_code=True).eval()\n"
-        "torch.save(tower(torch.load('in.pt')).last_hidden_state, 'out.pt')\n"
-    )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), tower(pixel_values).last_hidden_state)
+@pytest.mark.parametrize("window_size", [None, 2])
+def test_an_image_has_the_same_answer_in_any_batch(tmp_path, student_folder, window_size):
+    student = RadioModel.from_pretrained(student_folder, window_size=window_size).eval()
+    model = tiny_llava(RadioVisionTowerConfig.from_pretrained(student_folder, radio_config=student.config)).eval()
+    model.model.vision_tower = RadioVisionTower.from_radio(student)
+    processor = tiny_processor()
+    processor.image_processor.size_divisor = student.min_resolution_step
+    processor.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is RadioLlavaProcessor
+    sizes = [(40, 100), (100, 50), (96, 96)]  # (height, width): 96 pixels at the longest side
+    expected_sizes = [(48, 96), (96, 48), (96, 96)] if window_size is None else [(64, 96), (96, 64), (96, 96)]
+    images = [torch.rand(3, *size) for size in sizes]
+    texts = ["<image> what", "<image> what is this", "what is <image>"]
+    batch = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
+    assert sorted(batch) == ["attention_mask", "image_sizes", "input_ids", "pixel_values"]
+    assert batch["image_sizes"].tolist() == [list(size) for size in expected_sizes]
+    together = model(**batch).logits
+    for index, (height, width) in enumerate(expected_sizes):
+        alone = processor(images=images[index], text=texts[index], return_tensors="pt")
+        assert (alone["input_ids"] == IMAGE_TOKEN).sum() == height * width // 256
+        logits = model(**alone).logits[0]
+        torch.testing.assert_close(together[index, : len(logits)], logits, atol=1e-5, rtol=1e-5)
+        # and as through the student, without any of this
+        features = student(batch["pixel_values"][index : index + 1, :, :height, :width]).features
+        tokens = model.get_image_features(
+            pixel_values=batch["pixel_values"], image_sizes=batch["image_sizes"], vision_feature_layer=-1
+        ).pooler_output[index]
+        torch.testing.assert_close(tokens, model.model.multi_modal_projector(features)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_average_pooled_towers_pack_images_too():
+    config = tiny_config(summary_type="mean", num_cls_tokens=0, num_registers=1, adaptors={}, summary_idxs=[])
+    tower = RadioVisionTower(RadioVisionTowerConfig(radio_config=config)).eval()
+    pixel_values = torch.rand(2, 3, 32, 48)
+    packed = tower(pixel_values, image_sizes=[(16, 48), (32, 32)]).last_hidden_state
+    alone = [tower(pixel_values[:1, :, :16]).last_hidden_state, tower(pixel_values[1:, :, :, :32]).last_hidden_state]
+    torch.testing.assert_close(packed, torch.cat([alone[0], alone[1][:, 1:]], dim=1))
+
+
+def test_full_takes_one_size_in_a_batch():
+    images, texts = [torch.rand(3, 40, 100), torch.rand(3, 100, 40)], ["<image> what"] * 2
+    with pytest.raises(ValueError, match=r"one size in a batch, got \[\(48, 96\), \(96, 48\)\]"):
+        tiny_processor("full")(images=images, text=texts, padding=True)
+    inputs = tiny_processor("full")(images=images[:1] * 2, text=texts, padding=True, return_tensors="pt")
+    assert "image_sizes" not in inputs and (inputs["input_ids"] == IMAGE_TOKEN).sum() == 2 * (3 * 6 + 1)
 
 
 def test_wrong_input_is_named(student_folder):
     with pytest.raises(ValueError, match="image_size is 100"):
         RadioVisionTowerConfig(radio_config=tiny_config(), image_size=100)
     tower = RadioVisionTower.from_pretrained(student_folder)
-    with pytest.raises(ValueError, match="image_sizes"):
-        tower(torch.rand(1, 3, 32, 32), image_sizes=torch.tensor([[32, 32]]))
+    for wrong in ([[32, 24]], [[64, 32]], [[32, 32], [32, 32]]):
+        with pytest.raises(ValueError, match="image_sizes are .* multiples of 16 up to 32x32"):
+            tower(torch.rand(1, 3, 32, 32), image_sizes=torch.tensor(wrong))
     with pytest.raises(ValueError, match="40"):
         tower(torch.rand(1, 3, 32, 40))

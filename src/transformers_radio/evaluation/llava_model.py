@@ -4,18 +4,15 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from transformers_radio.modeling import RadioImageProcessor, RadioModel, RadioVisionTower, RadioVisionTowerConfig
+from transformers_radio.modeling import RadioImageProcessor, RadioLlavaProcessor, RadioModel, RadioVisionTower
 
 IMAGE_TOKEN = "<image>"
 
@@ -34,51 +31,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 
-# lets LlavaProcessor.from_pretrained find our image processor; the type is ours alone, so nothing is shadowed
-AutoImageProcessor.register(
-    RadioVisionTowerConfig, image_processor_classes={"torchvision": RadioImageProcessor}, exist_ok=True
-)
-
-
-class MixedSizeTower(RadioVisionTower):
-    """A tower that also takes images of different sizes in one batch, each without the others' padding.
-
-    It answers LLaVA's `image_sizes` as LLaVA expects of Pixtral's tower: one sequence of the patches of all images.
-    Weights and configuration are those of `RadioVisionTower`, which a saved LLaVA opens with.
-    """
-
-    def forward(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """
-        Args:
-            pixel_values (batch_size, 3, height, width): in [0, 1], each image at the top left.
-            image_sizes (batch_size, 2): (height, width) of each image; without it all fill the batch.
-
-        Returns:
-            With `image_sizes` each of `hidden_states` is (1, 1 + number of patches of all images, hidden_size): the
-            first image's summary token, which LLaVA's strategy "default" drops, and the patches, image by image.
-        """
-        if image_sizes is None:
-            return super().forward(pixel_values, **kwargs)
-        sizes = [tuple(size) for size in image_sizes.tolist()]
-        packed: dict[int, list[torch.Tensor]] = {}  # image -> its tokens at each layer that is wanted
-        for size in dict.fromkeys(sizes):
-            images = [index for index, other in enumerate(sizes) if other == size]
-            outputs = super().forward(pixel_values[images, :, : size[0], : size[1]], **kwargs)
-            layers = [layer for layer, tokens in enumerate(outputs.hidden_states) if tokens is not None]
-            for row, index in enumerate(images):
-                packed[index] = [outputs.hidden_states[layer][row] for layer in layers]  # (1 + patches, hidden_size)
-        hidden_states: list[torch.Tensor | None] = [None] * len(outputs.hidden_states)
-        for column, layer in enumerate(layers):
-            parts = [packed[index][column] for index in range(len(sizes))]
-            hidden_states[layer] = torch.cat([parts[0][:1], *(tokens[1:] for tokens in parts)]).unsqueeze(0)
-        return BaseModelOutputWithPooling(hidden_states=tuple(hidden_states))  # type: ignore[arg-type]
-
 
 def build_llava(
     student: RadioModel, language_model: str, image_size: int, dtype: torch.dtype = torch.float32
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[LlavaForConditionalGeneration, RadioLlavaProcessor]:
     """A LLaVA-1.5 with a fresh two-layer projector; its tower is frozen.
 
     The language model reads the patch tokens of the student's last layer, without class or register tokens.
@@ -106,7 +62,7 @@ def build_llava(
     language = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
     if len(tokenizer) > language.config.vocab_size:
         language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tower = MixedSizeTower.from_radio(student, image_size)
+    tower = RadioVisionTower.from_radio(student, image_size)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -124,10 +80,8 @@ def build_llava(
     llava.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    processor = LlavaProcessor(
-        RadioImageProcessor(
-            size={"longest_edge": image_size}, size_divisor=student.min_resolution_step, return_pixel_mask=False
-        ),
+    processor = RadioLlavaProcessor(
+        RadioImageProcessor(size={"longest_edge": image_size}, size_divisor=student.min_resolution_step),
         tokenizer,
         patch_size=student.patch_size,
         vision_feature_select_strategy="default",
@@ -139,24 +93,21 @@ def build_llava(
 
 def load_llava(
     folder: str, dtype: torch.dtype = torch.float32
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A saved LLaVA with its processor, in eval mode, that takes images of different sizes in one batch.
+) -> tuple[LlavaForConditionalGeneration, RadioLlavaProcessor]:
+    """A saved LLaVA with its processor, in eval mode; the tower is frozen.
 
     Raises:
         ValueError: a LLaVA with another vision tower.
         OSError: no such folder.
     """
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    saved = llava.model.vision_tower
-    if not isinstance(saved, RadioVisionTower):
+    tower = llava.model.vision_tower
+    if not isinstance(tower, RadioVisionTower):
         raise ValueError(
-            f"{folder} has a {type(saved).__name__} as vision tower; expected a LLaVA that was trained with a student."
+            f"{folder} has a {type(tower).__name__} as vision tower; expected a LLaVA that was trained with a student."
         )
-    with torch.device("meta"):  # only the frame
-        tower = MixedSizeTower(saved.config)
-    tower.model = saved.model
-    llava.model.vision_tower = tower.requires_grad_(False)
-    return llava.eval(), LlavaProcessor.from_pretrained(folder)
+    tower.requires_grad_(False)
+    return llava.eval(), RadioLlavaProcessor.from_pretrained(folder)
 
 
 def check_image_size(student: RadioModel, image_size: int) -> None:

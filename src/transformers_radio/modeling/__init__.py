@@ -13,8 +13,10 @@ _MODULES = {
     "RadioBackbone": "modeling_radio_heads",
     "RadioBackboneConfig": "configuration_radio_backbone",
     "RadioImageProcessor": "image_processing_radio",
+    "RadioLlavaProcessor": "processing_radio_llava",
     "RadioVisionTowerConfig": "configuration_radio_tower",
     "RadioVisionTower": "modeling_radio_tower",
+    "load_student": "loading_radio",
 }
 __all__ = list(_MODULES)
 

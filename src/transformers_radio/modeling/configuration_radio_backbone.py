@@ -1,7 +1,9 @@
 """Configuration of a RADIO backbone inside a transformers detector or segmenter."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_radio import RadioConfig
@@ -12,12 +14,15 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
     """A RADIO configuration plus the choice of feature maps, for `backbone_config=` of transformers' dense models.
 
     It is a type of its own because transformers knows type "radio" without a backbone class. It reads the folder of a
-    RADIO student of ours: `RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12])`.
+    RADIO student of ours: `RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12])`. A model that is
+    built from it has random weights; `load_student(model, folder)` puts the student's in.
 
     Args:
         out_features: names of the feature maps out of `stage_names`: "stem" (the embeddings), "stage1" to
             "stage<num_hidden_layers>" (after each block). The last one when neither this nor `out_indices` is given.
         out_indices: the same as indices into `stage_names`.
+        reshape_hidden_states: True for maps (batch_size, hidden_size, h, w). False for sequences (batch_size,
+            1 + h * w, hidden_size), one summary token and the patches, as DPT and Depth Anything expect them.
 
     Raises:
         ValueError: for names or indices that do not exist, repeat, or are out of order.
@@ -27,6 +32,7 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
 
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    reshape_hidden_states: bool = True
 
     def __post_init__(self, **kwargs):
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
@@ -36,12 +42,30 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs):
-        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == RadioConfig.model_type:
             config_dict["model_type"] = cls.model_type  # the same fields, so no warning about another type
             config_dict.pop("auto_map", None)  # names the classes of the student
+        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs
+
+    @classmethod
+    def adopt(cls, config: PreTrainedConfig) -> Any:
+        """`config` itself if it is a backbone's; else a backbone's with the fields of a student's, native or ours."""
+        if config.model_type == cls.model_type:
+            return config
+        fields = config.to_dict()
+        for name in ("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"):
+            fields.pop(name, None)
+        fields |= {"attn_implementation": config._attn_implementation, "name_or_path": config.name_or_path}
+        return cls(**fields)
+
+    def to_dict(self):
+        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
+        output = super().to_dict()
+        output.pop("_name_or_path", None)
+        return output
 
 
 RadioBackboneConfig.register_for_auto_class()

@@ -13,7 +13,8 @@ from .configuration_radio import RadioConfig
 class RadioVisionTowerConfig(PreTrainedConfig):
     """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
 
-    It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`.
+    It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is
+    built from it has a tower with random weights; `load_student(llava, folder)` puts the student's in.
 
     Args:
         radio_config: the student's [`RadioConfig`], or its fields as a dict. The tower has no adaptors.
@@ -40,11 +41,18 @@ class RadioVisionTowerConfig(PreTrainedConfig):
             raise ValueError(f"image_size is {self.image_size}, expected a multiple of patch_size {self.patch_size}")
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs):
-        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == RadioConfig.model_type:
             config_dict = {"model_type": cls.model_type, "radio_config": config_dict}
+        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs
+
+    def to_dict(self):
+        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
+        output = super().to_dict()
+        output.pop("_name_or_path", None)
+        return output
 
     # what LLaVA and the loading of weights read from a vision config
     @property

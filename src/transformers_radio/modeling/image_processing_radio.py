@@ -1,9 +1,13 @@
 """Image processor of RADIO students: any image in, RGB in [0, 1] at a supported resolution out.
 
-The mean and standard deviation belong to the model (its input conditioner), so nothing is normalised here.
+The mean and standard deviation belong to the model (its input conditioner), so nothing is normalized here.
 """
 
+import os
+
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -12,18 +16,25 @@ from transformers.processing_utils import ImagesKwargs
 
 
 class RadioImageProcessorKwargs(ImagesKwargs, total=False):
-    """Adds the multiple that output sides are of, and whether padded images come with a mask."""
+    """Adds the multiple that output sides are of, and what tells the padding from the images."""
 
     size_divisor: int | None
     return_pixel_mask: bool | None
+    return_image_sizes: bool | None
+
+
+# raster formats, as in training; others that Pillow knows start programs (EPS) or are no photographs
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 class RadioImageProcessor(TorchvisionBackend):
     """Turns images into `pixel_values` (batch_size, 3, height, width), float32 in [0, 1], at a supported resolution.
 
-    Takes one image or a batch, as PIL images, numpy arrays or torch tensors, grey, RGB or RGBA (laid over white).
-    Integer images hold 0..255 and are divided by 255; float images must already be in [0, 1] and keep their values;
-    boolean ones are black and white. PIL images are turned upright, as their EXIF orientation says.
+    Takes one image or a batch, as paths, PIL images, numpy arrays or torch tensors, grey, RGB or RGBA (laid over
+    white). Integer arrays hold 0..255 and are divided by 255; float ones must already be in [0, 1] and keep their
+    values; boolean ones are black and white. Files and PIL images are read as in training: upright, as their EXIF
+    orientation says, 16-bit grey scaled to 8 bits, the first frame of several. URLs and base64 texts are read by
+    transformers, which drops transparency.
 
     `size` selects how an image is resized (bicubic with antialiasing by default):
 
@@ -33,17 +44,21 @@ class RadioImageProcessor(TorchvisionBackend):
     - `{"longest_edge": s}`: the longest side to `s`, the aspect ratio kept, then zeros (black) at the bottom and right
       up to the next multiple, or up to the largest image of the batch. This is what the paper gives LLaVA-1.5, with
       s = 432 (section 5.4). Also returns `pixel_mask` (batch_size, height, width), int64, 1 on the image and 0 on the
-      padding. A RADIO student attends to padding like to any other patch.
+      padding. A RADIO student takes it, `model(**inputs)`, and then computes each image as if it were alone in the
+      batch; without the mask it attends to the padding like to any other patch.
 
     Sides named in `size` that are no multiple of `size_divisor` are rounded to the nearest one (at least one step).
 
     Args:
         size_divisor (int, defaults to 16): multiple that both sides must be of; the model's `min_resolution_step`.
-        return_pixel_mask (bool, defaults to True): set it to False for models that take no mask, as LLaVA.
+        return_pixel_mask (bool, defaults to True): set it to False for models that take no mask, such as UperNet.
+        return_image_sizes (bool, defaults to False): also return `image_sizes` (batch_size, 2), int64, the (height,
+            width) of each image without the padding of its batch, as [`RadioLlavaProcessor`] needs them.
 
     Raises:
-        ValueError: for another kind of `size`; for `do_normalize`, `do_center_crop` or `do_pad`; for float images
-            outside [0, 1]; for integers outside 0..255; for 16-bit or float PIL images, which have no defined range.
+        ValueError: for another kind of `size`; for `do_normalize`, `do_center_crop` or `do_pad`; for files that cannot
+            be read; for float arrays outside [0, 1]; for integers outside 0..255; for PIL images without a defined
+            range (mode "F", or "I" outside 0..65535).
     """
 
     valid_kwargs = RadioImageProcessorKwargs
@@ -52,6 +67,7 @@ class RadioImageProcessor(TorchvisionBackend):
     size = {"height": 432, "width": 432}  # the paper's resolution (Table 1)
     size_divisor = 16
     return_pixel_mask = True
+    return_image_sizes = False
     default_to_square = True
     do_resize = True
     do_rescale = True
@@ -62,7 +78,7 @@ class RadioImageProcessor(TorchvisionBackend):
         kwargs = super()._standardize_kwargs(*args, **kwargs)
         if kwargs.get("do_normalize"):
             raise ValueError(
-                "do_normalize=True: the model normalises its own input; give it [0, 1] (do_normalize=False)"
+                "do_normalize=True: the model normalizes its own input; give it [0, 1] (do_normalize=False)"
             )
         for name in ("do_center_crop", "do_pad"):
             if kwargs.get(name):
@@ -88,20 +104,31 @@ class RadioImageProcessor(TorchvisionBackend):
         batch = [image[None] if getattr(image, "ndim", 3) == 2 else image for image in batch]
         return super()._prepare_images_structure(batch, *args, **kwargs)
 
+    def fetch_images(self, images):
+        """Paths, URLs and base64 texts as PIL images; everything else as it is."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, os.PathLike) or (isinstance(images, str) and os.path.isfile(images)):
+            Image.init()  # loads the plugins
+            try:
+                image = Image.open(images, formats=[name for name in _FORMATS if name in Image.OPEN])
+                image.load()  # also closes the file
+            except Exception as error:  # plugins raise whatever a damaged file leads them to
+                raise ValueError(f"{os.fspath(images)} cannot be read as an image ({error}); replace it.") from error
+            return image
+        if isinstance(images, str):
+            try:
+                return load_image(images)
+            except ValueError as error:
+                raise ValueError(
+                    f"{images[:100]!r} is not an image: there is no such file, and it is neither a URL nor base64."
+                ) from error
+        return super().fetch_images(images)
+
     def process_image(self, image, *args, **kwargs) -> torch.Tensor:
         """One image as a (channels, height, width) tensor: uint8 in 0..255 or float in [0, 1]."""
         if get_image_type(image) == ImageType.PIL:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"a PIL image of mode {image.mode!r} has no defined range; convert it to 8 bits first"
-                )
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = image.copy()
-                white.paste((255, 255, 255, 255), (0, 0, *image.size))
-                white.alpha_composite(image)
-                image = white.convert("RGB")
-            image = load_image(image)  # upright, in RGB
+            image = self._upright_rgb(image)
         else:
             dtype = str(image.dtype).removeprefix("torch.")
             if dtype == "bool":
@@ -128,6 +155,32 @@ class RadioImageProcessor(TorchvisionBackend):
             raise ValueError(f"integer images must be in 0..255, got values from {low} to {high}; convert to 8 bits")
         return image.to(torch.uint8)
 
+    def _upright_rgb(self, image: Image.Image) -> Image.Image:
+        try:
+            image.load()
+        except Exception as error:
+            name = getattr(image, "filename", "") or "a PIL image"
+            raise ValueError(f"{name} cannot be read as an image ({error}); replace it.") from error
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # a damaged EXIF block says nothing against the pixels
+            pass
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            levels = np.asarray(image).astype(np.int64)
+            if levels.min() < 0 or levels.max() > 65535:
+                raise ValueError(
+                    f"a PIL image of mode 'I' holds {levels.min()} to {levels.max()}, more than 16 bits; convert it "
+                    "to 8 bits first"
+                )
+            image = Image.fromarray((levels // 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("a PIL image of mode 'F' has no defined range; convert it to 8 bits first")
+        elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.new("RGB", rgba.size, (255, 255, 255))
+            image.paste(rgba, mask=rgba.getchannel("A"))
+        return image.convert("RGB")
+
     def _nearest_multiple(self, side: float, divisor: int) -> int:
         return max(divisor, round(side / divisor) * divisor)
 
@@ -142,7 +195,17 @@ class RadioImageProcessor(TorchvisionBackend):
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def _preprocess(  # type: ignore[override]
-        self, images, do_resize, size, size_divisor, resample, do_rescale, return_pixel_mask, return_tensors, **kwargs
+        self,
+        images,
+        do_resize,
+        size,
+        size_divisor,
+        resample,
+        do_rescale,
+        return_pixel_mask,
+        return_image_sizes,
+        return_tensors,
+        **kwargs,
     ) -> BatchFeature:
         processed = []
         for image in images:  # each (3, height, width)
@@ -166,6 +229,10 @@ class RadioImageProcessor(TorchvisionBackend):
             data["pixel_values"], masks = self.pad(processed, pad_size=pad_size, return_mask=True)
             if return_pixel_mask:
                 data["pixel_mask"] = masks
+        if return_image_sizes:
+            data["image_sizes"] = [
+                tuple(-(-side // size_divisor) * size_divisor for side in image.shape[-2:]) for image in processed
+            ]
         shapes = sorted({tuple(image.shape) for image in data["pixel_values"]})
         if return_tensors is not None and len(shapes) > 1:
             raise ValueError(

@@ -16,6 +16,7 @@ from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
 from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
 from .inputs_radio import check_adaptors, check_images, check_packed, check_window
+from .padding_radio import forward_padded, padded_grids
 from .student_radio import RadioModelOutput, RadioStudentMixin
 from .windows_radio import RadioWindows
 
@@ -228,9 +229,14 @@ class RadioPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder carries this code, and one with a head opens as a bare backbone too."""
+        """As in transformers; the folder carries this code, and one with a head opens as a bare student too."""
         if self.config.model_type == RadioConfig.model_type:
-            self.config.auto_map = {"AutoModel": f"modeling_radio.{RadioModel.__name__}"}
+            from .modeling_radio_heads import RadioStudentBackbone  # here, as that file imports this one
+
+            self.config.auto_map = {
+                "AutoModel": f"modeling_radio.{RadioModel.__name__}",
+                "AutoBackbone": f"modeling_radio_heads.{RadioStudentBackbone.__name__}",
+            }
         super().save_pretrained(*args, **kwargs)
 
 
@@ -283,6 +289,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
         image_grid_hw: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> RadioModelOutput:
         """
         Args:
@@ -295,10 +302,14 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             image_grid_hw (`torch.Tensor` of shape `(images, 2)`, *optional*): Patch grid of each packed image.
             output_hidden_states (`bool`, *optional*): Return the embeddings and the output of every block.
             output_attentions (`bool`, *optional*): Return every block's probabilities; needs eager attention.
+            pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*): 1 on the image and 0 on the
+                padding at the bottom and right, as [`RadioImageProcessor`] returns it. Each image is computed as if
+                it were alone; tokens of patches in the padding are zero. Draws no window while training.
 
         Raises:
             ValueError: Not floats, a wrong number of channels or dimensions, a side that is no multiple of the patch
-                (times the window), an unknown adaptor, packed patches that do not fit their grids.
+                (times the window), an unknown adaptor, packed patches that do not fit their grids, a mask that does
+                not fit the images.
         """
         config = self.config
         if output_hidden_states is None:
@@ -312,6 +323,15 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 'with attn_implementation="eager" or call model.set_attn_implementation("eager").'
             )
         names = check_adaptors(adaptors, list(self.adaptors))
+        if pixel_mask is not None:
+            if image_grid_hw is not None:
+                raise ValueError("Packed images (image_grid_hw) have no padding; leave pixel_mask out.")
+            check_images(pixel_values, config.num_channels, self.patch_size)
+            sides = padded_grids(pixel_mask, pixel_values, self.patch_size, self.min_resolution_step)  # (B, 2)
+            window_size = (config.window_size or 0) if window_size is None else window_size
+            if (sides * self.patch_size < sides.new_tensor(pixel_values.shape[-2:])).any():
+                options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+                return forward_padded(self, pixel_values, sides, window_size, adaptors=names, **options)
         dtype = self.embeddings.patch_projection.weight.dtype
         num_prefix = config.num_summary_tokens
         windows, lengths = None, None

@@ -11,7 +11,9 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.utils import can_return_tuple
 
+from .configuration_radio import RadioConfig
 from .configuration_radio_backbone import RadioBackboneConfig
+from .loading_radio import warn_if_random, weight_state
 from .modeling_radio import RadioModel, RadioPreTrainedModel
 
 
@@ -65,12 +67,14 @@ class RadioForImageClassification(RadioHeadModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> ImageClassifierOutput:
         """
         Args:
             pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
             labels: class indices (batch_size,) int64; or float targets (batch_size, num_labels) for several labels
                 per image; or float targets (batch_size,) or (batch_size, num_labels) for a regression.
+            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`].
 
         Returns:
             `logits` (batch_size, num_labels) and, with labels, their mean `loss`.
@@ -82,6 +86,7 @@ class RadioForImageClassification(RadioHeadModel):
             adaptors=[],
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            pixel_mask=pixel_mask,
         )
         logits = self.classifier(self.summary_norm(outputs.summary))
         return ImageClassifierOutput(
@@ -112,11 +117,14 @@ class RadioForSemanticSegmentation(RadioHeadModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> SemanticSegmenterOutput:
         """
         Args:
             pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
             labels (batch_size, label_height, label_width): class of each pixel, integers, at any size.
+            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`]. The features of
+                the padding are zero, so its logits say nothing.
 
         Returns:
             `logits` (batch_size, num_labels, height / patch_size, width / patch_size) and, with labels, the mean
@@ -132,6 +140,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
             adaptors=[],
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            pixel_mask=pixel_mask,
         )
         features = self.model.features_to_grid(outputs.features, *pixel_values.shape[-2:])  # (B, hidden, h, w)
         logits = self.classifier(self.batch_norm(features))
@@ -154,16 +163,28 @@ class RadioForSemanticSegmentation(RadioHeadModel):
 class RadioBackbone(BackboneMixin, RadioHeadModel):
     """Feature maps for transformers' detectors and segmenters, by `backbone_config=RadioBackboneConfig(...)`.
 
-    All maps have the stride of the patches. The input is in [0, 1], not normalised, with sides that are multiples of
-    `min_resolution_step`: use [`RadioImageProcessor`], whose `pixel_mask` such models take as well.
+    All maps have the stride of the patches. The input is in [0, 1], not normalized, with sides that are multiples of
+    `min_resolution_step`: use [`RadioImageProcessor`]. Blocks after the last map are not built: they would run for
+    nothing, and be parameters without gradients.
+
+    Args:
+        config: a [`RadioBackboneConfig`], or a student's configuration.
+        out_features, out_indices: the maps, as in [`RadioBackboneConfig`]; those of `config` when missing.
     """
 
     config_class = RadioBackboneConfig
+    _keys_to_ignore_on_load_unexpected = [r"adaptors\.", r"encoder\.layer\."]
 
-    def __init__(self, config):
+    def __init__(self, config, out_features: list[str] | None = None, out_indices: list[int] | None = None):
+        config = RadioBackboneConfig.adopt(config)
+        if out_features is not None or out_indices is not None:
+            config = copy.deepcopy(config)
+            config.set_output_features_output_indices(out_features, out_indices)
         super().__init__(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        del self.model.encoder.layer[self.stage_names.index(self.out_features[-1]) :]  # stage n is after block n
         self.post_init()
+        self.built_with = weight_state(self.model)
 
     @can_return_tuple
     @filter_output_hidden_states
@@ -172,27 +193,60 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
         pixel_values: torch.Tensor,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BackboneOutput:
         """
         Args:
             pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
+            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`].
 
         Returns:
-            `feature_maps`, one (batch_size, hidden_size, height / patch_size, width / patch_size) per `out_features`;
-            `hidden_states` on request: the whole sequences (batch_size, prefix + patches, hidden_size).
+            `feature_maps`, one (batch_size, hidden_size, height / patch_size, width / patch_size) per `out_features`,
+            or (batch_size, 1 + patches, hidden_size) with `config.reshape_hidden_states=False`; `hidden_states` on
+            request: the whole sequences (batch_size, prefix + patches, hidden_size) up to the last map.
+
+        Raises:
+            ValueError: `out_features` were changed to a stage after the last block that was built.
         """
-        outputs = self.model(pixel_values, adaptors=[], output_hidden_states=True, output_attentions=output_attentions)
+        warn_if_random(self)
+        stages = self.stage_names[: 1 + len(self.model.encoder.layer)]
+        if self.out_features[-1] not in stages:
+            raise ValueError(
+                f"out_features are {self.out_features}, but this backbone was built up to {stages[-1]!r}; build or "
+                "load it with these out_features."
+            )
+        outputs = self.model(
+            pixel_values,
+            adaptors=[],
+            output_hidden_states=True,
+            output_attentions=output_attentions,
+            pixel_mask=pixel_mask,
+        )
         height, width = pixel_values.shape[-2:]
-        # the final norm of the variant that has one (an identity otherwise), so that the last map is `features`
-        feature_maps = tuple(
-            self.model.features_to_grid(self.model.norm(tokens)[:, self.config.num_summary_tokens :], height, width)
-            for stage, tokens in zip(self.stage_names, outputs.hidden_states, strict=True)
-            if stage in self.out_features
-        )
+        feature_maps = []
+        for stage, tokens in zip(stages, outputs.hidden_states, strict=True):
+            if stage in self.out_features:
+                # the final norm of the variant that has one (an identity otherwise): the last map is `features`
+                tokens = self.model.norm(tokens)
+                if self.config.reshape_hidden_states:
+                    patches = tokens[:, self.config.num_summary_tokens :]
+                    feature_maps.append(self.model.features_to_grid(patches, height, width))
+                else:
+                    feature_maps.append(self.model.summary_and_patches(tokens))
         return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+class RadioStudentBackbone(RadioBackbone):
+    """Lets `AutoBackbone.from_pretrained` open a student's repository, for which it wants the student's own type."""
+
+    config_class = RadioConfig  # type: ignore[assignment]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return RadioBackbone.from_pretrained(*args, **kwargs)
 
 
 RadioForImageClassification.register_for_auto_class("AutoModelForImageClassification")

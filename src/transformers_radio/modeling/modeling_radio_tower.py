@@ -6,7 +6,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_radio_tower import RadioVisionTowerConfig
+from .loading_radio import warn_if_random, weight_state
 from .modeling_radio import RadioModel, RadioPreTrainedModel
+from .padding_radio import top_left
 
 
 class RadioVisionTower(RadioPreTrainedModel):
@@ -17,13 +19,13 @@ class RadioVisionTower(RadioPreTrainedModel):
     the patches: "default" is the patches alone (what the paper feeds, section 5.4), "full" the summary token as well.
     The summary token is the first selected CLS token, or the average of the patches with average pooling.
 
-    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. Put either into a LLaVA
-    that was built with `vision_config=tower.config`: `llava.model.vision_tower = tower`.
+    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. A LLaVA that is built with
+    `vision_config=RadioVisionTowerConfig.from_pretrained(folder)` gets the student's weights by
+    `load_student(llava, folder)`.
 
-    The number of patches follows the input, height / patch_size * width / patch_size, square or not, and a text must
-    hold as many image tokens. `LlavaProcessor` counts so with `patch_size=config.patch_size` and
-    `num_additional_image_tokens=1`. Feed it with [`RadioImageProcessor`]: pixels are in [0, 1], and the student
-    normalises them.
+    The number of patches follows each image, height / patch_size * width / patch_size, square or not.
+    [`RadioLlavaProcessor`] puts as many image tokens into the text and returns the `image_sizes`, so that no image
+    sees the padding of its batch. Pixels are in [0, 1], and the student normalizes them.
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]
@@ -32,6 +34,7 @@ class RadioVisionTower(RadioPreTrainedModel):
         super().__init__(config)
         self.model = RadioModel(config.radio_config)
         self.post_init()
+        self.built_with = weight_state(self.model)
 
     @classmethod
     def from_radio(cls, model: RadioModel, image_size: int | None = None) -> "RadioVisionTower":
@@ -67,44 +70,70 @@ class RadioVisionTower(RadioPreTrainedModel):
             output_hidden_states: True for all hidden states, or the layers that are wanted (as LLaVA passes); the
                 others are then None.
 
+            image_sizes (batch_size, 2): (height, width) in pixels of each image at the top left of `pixel_values`,
+                multiples of `model.min_resolution_step`; all fill it when missing.
+
         Returns:
             `last_hidden_state` and each of `hidden_states` (the embeddings, then every block): (batch_size,
-            1 + height / patch_size * width / patch_size, hidden_size). `pooler_output`: the student's summary.
+            1 + height / patch_size * width / patch_size, hidden_size). With `image_sizes` they are (1, 1 + number of
+            patches of all images, hidden_size), as LLaVA expects: one summary token, which its strategy "default"
+            drops, and the patches image by image. `pooler_output`: the student's summaries.
 
         Raises:
-            ValueError: with `image_sizes`, which stand for images packed to one sequence (as Pixtral does).
+            ValueError: `image_sizes` that do not fit the images.
         """
-        if image_sizes is not None:
-            raise ValueError("image_sizes is not supported; batch images of one size and leave image_sizes out")
+        warn_if_random(self)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = self.model(pixel_values, adaptors=[], output_hidden_states=True, output_attentions=output_attentions)
+        inside, pixel_mask = None, None
+        if image_sizes is not None:
+            inside, pixel_mask = self._check_sizes(image_sizes, pixel_values)
+        outputs = self.model(
+            pixel_values,
+            adaptors=[],
+            output_hidden_states=True,
+            output_attentions=output_attentions,
+            pixel_mask=pixel_mask,
+        )
+
+        def summary_and_patches(tokens: torch.Tensor) -> torch.Tensor:
+            return self.model.summary_and_patches(tokens) if inside is None else self._pack(tokens, inside)
+
         hidden_states = None
         if output_hidden_states is not None and output_hidden_states is not False:  # 0 is a layer
             count = len(outputs.hidden_states)
             layers = range(count) if output_hidden_states is True else output_hidden_states
             wanted = {layer % count for layer in ([layers] if isinstance(layers, int) else layers)}
             hidden_states = tuple(
-                self._summary_and_patches(self.model.norm(tokens)) if layer in wanted else None
+                summary_and_patches(self.model.norm(tokens)) if layer in wanted else None
                 for layer, tokens in enumerate(outputs.hidden_states)
             )
         return BaseModelOutputWithPooling(
-            last_hidden_state=self._summary_and_patches(outputs.last_hidden_state),
+            last_hidden_state=summary_and_patches(outputs.last_hidden_state),
             pooler_output=outputs.summary,
             hidden_states=hidden_states,  # type: ignore[arg-type]
             attentions=outputs.attentions,
         )
 
-    def _summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch_size, prefix + patches, hidden_size) -> (batch_size, 1 + patches, hidden_size)."""
-        radio_config = self.config.radio_config
-        patches = tokens[:, radio_config.num_summary_tokens :]
-        if radio_config.summary_type == "mean":
-            summary = patches.mean(dim=1, keepdim=True)
-        else:
-            index = radio_config.summary_idxs[0]
-            summary = tokens[:, index : index + 1]
-        return torch.cat([summary, patches], dim=1)
+    def _check_sizes(self, image_sizes, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(batch, 2)` sizes -> patches of each image that are on it (batch, h, w), pixels that are (batch, H, W)."""
+        sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
+        step, (height, width) = self.model.min_resolution_step, pixel_values.shape[-2:]
+        limit = sizes.new_tensor([height, width])
+        if sizes.shape != (len(pixel_values), 2) or (sizes % step != 0).any() or (sizes > limit).any():
+            raise ValueError(
+                f"image_sizes are {sizes.tolist()}, expected (height, width) of each of {len(pixel_values)} images, "
+                f"multiples of {step} up to {height}x{width}, as RadioLlavaProcessor returns them."
+            )
+        patch = self.patch_size
+        return top_left(sizes // patch, height // patch, width // patch), top_left(sizes, height, width)
+
+    def _pack(self, tokens: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """(batch, prefix + h * w, hidden) -> (1, 1 + patches of all images, hidden)."""
+        prefix, inside = self.config.radio_config.num_summary_tokens, inside.flatten(1)  # (batch, h * w)
+        first = torch.cat([tokens[:1, :prefix], tokens[:1, prefix:][:, inside[0]]], dim=1)
+        others = tokens[1:, prefix:][inside[1:]]  # (patches of the other images, hidden)
+        return torch.cat([self.model.summary_and_patches(first), others[None]], dim=1)
 
 
 RadioVisionTower.register_for_auto_class("AutoModel")

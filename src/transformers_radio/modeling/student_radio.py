@@ -87,6 +87,20 @@ class RadioStudentMixin:
         # (B, h*w, C) -> (B, h, w, C) -> (B, C, h, w)
         return features.unflatten(1, (rows * factor, cols * factor)).permute(0, 3, 1, 2)
 
+    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
+
+        It is what models expect that know one class token. The summary token is the first selected CLS token, or the
+        average of the patches with average pooling.
+        """
+        patches = tokens[:, self.config.num_summary_tokens :]
+        if self.config.summary_type == "mean":
+            summary = patches.mean(dim=1, keepdim=True)
+        else:
+            index = self.config.summary_idxs[0]
+            summary = tokens[:, index : index + 1]
+        return torch.cat([summary, patches], dim=1)
+
     def make_preprocessor_external(self) -> nn.Module:
         """Hand the input conditioner over, e.g. to a data pipeline: from now on `model(conditioner(pixel_values))`.
 
