@@ -241,6 +241,19 @@ def test_weights_must_fit(make_folder, edit, message):
         build_teacher("open_clip", str(folder))
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model", "teacher"])
+def test_a_file_saved_by_ddp_while_training(make_folder, monkeypatch, images, tmp_path, key):
+    folder, original = make_folder(VIT, "plain.pt")
+    model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", model_cfg)
+    saved = {key: {f"module.{name}": tensor for name, tensor in original.state_dict().items()}, "epoch": 3}
+    torch.save(saved, tmp_path / "epoch_3.pt")
+    plain, wrapped = (
+        build_teacher("open_clip", f"tiny:{path}") for path in (folder / "plain.pt", tmp_path / "epoch_3.pt")
+    )
+    assert torch.equal(wrapped(images(32)).summary, plain(images(32)).summary)
+
+
 def test_folder_without_weights(make_folder):
     folder, _ = make_folder(VIT)
     (folder / "open_clip_model.safetensors").unlink()
