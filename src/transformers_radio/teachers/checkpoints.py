@@ -1,4 +1,4 @@
-"""The `checkpoint` of a teacher: where it points, how others are told of it, its tensors, read without running code."""
+"""The `checkpoint` of a teacher: where it points, how others are told of it, its tensors; no code of its runs."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""InternViT as a teacher: in transformers' format, or in the original one, whose code does not run on transformers 5."""
+"""InternViT as a teacher: in transformers' format, or the original one, whose code does not run on transformers 5."""
 
 from typing import Any
 
