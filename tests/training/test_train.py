@@ -285,9 +285,25 @@ def test_the_student_of_a_checkpoint_learns_from_a_new_teacher(finished, make_re
     start = f"student.checkpoint={finished / 'student'}"
     new = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
 
-    result = train(load_recipe(make_recipe("more"), [new, start, "stages.main.steps=4"]))
-    model = RadioModel.from_pretrained(result.student_dir)
-    assert set(model.adaptors) == {"clip", "sam", "new"}
+    recipe = make_recipe("more")  # without SAM, whose adaptor stays as it is
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("  sam:")] + text[text.index("data:") :])
+    options = [new, start, "stages.main.steps=4", "checkpoints.every_steps=2"]
+    before = RadioModel.from_pretrained(finished / "student")
+    model = RadioModel.from_pretrained(train(load_recipe(recipe, options)).student_dir)
+    assert set(model.adaptors) == {"clip", "sam", "new"} and model.config.adaptors["new"]["summary_token"] == 1
+    assert model.summary_idxs.tolist() == [0, 1] and model.preferred_resolution == 32
+    tables = [one.embeddings.cls_register_token for one in (before, model)]
+    assert len(tables[1]) == len(tables[0]) + 1 and not torch.equal(tables[1][0], tables[1][1])  # no twins any more
+    for name, parameter in before.adaptors.named_parameters():
+        assert torch.equal(parameter, model.adaptors.get_parameter(name)) == name.startswith("sam."), name
+
+    more, cut = tmp_path / "more", tmp_path / "whole"
+    shutil.copytree(more, cut)
+    shutil.rmtree(more / "student")
+    shutil.rmtree(more / "checkpoints" / "step-00000004")
+    train(load_recipe(recipe, options))
+    assert_same_weights(cut, more)
     with pytest.raises(ValueError, match="teachers.clip needs 8"):
         train(load_recipe(make_recipe("other"), [start, "teachers.clip.options.width=8"]))
     with pytest.raises(ValueError, match="student.summary is 'mean'; expected nothing"):

@@ -89,7 +89,7 @@ def _original_model() -> Any:
         pass
 
     split = [f"attention.{part}_proj" for part in "qkv"]
-    conversions = [
+    conversions: list[WeightConverter | WeightRenaming] = [
         *(WeightRenaming(original, name) for original, name in NAMES.items()),
         WeightConverter("attn.qkv", split, operations=[Chunk(dim=0)]),
     ]
