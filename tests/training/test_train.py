@@ -16,8 +16,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from transformers_radio.cli import app
 from transformers_radio.modeling import RadioModel
+from transformers_radio.teachers import digest_weights
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.__main__ import main
+from transformers_radio.training.placement import load_teacher
 
 
 def weights(run):
@@ -45,6 +47,10 @@ def test_a_run_learns_and_leaves_a_model_that_loads(make_recipe, tmp_path):
         first, last = (sum(line[term] for line in part) / 5 for part in (lines[:5], lines[-5:]))
         assert last < 0.8 * first, (term, first, last)
     assert "sam/summary" not in lines[0]
+    spec = load_recipe(make_recipe()).teachers["clip"]
+    adaptor = RadioModel.from_pretrained(result.student_dir).config.adaptors["clip"]
+    assert adaptor["teacher"] == "python:tiny_teachers:PatchTeacher"
+    assert adaptor["teacher_weights"] == digest_weights(load_teacher("clip", spec))
     assert lines[0]["loss"] == pytest.approx(sum(v for k, v in lines[0].items() if "/" in k), rel=1e-5)
 
     model = RadioModel.from_pretrained(result.student_dir).eval()
