@@ -1,6 +1,7 @@
 """OpenCLIP teachers against OpenCLIP's own forward, from OpenCLIP's own file formats."""
 
 import json
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from transformers_radio.teachers import build_teacher, load_text_encoder
+import transformers_radio
+from transformers_radio.teachers import build_teacher, load_text_encoder, portable_checkpoint
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8}
@@ -239,6 +241,27 @@ def test_weights_must_fit(make_folder, edit, message):
     save_file(weights, folder / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match=f"(?s)could not load .*{message}"):
         build_teacher("open_clip", str(folder))
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "teacher"])
+def test_a_file_saved_by_ddp_while_training(make_folder, monkeypatch, images, tmp_path, key):
+    folder, original = make_folder(VIT, "plain.pt")
+    model_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", model_cfg)
+    saved = {key: {f"module.{name}": tensor for name, tensor in original.state_dict().items()}, "epoch": 3}
+    torch.save(saved, tmp_path / "epoch_3.pt")
+    plain, wrapped = (
+        build_teacher("open_clip", f"tiny:{path}") for path in (folder / "plain.pt", tmp_path / "epoch_3.pt")
+    )
+    assert torch.equal(wrapped(images(32)).summary, plain(images(32)).summary)
+
+
+def test_what_a_student_says_of_its_teacher_can_be_opened():
+    """As `evaluation` opens the text tower of a student's adaptor: the folder in the package, by its portable name."""
+    folder = Path(transformers_radio.__file__).parent / "quickstart" / "teachers" / "clip"
+    name = portable_checkpoint(str(folder))
+    assert name == "package:quickstart/teachers/clip"
+    assert torch.equal(load_text_encoder(name)(["a cube"]), load_text_encoder(str(folder))(["a cube"]))
 
 
 def test_folder_without_weights(make_folder):

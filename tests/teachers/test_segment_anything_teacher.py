@@ -187,7 +187,7 @@ def test_hub_file(make_file, monkeypatch):
             "no original SAM checkpoint: .*image_encoder.pos_embed",
         ),
         (lambda weights: weights.pop("image_encoder.neck.1.bias"), "image_encoder.neck.1.bias"),
-        (lambda weights: weights.update(strange=torch.ones(1)), "strange"),
+        (lambda weights: weights.update({"image_encoder.strange": torch.ones(1)}), "strange"),
         (
             lambda weights: weights.update({"image_encoder.blocks.0.attn.rel_pos_h": torch.ones(7, 12)}),
             r"window sizes \[3, 4\]",
@@ -202,6 +202,38 @@ def test_weights_must_fit(make_file, edit, message):
     torch.save(weights, path)
     with pytest.raises(ValueError, match=message):
         build_teacher("segment_anything", path)
+
+
+def hq_sam(weights):
+    """HQ-SAM's decoder has these beside SAM's."""
+    weights |= {"mask_decoder.hf_token.weight": torch.ones(1, 32), "mask_decoder.num_mask_tokens": torch.tensor(5)}
+    return weights | {"mask_decoder.compress_vit_feat.0.weight": torch.ones(48, 32, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hq_sam,
+        lambda weights: {name: tensor for name, tensor in weights.items() if name.startswith("image_encoder.")},
+        lambda weights: {"model": {f"module.{name}": tensor for name, tensor in weights.items()}, "epoch": 3},
+    ],
+    ids=["HQ-SAM", "encoder alone", "trained on with DDP"],
+)
+def test_a_teacher_reads_the_image_encoder_and_nothing_else(make_file, images, change):
+    path, original = make_file()
+    with torch.no_grad():
+        trunk, _ = encoder_outputs(original, images(64))
+    torch.save(change(original.state_dict()), path)
+    teacher = build_teacher("segment_anything", path)
+    torch.testing.assert_close(teacher(images(64)).features, trunk)
+    assert len(teacher.model.state_dict()) == len(original.image_encoder.state_dict())
+
+
+def test_the_whole_sam_has_to_be_one(make_file):
+    path, original = make_file()
+    torch.save(hq_sam(original.state_dict()), path)
+    with pytest.raises(ValueError, match=r"(?s)does not fit .*mask_decoder\.hf_token"):
+        load_sam(path)
 
 
 def test_wrong_arguments(make_file, tmp_path):

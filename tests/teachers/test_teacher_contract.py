@@ -1,14 +1,17 @@
 """`Teacher`'s own checks, `build_teacher`'s errors, and what importing the package costs."""
 
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import transformers_radio
 from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher
-from transformers_radio.teachers.base import load_weights
+from transformers_radio.teachers.checkpoints import load_weights, portable_checkpoint, resolve_checkpoint
 
 
 class Patches(Teacher):
@@ -85,20 +88,78 @@ def test_unknown_type():
         build_teacher("clip", "anything")
 
 
+W = {"a": torch.arange(3.0), "module_b": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        W,
+        {"state_dict": W, "epoch": 3, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1)},
+        {"model": {f"module.{name}": tensor for name, tensor in W.items()}},
+        {f"module._orig_mod.{name}": tensor for name, tensor in W.items()},
+        {"student": {"a": torch.zeros(1)}, "teacher": {f"module.{name}": tensor for name, tensor in W.items()}},
+        {"state_dict": {"model": W}},
+        {"model": {"a": torch.zeros(1)}, "model_ema": W},
+        {"module": W, "global_steps": 7},
+    ],
+    ids=["plain", "state_dict", "DDP", "compiled DDP", "DINO", "twice", "average", "DeepSpeed"],
+)
+def test_a_state_dict_is_found_in_what_training_scripts_save(saved, tmp_path, caplog):
+    torch.save(saved, tmp_path / "a.pth")
+    found = load_weights(tmp_path / "a.pth")
+    assert found.keys() == W.keys()
+    torch.testing.assert_close(found, W)
+    assert ("not those under" in caplog.text) == (len({"student", "model_ema"} & saved.keys()) > 0)
+
+
 def test_load_weights(tmp_path):
-    weights = {"a": torch.arange(3.0)}
-    save_file(weights, tmp_path / "a.safetensors")
-    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "a.pt")
-    torch.save({"model": weights}, tmp_path / "a.pth")
-    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("a.safetensors", "a.pt", "a.pth", "old.pth"):
-        torch.testing.assert_close(load_weights(tmp_path / name), weights)
+    save_file(W, tmp_path / "a.safetensors")
+    torch.save(W, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("a.safetensors", "old.pth"):
+        torch.testing.assert_close(load_weights(tmp_path / name), W)
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no plain state dict"):
         load_weights(tmp_path / "list.pth")
     (tmp_path / "noise.pth").write_bytes(b"\x80\x04not weights")
     with pytest.raises(ValueError, match="noise.pth is no file of plain tensors"):
         load_weights(tmp_path / "noise.pth")
+
+
+def test_where_a_checkpoint_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    (tmp_path / "sam.pth").touch()
+    package = Path(transformers_radio.__file__).parent
+    clip = f"{package}/quickstart/teachers/clip"
+    resolved = {
+        "~/models/clip": f"{tmp_path}/models/clip",
+        "ViT-B-32:~/sam.pth": f"ViT-B-32:{tmp_path}/sam.pth",
+        "local-dir:~/models/clip": f"local-dir:{tmp_path}/models/clip",
+        "package:quickstart/teachers/clip": clip,
+        "facebook/dinov2-base": "facebook/dinov2-base",
+        "hf-hub:owner/name": "hf-hub:owner/name",
+        "ViT-H-14:dfn5b": "ViT-H-14:dfn5b",
+    }
+    assert {given: resolve_checkpoint(given) for given in resolved} == resolved
+    portable = {
+        f"{tmp_path}/models/clip": "local:clip",
+        f"local-dir:{tmp_path}/models/clip/": "local:clip",
+        "~/models/clip": "local:clip",
+        "ViT-B-32:~/sam.pth": "ViT-B-32:local:sam.pth",
+        clip: "package:quickstart/teachers/clip",
+        f"local-dir:{clip}": "package:quickstart/teachers/clip",
+        "package:quickstart/teachers/clip": "package:quickstart/teachers/clip",
+        "facebook/dinov2-base": "facebook/dinov2-base",
+        "hf-hub:owner/name": "hf-hub:owner/name",
+        "ViT-H-14:dfn5b": "ViT-H-14:dfn5b",
+        "module:Class": "module:Class",
+    }
+    assert {given: portable_checkpoint(given) for given in portable} == portable
+    for one in ("local:clip", "ViT-B-32:local:sam.pth"):
+        assert portable_checkpoint(one) == one
+        with pytest.raises(ValueError, match=f"{one} was on the machine that trained with it; give its path"):
+            resolve_checkpoint(one)
 
 
 def test_importing_the_package_imports_no_teacher_library():

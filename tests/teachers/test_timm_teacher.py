@@ -166,3 +166,14 @@ def test_pickled_code_is_refused(make_folder, tmp_path, malicious_file, as_folde
     with pytest.raises(ValueError, match="never loaded"):
         build_teacher("timm", str(folder) if as_folder else f"test_vit:{folder / 'pytorch_model.bin'}")
     assert not proof.exists()
+
+
+def test_weights_saved_by_ddp_while_training(tmp_path, images, randomize, monkeypatch):
+    original = randomize(timm.create_model("test_vit"))
+    saved = {"state_dict": {f"module.{name}": tensor for name, tensor in original.state_dict().items()}, "epoch": 1}
+    torch.save(saved, tmp_path / "last.pth.tar")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher = build_teacher("timm", "test_vit:~/last.pth.tar")
+    assert {name: tensor.sum() for name, tensor in teacher.model.state_dict().items()} == {
+        name: tensor.sum() for name, tensor in original.state_dict().items()
+    }

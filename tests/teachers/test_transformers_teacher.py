@@ -255,8 +255,8 @@ def test_the_paper_s_dinov2(monkeypatch):
     )
     with torch.device("meta"):
         original = transformers.Dinov2WithRegistersModel(config)
-    monkeypatch.setattr(module, "_load_pretrained", lambda *args, **kwargs: original)
-    monkeypatch.setattr(module, "_normalisation", lambda checkpoint: {"mean": MEAN, "std": STD})
+    monkeypatch.setattr(module, "load_pretrained", lambda *args, **kwargs: original)
+    monkeypatch.setattr(module, "normalization", lambda checkpoint: {"mean": MEAN, "std": STD})
     teacher = module.DinoTeacher("facebook/dinov2-with-registers-giant", image_size=224)
     assert (teacher.summary_dim, teacher.feature_dim) == (1536, 1536)
     assert sum(parameter.numel() for parameter in teacher.parameters()) // 10**6 == 1136
@@ -286,6 +286,19 @@ def test_weights_must_fit(save, edit, message):
     edit_weights(path, edit)
     with pytest.raises(ValueError, match=message):
         build_teacher("transformers", path)
+
+
+@pytest.mark.parametrize("make", [dinov2, clip, sam], ids=["dinov2", "clip", "sam"])
+def test_weights_saved_by_ddp(save, images, make):
+    path = save(make())
+    expected = build_teacher("transformers", path)(images(48)).features
+
+    def prefix(weights):
+        names = list(weights)
+        weights.update({f"module.{name}": weights.pop(name) for name in names})
+
+    edit_weights(path, prefix)
+    torch.testing.assert_close(build_teacher("transformers", path)(images(48)).features, expected, rtol=0, atol=0)
 
 
 def test_missing_normalisation(save, tmp_path):
@@ -395,7 +408,7 @@ def test_a_mistyped_path_is_said_to_be_none(path, tmp_path):
 
 
 def test_an_id_without_a_model_is_said_to_be_no_folder_either(monkeypatch):
-    def unknown(checkpoint):
+    def unknown(checkpoint, revision=None):
         raise OSError("404")
 
     monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unknown)

@@ -22,11 +22,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from transformers_radio.data import DataConfig
-from transformers_radio.teachers import Teacher, TeacherOutput
+from transformers_radio.teachers import Teacher, TeacherOutput, digest_weights
 from transformers_radio.training import cache as cache_module
 from transformers_radio.training.cache import TeacherCaches, cache_fingerprint, check_room, estimate_bytes
 from transformers_radio.training.distill import TeacherShape
-from transformers_radio.training.placement import _digest
+from transformers_radio.training.placement import _layers
 from transformers_radio.training.recipe import TeacherRecipe
 
 torch.set_num_threads(1)
@@ -392,15 +392,18 @@ def test_a_digest_is_of_weights_and_layers_wherever_they_are(tmp_path):
         sizes = {"image_size": 8, "patch_size": 8, "summary_dim": 4, "feature_dim": 4}
         return Teacher(network, **sizes, mean=(0.5,) * 3, std=(0.5,) * 3)
 
-    digest = _digest(teacher())
-    assert _digest(teacher()) == digest
+    def both(one):
+        return digest_weights(one), _layers(one)
+
+    digest = both(teacher())
+    assert both(teacher()) == digest
     changes = (
         lambda network: network[0][0].bias.data[1:2].add_(1e-6),
         lambda network: network[1][2].running_mean[:1].add_(1),
         lambda network: network.bfloat16(),
     )
     others = [*map(teacher, changes), teacher(activation=nn.ReLU)]
-    assert len({digest, *map(_digest, others)}) == 5
+    assert len({digest, *map(both, others)}) == 5
 
     def shard():
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -408,7 +411,7 @@ def test_a_digest_is_of_weights_and_layers_wherever_they_are(tmp_path):
         for block in one.model:
             fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
         assert any(isinstance(parameter, DTensor) for parameter in one.parameters())
-        assert _digest(one) == digest
+        assert both(one) == digest
         torch.distributed.destroy_process_group()
 
     process = FORK.Process(target=shard)

@@ -1,8 +1,15 @@
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_teachers import PatchTeacher
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import transformers_radio
+from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.training import load_recipe
 from transformers_radio.training.balancing import NaiveBalancing
 from transformers_radio.training.distill import (
@@ -149,3 +156,172 @@ def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
     for student in (first, second):
         for name, parameter in student.named_parameters():
             assert torch.equal(parameter, full.get_parameter(name)), name
+
+
+NEW = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
+
+
+def saved_student(make_recipe, folder, *overrides):
+    recipe = load_recipe(make_recipe(), list(overrides))
+    student = build_student(recipe, build_teachers(recipe))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    student.save_pretrained(folder)
+    return student.eval()
+
+
+def continued(make_recipe, folder, *overrides):
+    recipe = load_recipe(make_recipe(), [f"student.checkpoint={folder}", *overrides])
+    return build_student(recipe, build_teachers(recipe)).eval(), recipe
+
+
+def heads_of(student, images):
+    with torch.no_grad():
+        output = student(images)
+    return output, {name: [t for t in (a.summary, a.features) if t is not None] for name, a in output.adaptors.items()}
+
+
+def test_a_new_teacher_without_a_summary_changes_no_output(make_recipe, tmp_path, caplog):
+    first = saved_student(make_recipe, tmp_path)
+    student, _ = continued(make_recipe, tmp_path, NEW, "teachers.new.options.summary=false")
+    assert student.config.num_cls_tokens == 1 and set(student.adaptors) == {"clip", "sam", "new"}
+    images = torch.rand(2, 3, 32, 32)
+    (before, old), (after, heads) = heads_of(first, images), heads_of(student, images)
+    assert torch.equal(after.last_hidden_state, before.last_hidden_state)
+    for name in ("clip", "sam"):
+        assert all(torch.equal(a, b) for a, b in zip(heads[name], old[name], strict=True))
+    assert not caplog.records
+
+
+def test_a_new_teacher_with_a_summary_gets_a_token_behind_the_others(make_recipe, tmp_path, caplog):
+    """[CLS..., registers..., patches]: the new token comes before the registers, as the twin of the first one."""
+    first = saved_student(make_recipe, tmp_path, "student.config.num_registers=2")
+    with pytest.raises(ValueError, match="do not have the shapes that student.config .*'num_registers': 1"):
+        continued(make_recipe, tmp_path, NEW)
+    caplog.clear()
+    student, _ = continued(make_recipe, tmp_path, NEW, "student.config.num_registers=2")
+    config = student.config
+    assert (config.num_cls_tokens, config.summary_idxs, config.adaptors["new"]["summary_token"]) == (2, [0, 1], 1)
+    assert "summary of the new adaptor 'new' is read from CLS token 1, which is new, a copy of token 0" in caplog.text
+    old, new = (one.embeddings.cls_register_token for one in (first, student))
+    assert torch.equal(new, old[[0, 0, 1, 2]])
+    same = {name for name, _ in first.named_parameters()} - {"embeddings.cls_register_token"}
+    assert all(torch.equal(first.get_parameter(name), student.get_parameter(name)) for name in same)
+
+    images = torch.rand(2, 3, 32, 32)
+    (before, _), (after, _) = heads_of(first, images), heads_of(student, images)
+    assert after.summary.shape == (2, 64)
+    assert torch.equal(after.summary[:, :32], after.summary[:, 32:])  # twins until they learn
+    # What attends to one token more is another network: equal only where the twin is masked out again.
+    assert not torch.allclose(after.features, before.features, atol=1e-4)
+    with mask_token(student, 1):
+        masked, heads = heads_of(student, images)
+    torch.testing.assert_close(masked.features, before.features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked.summary[:, :32], before.summary, rtol=1e-4, atol=1e-5)
+
+    student.save_pretrained(tmp_path / "grown")
+    again = RadioModel.from_pretrained(tmp_path / "grown").eval()
+    assert torch.equal(again(images).summary, after.summary)
+
+
+@contextmanager
+def mask_token(student, token):
+    """Nobody attends to this token."""
+
+    def masked(module, query, key, value, attention_mask, **kwargs):
+        bias = torch.zeros(1, 1, 1, key.shape[2])
+        bias[..., token] = float("-inf")
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=kwargs["scaling"])
+        return out.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("masked", masked)
+    before = student.config._attn_implementation
+    student.config._attn_implementation = "masked"
+    yield
+    student.config._attn_implementation = before
+
+
+@pytest.mark.parametrize(
+    ("summary", "teachers", "token", "tokens", "line"),
+    [
+        # a student of the other kind: two teachers share one token, and so does a third
+        ("cls", ["teachers.sam.options.summary=true"], 0, 1, "CLS token 0, which all summaries of this student share"),
+        ("mean", ["teachers.sam.options.summary=true"], 0, 0, ""),
+        (
+            "cls_per_teacher",
+            ["teachers.sam.options.summary=true"],
+            2,
+            3,
+            "CLS token 2, which is new, a copy of token 0",
+        ),
+        # no head has read the token
+        ("cls_per_teacher", ["teachers.clip.summary_weight=0"], 0, 1, "CLS token 0, which no other adaptor reads"),
+    ],
+)
+def test_where_a_new_summary_is_read(summary, teachers, token, tokens, line, make_recipe, tmp_path, caplog):
+    first = saved_student(make_recipe, tmp_path, f"student.summary={summary}", *teachers)
+    student, _ = continued(make_recipe, tmp_path, NEW, *teachers)
+    config = student.config
+    assert (config.adaptors["new"]["summary_token"], config.num_cls_tokens) == (token, tokens)
+    assert config.summary_idxs == list(range(tokens)) and line in caplog.text
+    images = torch.rand(1, 3, 32, 32)
+    if tokens == first.config.num_cls_tokens:
+        assert torch.equal(student(images).last_hidden_state, first(images).last_hidden_state)
+
+
+def test_a_token_that_the_summary_left_out_comes_into_it(make_recipe, tmp_path):
+    first = saved_student(make_recipe, tmp_path / "saved")
+    config = RadioConfig.from_dict(
+        {**first.config.to_dict(), "num_cls_tokens": 3, "summary_idxs": [0], "num_registers": 0}
+    )
+    RadioModel(config).save_pretrained(tmp_path / "three")
+    student, _ = continued(make_recipe, tmp_path / "three", NEW, "student.config.num_registers=0")
+    assert (student.config.num_cls_tokens, student.config.summary_idxs) == (3, [0, 1])
+    assert student.summary_idxs.tolist() == [0, 1]
+
+
+def test_adaptors_without_a_teacher_stay_and_rest_unless_told_otherwise(make_recipe, tmp_path, caplog):
+    first = saved_student(make_recipe, tmp_path)
+    path = make_recipe()
+    text = path.read_text()
+    path.write_text(text[: text.index("  sam:")] + text[text.index("data:") :])
+
+    def only_clip(*overrides):
+        recipe = load_recipe(path, [f"student.checkpoint={tmp_path}", *overrides])
+        return stage_student(build_student(recipe, build_teachers(recipe)), recipe, "main")
+
+    student = only_clip()
+    assert set(student.adaptors) == {"clip", "sam"}
+    assert not any(parameter.requires_grad for parameter in student.adaptors["sam"].parameters())
+    assert all(parameter.requires_grad for parameter in student.adaptors["clip"].parameters())
+    assert "adaptor 'sam' has no teacher in this recipe: it is kept as it is, frozen" in caplog.text
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(student.eval()(images).adaptors["sam"].features, first(images).adaptors["sam"].features)
+    caplog.clear()
+    assert set(only_clip("student.keep_adaptors=[]").adaptors) == {"clip"}
+    assert "adaptor 'sam' has no teacher in this recipe: it is left out, as student.keep_adaptors says" in caplog.text
+    assert set(only_clip("student.keep_adaptors=[sam]").adaptors) == {"clip", "sam"}
+    with pytest.raises(
+        ValueError, match="student.keep_adaptors names 'clip'; .* beside the recipe's teachers, .* sam"
+    ):
+        only_clip("student.keep_adaptors=[clip]")
+    with pytest.raises(ValueError, match=r"student.keep_adaptors is \['sam'\]; expected a student.checkpoint"):
+        load_recipe(path, ["student.keep_adaptors=[sam]"])
+
+
+def test_a_student_names_its_teachers_without_this_machines_folders(make_recipe, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "sam_vit_h.pth").touch()
+    package = Path(transformers_radio.__file__).parent / "quickstart" / "teachers"
+    teachers = {
+        "clip": ("open_clip", f"{package}/clip", "open_clip:package:quickstart/teachers/clip"),
+        "sam": ("segment_anything", f"{tmp_path}/secret/sam_vit_h.pth", "segment_anything:local:sam_vit_h.pth"),
+    }
+    recipe = load_recipe(make_recipe())
+    for name, (kind, checkpoint, _) in teachers.items():
+        recipe.teachers[name] = replace(recipe.teachers[name], type=kind, checkpoint=checkpoint)
+    shapes = {name: TeacherShape(8, 8, 32, 8, weights=f"hash of {name}") for name in teachers}
+    adaptors = build_student_of_shapes(recipe, shapes).config.adaptors
+    assert {name: adaptors[name]["teacher"] for name in teachers} == {name: one[2] for name, one in teachers.items()}
+    assert {adaptors[name]["teacher_weights"] for name in teachers} == {"hash of clip", "hash of sam"}

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from transformers_radio.training.partition import micro_batch
-from transformers_radio.training.recipe import load_recipe, save_recipe
+from transformers_radio.training.recipe import StudentRecipe, expand_paths, load_recipe, save_recipe
 
 MINIMAL = """
 output_dir: {output}
@@ -19,6 +21,16 @@ def recipe_file(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(MINIMAL.format(output=tmp_path / "run"))
     return path
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["output_dir=~/run", "teacher_cache=~/cache", "student.checkpoint=~/student", "data.frozen_crops=true"]
+    recipe = load_recipe("~/recipe.yaml", paths)
+    found = (recipe.output_dir, recipe.teacher_cache, recipe.student.checkpoint)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("run", "cache", "student"))
+    made = replace(recipe, output_dir="~/other", teacher_cache=None, student=StudentRecipe())  # in Python
+    assert expand_paths(made) == replace(made, output_dir=f"{tmp_path}/other")
 
 
 def test_overrides_reach_teachers_and_stages_by_name(recipe_file):

@@ -179,6 +179,35 @@ def test_folded_weights_after_training_load_strictly_and_compute_the_same(pixels
     torch.testing.assert_close(outputs(loaded.eval(), pixels), expected, atol=1e-5, rtol=0)
 
 
+def test_a_folded_average_has_the_averaged_scale_as_its_spectral_norm():
+    """u and v belong to the last weights: for their average, u^T W v is far from the largest singular value."""
+    model = tiny_student()
+    add_spectral_reparam(model, heads=True)
+    generator = torch.Generator().manual_seed(4)
+    averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight.original"):  # the weights have gone elsewhere, and u and v with them
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        elif name.endswith("0.scale"):
+            averages[name] += torch.rand(1, 1, generator=generator)
+    power_steps(model)
+    folded = fold_spectral({**model.state_dict(), **averages}, averaged=True)
+    off = []
+    for name in LINEARS:
+        prefix = f"{name}.parametrizations.weight."
+        weight, rho = averages[f"{prefix}original"].double().numpy(), averages[f"{prefix}0.scale"].item()
+        singular_values = np.linalg.svd(folded[f"{name}.weight"].double().numpy(), compute_uv=False)
+        scale = math.log1p(math.exp(rho)) + 0.05
+        assert singular_values[0] == pytest.approx(scale, rel=1e-5), name
+        # the average itself, and nothing but its length, has changed
+        np.testing.assert_allclose(
+            folded[f"{name}.weight"], weight * scale / np.linalg.svd(weight, compute_uv=False)[0], rtol=1e-4, atol=1e-6
+        )
+        trained = fold_spectral({**model.state_dict(), **averages})[f"{name}.weight"]
+        off.append(np.linalg.norm(trained.double().numpy(), ord=2) / scale)
+    assert max(off) > 1.5  # what the test is about
+
+
 @pytest.mark.parametrize("version", [None, 1, 2])
 def test_both_versions_of_a_file_are_folded_and_loaded(version):
     rng = np.random.default_rng(0)

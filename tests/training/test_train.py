@@ -16,8 +16,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from transformers_radio.cli import app
 from transformers_radio.modeling import RadioModel
+from transformers_radio.teachers import digest_weights
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.__main__ import main
+from transformers_radio.training.placement import load_teacher
 
 
 def weights(run):
@@ -45,6 +47,10 @@ def test_a_run_learns_and_leaves_a_model_that_loads(make_recipe, tmp_path):
         first, last = (sum(line[term] for line in part) / 5 for part in (lines[:5], lines[-5:]))
         assert last < 0.8 * first, (term, first, last)
     assert "sam/summary" not in lines[0]
+    spec = load_recipe(make_recipe()).teachers["clip"]
+    adaptor = RadioModel.from_pretrained(result.student_dir).config.adaptors["clip"]
+    assert adaptor["teacher"] == "python:tiny_teachers:PatchTeacher"
+    assert adaptor["teacher_weights"] == digest_weights(load_teacher("clip", spec))
     assert lines[0]["loss"] == pytest.approx(sum(v for k, v in lines[0].items() if "/" in k), rel=1e-5)
 
     model = RadioModel.from_pretrained(result.student_dir).eval()
@@ -285,9 +291,25 @@ def test_the_student_of_a_checkpoint_learns_from_a_new_teacher(finished, make_re
     start = f"student.checkpoint={finished / 'student'}"
     new = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
 
-    result = train(load_recipe(make_recipe("more"), [new, start, "stages.main.steps=4"]))
-    model = RadioModel.from_pretrained(result.student_dir)
-    assert set(model.adaptors) == {"clip", "sam", "new"}
+    recipe = make_recipe("more")  # without SAM, whose adaptor stays as it is
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("  sam:")] + text[text.index("data:") :])
+    options = [new, start, "stages.main.steps=4", "checkpoints.every_steps=2"]
+    before = RadioModel.from_pretrained(finished / "student")
+    model = RadioModel.from_pretrained(train(load_recipe(recipe, options)).student_dir)
+    assert set(model.adaptors) == {"clip", "sam", "new"} and model.config.adaptors["new"]["summary_token"] == 1
+    assert model.summary_idxs.tolist() == [0, 1] and model.preferred_resolution == 32
+    tables = [one.embeddings.cls_register_token for one in (before, model)]
+    assert len(tables[1]) == len(tables[0]) + 1 and not torch.equal(tables[1][0], tables[1][1])  # no twins any more
+    for name, parameter in before.adaptors.named_parameters():
+        assert torch.equal(parameter, model.adaptors.get_parameter(name)) == name.startswith("sam."), name
+
+    more, cut = tmp_path / "more", tmp_path / "whole"
+    shutil.copytree(more, cut)
+    shutil.rmtree(more / "student")
+    shutil.rmtree(more / "checkpoints" / "step-00000004")
+    train(load_recipe(recipe, options))
+    assert_same_weights(cut, more)
     with pytest.raises(ValueError, match="teachers.clip needs 8"):
         train(load_recipe(make_recipe("other"), [start, "teachers.clip.options.width=8"]))
     with pytest.raises(ValueError, match="student.summary is 'mean'; expected nothing"):

@@ -139,6 +139,19 @@ def test_the_average_of_the_weights_is_what_is_published(make_recipe, tmp_path):
     torch.testing.assert_close(load_file(run / "student" / "model.safetensors")[name], averages[-1])
 
 
+def test_a_published_average_has_the_averaged_spectral_norms(make_recipe, tmp_path):
+    options = ["student.spectral_reparam=true", "ema_decay=0.9", "optimizer.learning_rate=0.02", "checkpoints.keep=9"]
+    train(load_recipe(make_recipe(), options))
+    folder = tmp_path / "run" / "checkpoints" / "step-00000012"
+    student, averages = (load_file(folder / name) for name in ("model.safetensors", "training_state/ema.safetensors"))
+    scales = {name: tensor for name, tensor in averages.items() if name.endswith("parametrizations.weight.0.scale")}
+    assert len(scales) == 12
+    for name, rho in scales.items():
+        linear = name.removeprefix("student.").removesuffix("parametrizations.weight.0.scale")
+        norm = torch.linalg.svdvals(student[f"{linear}weight"].double())[0].item()
+        assert norm == pytest.approx(torch.nn.functional.softplus(rho).item() + 0.05, rel=1e-5), name
+
+
 def test_a_damaged_checkpoint_is_said_so_and_the_one_before_is_used(make_recipe, tmp_path, caplog):
     recipe = make_recipe("whole")
     train(load_recipe(recipe, ["checkpoints.keep=9"]))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from transformers_radio.teachers import portable_checkpoint
+
 from .encoder import Features, VisionEncoder
 
 Columns = dict[str, Features]
@@ -76,9 +78,9 @@ def adaptor_to(student: VisionEncoder, teacher: VisionEncoder) -> str:
 
 
 def _same_model(one: str, other: str) -> bool:
-    if one == other:
-        return True
     (kind, _, path), (other_kind, _, other_path) = one.partition(":"), other.partition(":")
+    if one in (other, f"{other_kind}:{portable_checkpoint(other_path)}"):  # as a student records its teacher
+        return True
     both_there = Path(path).exists() and Path(other_path).exists()
     return kind == other_kind and both_there and Path(path).resolve() == Path(other_path).resolve()
 

@@ -22,6 +22,7 @@ _ADAPTOR_REQUIRED = ("summary_dim", "feature_dim", "hidden_dim")
 _ADAPTOR_OPTIONAL = {
     "summary_token": 0,
     "teacher": "",
+    "teacher_weights": "",
     "mlp_version": "v2",
     "mlp_num_inner": 0,
     "spatial_mlp_version": None,
@@ -37,9 +38,11 @@ class RadioConfig(NativeRadioConfig):
         adaptors (`dict[str, dict]`): One entry per teacher, `name -> {"summary_dim": int | None, "feature_dim": int |
             None, "hidden_dim": int, "summary_token": int, "teacher": str}`. `summary_token` is the CLS token that the
             summary head reads (0 with one shared CLS token or average pooling); `teacher` says where the targets
-            came from. Optional keys describe the heads of released checkpoints: `mlp_version` ("v2", the paper's head
-            (Sec. 3.2), or "v1"), `mlp_num_inner` (inner blocks, 0 in the paper), `spatial_mlp_version` ("v1", "v2" or
-            "attn"; the feature head, as `mlp_version` when missing), `upsample_factor` (finer feature grid).
+            came from (TYPE:CHECKPOINT, of a local file or folder its name alone); the optional `teacher_weights` is a
+            hash of the weights that gave them. Other optional keys describe the heads of released checkpoints:
+            `mlp_version` ("v2", the paper's head (Sec. 3.2), or "v1"), `mlp_num_inner` (inner blocks, 0 in the paper),
+            `spatial_mlp_version` ("v1", "v2" or "attn"; the feature head, as `mlp_version` when missing),
+            `upsample_factor` (finer feature grid).
         summary_type (`"cls"` or `"mean"`): Summary from the CLS tokens `summary_idxs`, or the average of the features
             (Table 5). `summary_idxs` defaults to the CLS tokens that the adaptors' summary heads read.
         final_norm (`bool`): LayerNorm after the last block (the released `model_norm`).

@@ -29,6 +29,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | 
     Writes output/world (made images) and output/run: the recipe, checkpoints and metrics, student/ (the model that
     AutoModel loads), table.md, table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
+    output = output.expanduser()
     world = make_world(output / "world")
     recipe = load_recipe(RECIPE, [f"output_dir={output / 'run'}", f"data.path={world.directory}", *(overrides or [])])
     result = train(recipe)

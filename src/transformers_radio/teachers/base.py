@@ -3,10 +3,8 @@
 import hashlib
 import importlib
 import inspect
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,41 +186,6 @@ def check_options(owner: str, factory: Callable[..., Any], options: dict[str, An
         raise ValueError(
             f"{owner} does not know {', '.join(map(repr, unknown))}: its options are {', '.join(known) or '(none)'}"
         )
-
-
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from safetensors or from a torch file, without ever running pickled code.
-
-    A torch file may nest its state dict under "state_dict" or "model", as training scripts do.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when the file holds anything but tensors and plain containers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(unsafe_file_message(path)) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} holds no plain state dict (name -> tensor)")
-    return state_dict
-
-
-def unsafe_file_message(path: str | Path) -> str:
-    return (
-        f"{path} is no file of plain tensors: it is damaged, or it holds pickled objects or TorchScript, which could "
-        "run code and are therefore never loaded. Save its state dict as .safetensors where you trust it, and use that"
-    )
 
 
 def digest_weights(*modules: nn.Module) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers.base import Teacher, check_options, require, resolve_image_size
+from transformers_radio.teachers.checkpoints import resolve_checkpoint
 from transformers_radio.teachers.open_clip import OpenClipTeacher
 from transformers_radio.teachers.segment_anything import (
     PIXEL_MEAN,
@@ -31,9 +32,11 @@ HALF_NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 def is_on_disk(type: str, checkpoint: str) -> bool:
     """Whether `build_teacher` finds this checkpoint's weights without a network."""
-    named = checkpoint.removeprefix("local-dir:")
-    # "NAME:FILE" names an architecture and a weights file; a `python` teacher brings its own.
-    return type == "python" or Path(named).exists() or (":" in named and Path(named.partition(":")[2]).is_file())
+    if type == "python":  # brings its own
+        return True
+    named = resolve_checkpoint(checkpoint).removeprefix("local-dir:")
+    # "NAME:FILE" names an architecture and a weights file
+    return Path(named).exists() or (":" in named and Path(named.partition(":")[2]).is_file())
 
 
 def known_teacher(

@@ -1,6 +1,7 @@
 """OpenCLIP models as teachers, and their text towers for zero-shot classification."""
 
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers_radio.teachers.base import (
     flatten_grid,
     require,
     resolve_image_size,
-    unsafe_file_message,
 )
+from transformers_radio.teachers.checkpoints import read_file, resolve_checkpoint, unsafe_file_message, unwrap
 from transformers_radio.teachers.timm import patch_features
 
 TEXT_BATCH = 256
@@ -99,6 +100,7 @@ def load_text_encoder(checkpoint: str) -> OpenClipTextEncoder:
     The result is called with a list of texts and returns their embeddings (N, dim), float32 and not L2-normalised.
     """
     open_clip = require("open_clip")
+    checkpoint = resolve_checkpoint(checkpoint)
     model, _ = _load_open_clip(checkpoint)
     del model.visual
     return OpenClipTextEncoder(model, open_clip.get_tokenizer(_split_checkpoint(checkpoint)[0]))
@@ -139,14 +141,15 @@ def _load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any
     vision = model_config["vision_cfg"]
     is_vit = "timm_model_name" not in vision and not isinstance(vision.get("layers"), list)  # else a ResNet
     try:
-        model = open_clip.create_model(
-            name,
-            pretrained=weights,
-            force_image_size=None if is_vit else image_size,
-            force_quick_gelu=quick_gelu,
-            require_pretrained=True,
-            weights_only=True,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            model = open_clip.create_model(
+                name,
+                pretrained=_plain_file(weights, folder),
+                force_image_size=None if is_vit else image_size,
+                force_quick_gelu=quick_gelu,
+                require_pretrained=True,
+                weights_only=True,
+            )
     except pickle.UnpicklingError as error:
         raise ValueError(unsafe_file_message(weights or name)) from error
     except (RuntimeError, AssertionError) as error:
@@ -160,3 +163,17 @@ def _load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any
         open_clip.model.resize_pos_embed(state, model)
         visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"])
     return model, model_config
+
+
+def _plain_file(weights: str | None, folder: str) -> str | None:
+    """The file that OpenCLIP is to read: a copy in `folder` where the state dict is wrapped, as OpenCLIP itself
+    unwraps little of what training scripts write; otherwise what was given, a tag or a file."""
+    if weights is None or not Path(weights).is_file() or Path(weights).suffix in (".safetensors", ".npz", ".npy"):
+        return weights
+    saved = read_file(weights)
+    plain = unwrap(saved, weights)
+    if plain is saved:
+        return weights
+    path = str(Path(folder) / "weights.pt")
+    torch.save(plain, path)
+    return path

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ def python_teacher(
     """Build the class that `target` names, as `Class(checkpoint, image_size, dtype, **options)`.
 
     Args:
-        checkpoint: handed to the class (weights file, Hub id, ...); or, without `target`, itself the class's name.
+        checkpoint: handed to the class (weights file, Hub id, ...), `~` expanded; or, without `target`, itself the
+            class's name.
         image_size, dtype: handed to the class.
         target: "module:Class", importable from where Python runs.
         options: handed to the class.
@@ -39,4 +41,4 @@ def python_teacher(
         raise ValueError(f"{name} is no subclass of transformers_radio.teachers.Teacher")
     factory: Callable[..., Teacher] = teacher_class
     check_options(name, factory, options)
-    return factory(checkpoint, image_size, dtype, **options)
+    return factory(os.path.expanduser(checkpoint), image_size, dtype, **options)

@@ -1,6 +1,8 @@
 """The original Segment Anything checkpoints (.pth) as teachers, and as the whole SAM for evaluation."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +12,10 @@ from transformers_radio.teachers.base import (
     Teacher,
     TeacherOutput,
     flatten_grid,
-    load_weights,
     require,
     resolve_image_size,
 )
+from transformers_radio.teachers.checkpoints import load_weights, resolve_checkpoint
 
 # Three things that a SAM checkpoint does not say, the same in every released one: the mean and std in 0..255, the
 # LayerNorm epsilon of the image encoder, and the number of heads of the mask decoder.
@@ -30,7 +32,8 @@ class SegmentAnythingTeacher(Teacher):
     "neck", the neck's output that SAM's mask decoder reads (256 channels).
 
     Args:
-        checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE".
+        checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE"; of HQ-SAM too, or of one that was trained on:
+            nothing but the image encoder is read.
         image_size: None for the checkpoint's own (1024). For another size the absolute position embedding is resized
             as in ViTDet, from which SAM's encoder comes (bicubic); relative positions are interpolated linearly by
             segment_anything itself, and windows keep their size.
@@ -46,7 +49,7 @@ class SegmentAnythingTeacher(Teacher):
         self, checkpoint: str, image_size: int | None = None, dtype: str = "float32", features: str = "trunk"
     ):
         check_features(features)
-        encoder = load_sam(checkpoint).image_encoder
+        encoder = load_sam_encoder(checkpoint)
         patch_size = encoder.patch_embed.proj.kernel_size[0]
         image_size = resolve_image_size(image_size, encoder.img_size, patch_size)
         if image_size != encoder.img_size:
@@ -88,87 +91,114 @@ def resize_positions(positions: nn.Parameter, grid: int) -> nn.Parameter:
 def load_sam(checkpoint: str) -> Any:
     """The whole `segment_anything.Sam` of an original checkpoint, in eval mode, float32, on the CPU.
 
-    The architecture is read off the weights, so every size loads through this one function: image size = position
-    grid x patch; heads = width / relative-position width; a block whose relative-position table has 2g-1 rows (g the
-    grid side) attends globally, any other in windows of (rows+1)/2.
+    The architecture is read off the weights, so every size loads through this one function.
 
     Args:
         checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE".
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: for a file that is no SAM checkpoint or holds pickled code.
+        ValueError: for a file that is no SAM checkpoint (HQ-SAM's decoder is another one) or holds pickled code.
     """
     sa = require("segment_anything.modeling")
-    if checkpoint.startswith("hf-hub:"):
-        from huggingface_hub import hf_hub_download
-
-        owner, _, rest = checkpoint.removeprefix("hf-hub:").partition("/")
-        name, _, filename = rest.partition("/")
-        if not filename:
-            raise ValueError(f"{checkpoint} names no file: write hf-hub:OWNER/NAME/FILE")
-        checkpoint = hf_hub_download(f"{owner}/{name}", filename)
-    weights = load_weights(checkpoint)
+    weights = load_weights(_local_file(checkpoint))
     shape = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    try:
-        _, grid, _, width = shape["image_encoder.pos_embed"]
-        depth = _count(shape, "image_encoder.blocks.")
-        tables = [shape[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(depth)]
-        global_blocks = [i for i, (rows, _) in enumerate(tables) if rows == 2 * grid - 1]
-        windows = {(rows + 1) // 2 for rows, _ in tables if rows != 2 * grid - 1}
-        if len(windows) > 1:
-            raise ValueError(
-                f"{checkpoint} mixes the window sizes {sorted(windows)}, which segment_anything cannot build"
-            )
+    mask_layer = "mask_decoder.transformer.layers.0."
+    with _faults_named(checkpoint), torch.device("meta"):
+        image_encoder = _image_encoder(checkpoint, shape)
         out_channels = shape["image_encoder.neck.0.weight"][0]
-        patch_size = shape["image_encoder.patch_embed.proj.weight"][-1]
-        image_size = grid * patch_size
-        mask_layer = "mask_decoder.transformer.layers.0."
-        iou_depth = _count(shape, "mask_decoder.iou_prediction_head.layers.")
-
-        # On the meta device there is no random initialisation to wait for: the weights are assigned below.
-        with torch.device("meta"):
-            image_encoder = sa.ImageEncoderViT(
-                img_size=image_size,
-                patch_size=patch_size,
-                embed_dim=width,
-                depth=depth,
-                num_heads=width // tables[0][1],
-                mlp_ratio=shape["image_encoder.blocks.0.mlp.lin1.weight"][0] / width,
-                out_chans=out_channels,
-                qkv_bias="image_encoder.blocks.0.attn.qkv.bias" in shape,
-                norm_layer=functools.partial(nn.LayerNorm, eps=ENCODER_NORM_EPS),
-                use_rel_pos=True,
-                window_size=windows.pop() if windows else 0,
-                global_attn_indexes=tuple(global_blocks),
-            )
-            prompt_encoder = sa.PromptEncoder(
-                embed_dim=out_channels,
-                image_embedding_size=(grid, grid),
-                input_image_size=(image_size, image_size),
-                mask_in_chans=shape["prompt_encoder.mask_downscaling.3.weight"][0],
-            )
-            mask_decoder = sa.MaskDecoder(
-                transformer_dim=out_channels,
-                transformer=sa.TwoWayTransformer(
-                    depth=_count(shape, "mask_decoder.transformer.layers."),
-                    embedding_dim=out_channels,
-                    num_heads=DECODER_HEADS,
-                    mlp_dim=shape[f"{mask_layer}mlp.lin1.weight"][0],
-                    attention_downsample_rate=out_channels
-                    // shape[f"{mask_layer}cross_attn_token_to_image.q_proj.weight"][0],
-                ),
-                num_multimask_outputs=shape["mask_decoder.mask_tokens.weight"][0] - 1,
-                iou_head_depth=iou_depth,
-                iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
-            )
+        side, patch_size = image_encoder.img_size, image_encoder.patch_embed.proj.kernel_size[0]
+        prompt_encoder = sa.PromptEncoder(
+            embed_dim=out_channels,
+            image_embedding_size=(side // patch_size, side // patch_size),
+            input_image_size=(side, side),
+            mask_in_chans=shape["prompt_encoder.mask_downscaling.3.weight"][0],
+        )
+        mask_decoder = sa.MaskDecoder(
+            transformer_dim=out_channels,
+            transformer=sa.TwoWayTransformer(
+                depth=_count(shape, "mask_decoder.transformer.layers."),
+                embedding_dim=out_channels,
+                num_heads=DECODER_HEADS,
+                mlp_dim=shape[f"{mask_layer}mlp.lin1.weight"][0],
+                attention_downsample_rate=out_channels
+                // shape[f"{mask_layer}cross_attn_token_to_image.q_proj.weight"][0],
+            ),
+            num_multimask_outputs=shape["mask_decoder.mask_tokens.weight"][0] - 1,
+            iou_head_depth=_count(shape, "mask_decoder.iou_prediction_head.layers."),
+            iou_head_hidden_dim=shape["mask_decoder.iou_prediction_head.layers.0.weight"][0],
+        )
+    with _faults_named(checkpoint):
         sam = sa.Sam(image_encoder, prompt_encoder, mask_decoder, list(PIXEL_MEAN), list(PIXEL_STD))
         sam.load_state_dict(weights, strict=True, assign=True)
+    return sam.float().requires_grad_(False).eval()
+
+
+def load_sam_encoder(checkpoint: str) -> Any:
+    """The image encoder alone, as `load_sam` has it. What else the file holds is not read: a decoder of another kind
+    (HQ-SAM), one that was fine-tuned, or none."""
+    require("segment_anything.modeling")  # before the file is looked for
+    weights = load_weights(_local_file(checkpoint))
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith("image_encoder.")}
+    with _faults_named(checkpoint):
+        with torch.device("meta"):
+            encoder = _image_encoder(checkpoint, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        nn.ModuleDict({"image_encoder": encoder}).load_state_dict(weights, strict=True, assign=True)
+    return encoder.float().requires_grad_(False).eval()
+
+
+def _image_encoder(checkpoint: str, shape: dict[str, tuple[int, ...]]) -> Any:
+    """The architecture of the weights that have these shapes. To be called on the meta device: there is no random
+    initialisation to wait for then, as the weights are assigned.
+
+    Image size = position grid x patch; heads = width / relative-position width; a block whose relative-position table
+    has 2g-1 rows (g the grid side) attends globally, any other in windows of (rows+1)/2.
+    """
+    _, grid, _, width = shape["image_encoder.pos_embed"]
+    depth = _count(shape, "image_encoder.blocks.")
+    tables = [shape[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(depth)]
+    windows = {(rows + 1) // 2 for rows, _ in tables if rows != 2 * grid - 1}
+    if len(windows) > 1:
+        raise ValueError(f"{checkpoint} mixes the window sizes {sorted(windows)}, which segment_anything cannot build")
+    patch_size = shape["image_encoder.patch_embed.proj.weight"][-1]
+    return require("segment_anything.modeling").ImageEncoderViT(
+        img_size=grid * patch_size,
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // tables[0][1],
+        mlp_ratio=shape["image_encoder.blocks.0.mlp.lin1.weight"][0] / width,
+        out_chans=shape["image_encoder.neck.0.weight"][0],
+        qkv_bias="image_encoder.blocks.0.attn.qkv.bias" in shape,
+        norm_layer=functools.partial(nn.LayerNorm, eps=ENCODER_NORM_EPS),
+        use_rel_pos=True,
+        window_size=windows.pop() if windows else 0,
+        global_attn_indexes=tuple(i for i, (rows, _) in enumerate(tables) if rows == 2 * grid - 1),
+    )
+
+
+def _local_file(checkpoint: str) -> str:
+    """The path of a checkpoint, from the Hub's cache where it names one of its files."""
+    if not checkpoint.startswith("hf-hub:"):
+        return resolve_checkpoint(checkpoint)
+    from huggingface_hub import hf_hub_download
+
+    owner, _, rest = checkpoint.removeprefix("hf-hub:").partition("/")
+    name, _, filename = rest.partition("/")
+    if not filename:
+        raise ValueError(f"{checkpoint} names no file: write hf-hub:OWNER/NAME/FILE")
+    return hf_hub_download(f"{owner}/{name}", filename)
+
+
+@contextlib.contextmanager
+def _faults_named(checkpoint: str) -> Iterator[None]:
+    """ValueErrors for keys and shapes that are not those of a SAM."""
+    try:
+        yield
     except KeyError as error:
         raise ValueError(f"{checkpoint} is no original SAM checkpoint: it lacks the key {error}") from error
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit the architecture read off its own shapes: {error}") from error
-    return sam.float().requires_grad_(False).eval()
 
 
 def _count(shape: dict[str, tuple[int, ...]], prefix: str) -> int:

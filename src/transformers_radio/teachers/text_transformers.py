@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformers_radio.teachers.transformers import _config_dict, _load_pretrained
+from transformers_radio.teachers.checkpoints import resolve_checkpoint
+from transformers_radio.teachers.pretrained import config_dict, load_pretrained
 
 TEXT_BATCH = 256
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -82,7 +83,8 @@ def load_transformers_text_encoder(checkpoint: str) -> TransformersTextEncoder:
     """
     import transformers
 
-    config = _config_dict(checkpoint)
+    checkpoint = resolve_checkpoint(checkpoint)
+    config = config_dict(checkpoint)
     model_type = config.get("model_type")
     if model_type not in TOWERS:
         raise ValueError(f"{checkpoint} has model_type {model_type!r}; text towers exist for {', '.join(TOWERS)}")
@@ -91,9 +93,9 @@ def load_transformers_text_encoder(checkpoint: str) -> TransformersTextEncoder:
     if model_type == "clip":  # a full CLIP keeps the width of its projections outside the text part
         text_config.projection_dim = config.get("projection_dim", text_config.projection_dim)
     unused = ("vision_model.", "visual_projection.", "logit_scale", "logit_bias")
-    model = _load_pretrained(checkpoint, class_name, "float32", unused, text_config)
+    model = load_pretrained(checkpoint, class_name, "float32", unused, text_config)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"{checkpoint} has no tokenizer that can be loaded ({error}): save the checkpoint's own into the same "

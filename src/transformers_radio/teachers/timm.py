@@ -11,10 +11,10 @@ from transformers_radio.teachers.base import (
     TeacherOutput,
     flatten_grid,
     grid_of,
-    load_weights,
     require,
     resolve_image_size,
 )
+from transformers_radio.teachers.checkpoints import load_weights
 
 # In the order in which timm itself looks for a local folder's weights.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import torch
 
 from transformers_radio.teachers.base import (
-    DTYPES,
     Teacher,
     TeacherOutput,
     check_options,
     flatten_grid,
     grid_of,
     resolve_image_size,
-    unsafe_file_message,
 )
+from transformers_radio.teachers.intern_vit import InternVitTeacher
+from transformers_radio.teachers.pretrained import config_dict, load_pretrained, normalization
 from transformers_radio.teachers.segment_anything import check_features, resize_positions
 
 
@@ -33,16 +32,16 @@ class ClipTeacher(Teacher):
 
         config = CLIPVisionConfig.from_pretrained(checkpoint)
         # A full CLIP keeps the width of its projections outside the vision part of its configuration.
-        config.projection_dim = _config_dict(checkpoint).get("projection_dim", config.projection_dim)
+        config.projection_dim = config_dict(checkpoint).get("projection_dim", config.projection_dim)
         unused = ("text_model.", "text_projection.", "logit_scale")
-        model = _load_pretrained(checkpoint, "CLIPVisionModelWithProjection", dtype, unused, config)
+        model = load_pretrained(checkpoint, "CLIPVisionModelWithProjection", dtype, unused, config)
         super().__init__(
             model,
             image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
             patch_size=model.config.patch_size,
             summary_dim=model.config.projection_dim,
             feature_dim=model.config.hidden_size,
-            **_normalisation(checkpoint),
+            **normalization(checkpoint),
             dtype=dtype,
         )
 
@@ -60,14 +59,14 @@ class DinoTeacher(Teacher):
     """
 
     def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
-        model = _load_pretrained(checkpoint, "AutoModel", dtype, unused=("classifier.",))
+        model = load_pretrained(checkpoint, "AutoModel", dtype, unused=("classifier.",))
         super().__init__(
             model,
             image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
             patch_size=model.config.patch_size,
             summary_dim=model.config.hidden_size,
             feature_dim=model.config.hidden_size,
-            **_normalisation(checkpoint),
+            **normalization(checkpoint),
             dtype=dtype,
         )
 
@@ -85,14 +84,14 @@ class SiglipTeacher(Teacher):
 
     def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
         unused = ("text_model.", "logit_scale", "logit_bias")
-        model = _load_pretrained(checkpoint, "SiglipVisionModel", dtype, unused)
+        model = load_pretrained(checkpoint, "SiglipVisionModel", dtype, unused)
         super().__init__(
             model,
             image_size=resolve_image_size(image_size, model.config.image_size, model.config.patch_size),
             patch_size=model.config.patch_size,
             summary_dim=model.config.hidden_size,
             feature_dim=model.config.hidden_size,
-            **_normalisation(checkpoint),
+            **normalization(checkpoint),
             dtype=dtype,
         )
 
@@ -110,7 +109,7 @@ class Siglip2Teacher(Teacher):
 
     def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
         unused = ("text_model.", "logit_scale", "logit_bias")
-        model = _load_pretrained(checkpoint, "Siglip2VisionModel", dtype, unused)
+        model = load_pretrained(checkpoint, "Siglip2VisionModel", dtype, unused)
         native = round(model.config.num_patches**0.5) * model.config.patch_size
         super().__init__(
             model,
@@ -118,7 +117,7 @@ class Siglip2Teacher(Teacher):
             patch_size=model.config.patch_size,
             summary_dim=model.config.hidden_size,
             feature_dim=model.config.hidden_size,
-            **_normalisation(checkpoint),
+            **normalization(checkpoint),
             dtype=dtype,
         )
 
@@ -137,30 +136,6 @@ class Siglip2Teacher(Teacher):
         return TeacherOutput(output.pooler_output, output.last_hidden_state, (h, w))
 
 
-class InternVitTeacher(Teacher):
-    """InternViT in transformers' format (`InternVLVisionModel`).
-
-    summary: class token, features: patch tokens, both of the last hidden state.
-    """
-
-    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
-        model = _load_pretrained(checkpoint, "InternVLVisionModel", dtype)
-        (native, _), (patch_size, _) = model.config.image_size, model.config.patch_size
-        super().__init__(
-            model,
-            image_size=resolve_image_size(image_size, native, patch_size),
-            patch_size=patch_size,
-            summary_dim=model.config.hidden_size,
-            feature_dim=model.config.hidden_size,
-            **_normalisation(checkpoint),
-            dtype=dtype,
-        )
-
-    def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
-        tokens = self.model(pixel_values).last_hidden_state  # (B, 1 + h*w, C)
-        return TeacherOutput(tokens[:, 0], tokens[:, 1:], grid_of(tokens[:, 1:]))
-
-
 class SamTeacher(Teacher):
     """SAM's image encoder; it has no summary.
 
@@ -173,7 +148,7 @@ class SamTeacher(Teacher):
     ):
         check_features(features)
         unused = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
-        encoder = _load_pretrained(checkpoint, "SamVisionModel", dtype, unused).vision_encoder
+        encoder = load_pretrained(checkpoint, "SamVisionModel", dtype, unused).vision_encoder
         config = encoder.config
         image_size = resolve_image_size(image_size, config.image_size, config.patch_size)
         if image_size != config.image_size:
@@ -185,7 +160,7 @@ class SamTeacher(Teacher):
             patch_size=config.patch_size,
             summary_dim=None,
             feature_dim=config.hidden_size if features == "trunk" else config.output_channels,
-            **_normalisation(checkpoint),
+            **normalization(checkpoint),
             dtype=dtype,
         )
         self.features = features
@@ -211,7 +186,7 @@ class RadioTeacher(Teacher):
     ):
         from transformers_radio.modeling import RadioModel
 
-        model = _load_pretrained(checkpoint, RadioModel, dtype)
+        model = load_pretrained(checkpoint, RadioModel, dtype)
         config = model.config
         summary_dim: int | None = config.summary_dim
         feature_dim = config.hidden_size
@@ -249,17 +224,21 @@ class VisionModelTeacher(Teacher):
 
     summary: the first of the tokens before the patches; without such tokens the pooled output, or else the mean of the
     features. features: patch tokens, or the last feature map, of the last hidden state.
+
+    Args:
+        trust_remote_code: runs the code in the checkpoint's repository or folder, if transformers lacks the model.
+        revision: commit, tag or branch of the Hub; with code, name the commit that you have read.
     """
 
-    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
-        from transformers import MODEL_MAPPING, AutoConfig
-
-        config = AutoConfig.from_pretrained(checkpoint)
-        kind: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
-        if getattr(kind, "main_input_name", None) != "pixel_values":
-            raise ValueError(f"{checkpoint} has model_type {config.model_type!r}, which is no vision model")
-        heads = ("classifier.", "lm_head.", "decoder.", "head.")
-        model = _load_pretrained(checkpoint, "AutoModel", dtype, unused=heads, optional=("pooler.",))
+    def __init__(
+        self,
+        checkpoint: str,
+        image_size: int | None = None,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ):
+        model = _any_vision_model(checkpoint, dtype, trust_remote_code, revision)
         native = getattr(model.config, "image_size", 224)
         if not isinstance(native, int):
             raise ValueError(f"{checkpoint} takes {native} images, but a teacher's input must be square")
@@ -273,7 +252,9 @@ class VisionModelTeacher(Teacher):
                 output = model(torch.zeros(1, 3, size, size, dtype=model.dtype), **options)
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{checkpoint} does not take images of {size} x {size}: {error}") from error
-        hidden = output.last_hidden_state  # (1, prefix + h*w, C) or (1, C, h, w)
+        hidden = getattr(output, "last_hidden_state", None)  # (1, prefix + h*w, C) or (1, C, h, w)
+        if hidden is None:
+            raise ValueError(f"{checkpoint} returns a {type(output).__name__}, which has no last_hidden_state")
         if hidden.ndim == 4:
             width, side, prefix = hidden.shape[1], hidden.shape[2], 0
         else:
@@ -290,7 +271,7 @@ class VisionModelTeacher(Teacher):
             patch_size=size // side,
             summary_dim=width if pooled is None else pooled.shape[1],
             feature_dim=width,
-            **_normalisation(checkpoint),
+            **normalization(checkpoint, revision),
             dtype=dtype,
         )
         self.prefix, self.is_pooled, self.options = prefix, pooled is not None, options
@@ -309,6 +290,35 @@ class VisionModelTeacher(Teacher):
         return TeacherOutput(summary, features, grid)
 
 
+def _any_vision_model(checkpoint: str, dtype: str, trust_remote_code: bool, revision: str | None) -> Any:
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    if not isinstance(trust_remote_code, bool):  # "false" would count as true
+        raise ValueError(f"trust_remote_code={trust_remote_code!r} is neither true nor false")
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, **code)
+    except ValueError as error:
+        written = config_dict(checkpoint, revision)
+        if trust_remote_code or "auto_map" not in written:
+            raise ValueError(
+                f"{checkpoint} has model_type {written.get('model_type')!r}, which transformers cannot open: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        raise ValueError(
+            f"{checkpoint} has model_type {written.get('model_type')!r}, which only code of its own can open: read it "
+            "and, if you trust it, set options: {trust_remote_code: true, revision: THE COMMIT THAT YOU READ}"
+        ) from error
+    kind: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    if not trust_remote_code and getattr(kind, "main_input_name", None) != "pixel_values":
+        raise ValueError(f"{checkpoint} has model_type {config.model_type!r}, which is no vision model")
+    heads = ("classifier.", "lm_head.", "decoder.", "head.")
+    model = load_pretrained(checkpoint, "AutoModel", dtype, heads, config, optional=("pooler.",), **code)
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"{checkpoint} is a {type(model).__name__}, which takes {model.main_input_name}, no images")
+    return model
+
+
 BY_MODEL_TYPE: dict[str, Callable[..., Teacher]] = {
     "clip": ClipTeacher,
     "clip_vision_model": ClipTeacher,
@@ -320,6 +330,9 @@ BY_MODEL_TYPE: dict[str, Callable[..., Teacher]] = {
     "siglip2": Siglip2Teacher,
     "siglip2_vision_model": Siglip2Teacher,
     "internvl_vision": InternVitTeacher,
+    "internvl": InternVitTeacher,
+    "intern_vit_6b": InternVitTeacher,
+    "internvl_chat": InternVitTeacher,
     "sam": SamTeacher,
     "sam_vision_model": SamTeacher,
     "radio": RadioTeacher,
@@ -336,7 +349,8 @@ def transformers_teacher(
         checkpoint: Hub id or local folder (config, weights and preprocessor_config.json).
         image_size: None for the configuration's own; otherwise the model interpolates its position embeddings itself.
         dtype: of weights and activations.
-        options: `features` for SAM, `adaptor` for RADIO.
+        options: `features` for SAM, `adaptor` for RADIO; `trust_remote_code` and `revision` for a type without a
+            teacher of its own.
 
     Raises:
         FileNotFoundError: for a path where no folder is.
@@ -349,79 +363,13 @@ def transformers_teacher(
             f"there is no folder {checkpoint}; give an existing one, or a Hub id such as owner/name"
         )
     try:
-        model_type = _config_dict(checkpoint).get("model_type")
+        model_type = config_dict(checkpoint, options.get("revision")).get("model_type")
     except OSError as error:
         if Path(checkpoint).is_dir():
             raise
         raise FileNotFoundError(f"there is no folder {checkpoint}, and as a Hub id it failed: {error}") from error
-    if model_type is None:
+    if model_type is None and not options.get("trust_remote_code"):
         raise ValueError(f"the configuration of {checkpoint} names no model_type, so it is no transformers model")
-    teacher = BY_MODEL_TYPE.get(model_type, VisionModelTeacher)
+    teacher = BY_MODEL_TYPE.get(model_type or "", VisionModelTeacher)
     check_options(f"the {model_type} teacher", teacher, options)
     return teacher(checkpoint, image_size, dtype, **options)
-
-
-def _config_dict(checkpoint: str) -> dict[str, Any]:
-    from transformers import PretrainedConfig
-
-    return PretrainedConfig.get_config_dict(checkpoint)[0]
-
-
-def _load_pretrained(
-    checkpoint: str,
-    model_class: Any,
-    dtype: str,
-    unused: tuple[str, ...] = (),
-    config: Any = None,
-    optional: tuple[str, ...] = (),
-) -> Any:
-    """Load strictly: every parameter must come from the checkpoint, but for those that start with `optional` (whose
-    output nobody reads then), and its other keys must start with `unused`."""
-    import transformers
-
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    if isinstance(model_class, str):
-        model_class = getattr(transformers, model_class)
-    # Its own report would warn of the text tower, which is left out on purpose; what is wrong is raised below.
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        model, info = model_class.from_pretrained(
-            checkpoint, config=config, dtype=DTYPES[dtype], ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except pickle.UnpicklingError as error:
-        raise ValueError(unsafe_file_message(checkpoint)) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
-    mismatched = sorted(str(entry) for entry in info["mismatched_keys"])
-    unexpected = sorted(
-        key for key in info["unexpected_keys"] if not key.startswith(unused) and not key.endswith("position_ids")
-    )
-    if missing or unexpected or mismatched:
-        raise ValueError(
-            f"{checkpoint} does not fit {type(model).__name__}: missing keys {missing}, unexpected keys {unexpected}, "
-            f"keys of other shapes {mismatched}"
-        )
-    return model
-
-
-def _normalisation(checkpoint: str) -> dict[str, list[float]]:
-    """mean and std for images in [0, 1], from the checkpoint's image processor."""
-    from transformers import BaseImageProcessor
-
-    try:
-        processor, _ = BaseImageProcessor.get_image_processor_dict(checkpoint)
-    except OSError as error:
-        raise ValueError(
-            f"{checkpoint} has no preprocessor_config.json, so its normalisation is unknown: save its image processor "
-            "into the same folder (AutoImageProcessor ... .save_pretrained)"
-        ) from error
-    if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-        raise ValueError(f"{checkpoint} rescales pixels by {processor['rescale_factor']}, but only 1/255 is supported")
-    if not processor.get("do_normalize", True):
-        return {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-    if "image_mean" not in processor or "image_std" not in processor:
-        raise ValueError(f"the preprocessor_config.json of {checkpoint} names no image_mean and image_std")
-    return {"mean": processor["image_mean"], "std": processor["image_std"]}

@@ -118,8 +118,8 @@ def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[st
     """PHI-S has a rotation for the width of every head of features, and enough vectors to find it."""
     if recipe.loss.standardization != "phi_s":
         return
-    for name, adaptor in student.config.adaptors.items():
-        channels = adaptor["feature_dim"]
+    for name in recipe.teachers:
+        channels = student.config.adaptors[name]["feature_dim"]
         if channels is None:
             continue
         try:

@@ -1,7 +1,6 @@
 """One distillation step: images -> teachers' targets -> student's heads -> losses (paper section 3.4)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +8,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.teachers import Teacher, TeacherOutput
+from transformers_radio.teachers import Teacher, TeacherOutput, portable_checkpoint
 
 from .balancing import build_balancing
 from .cache import TeacherCaches, cache_name
+from .continued import continued_student
 from .losses import common_grid, cosine_loss, match_loss, resize_grid
 from .phi_s import PhiS
-from .recipe import LossRecipe, Recipe
+from .recipe import LossRecipe, Recipe, TeacherRecipe
 from .spectral import add_spectral_reparam
 from .weight_noise import add_weight_noise
 
@@ -28,6 +28,7 @@ class TeacherShape:
     feature_dim: int
     image_size: int
     patch_size: int
+    weights: str = ""  # a hash, where the student's config is to name it
 
     @classmethod
     def of(cls, teacher: Teacher) -> "TeacherShape":
@@ -95,15 +96,23 @@ def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioMod
             "feature_dim": teachers[name].feature_dim if has_features[name] else None,
             "hidden_dim": recipe.student.head_hidden_dim or widest,
             "summary_token": 0,
-            "teacher": f"{spec.type}:{spec.checkpoint}",
+            "teacher": _teacher_name(spec),
+            "teacher_weights": teachers[name].weights,
         }
         for name, spec in recipe.teachers.items()
     }
     try:
-        student = _continued(recipe, adaptors) if recipe.student.checkpoint else _fresh(recipe, adaptors)
+        student = continued_student(recipe, adaptors) if recipe.student.checkpoint else _fresh(recipe, adaptors)
     except (StrictDataclassError, TypeError) as error:  # a field of student.config has a wrong type
         raise ValueError(f"student.config {recipe.student.config}: {error}") from error
     return student
+
+
+def _teacher_name(spec: TeacherRecipe) -> str:
+    """TYPE:CHECKPOINT as a published student may name it: without the folders of this machine."""
+    if spec.type == "python":
+        return f"python:{spec.options.get('target') or spec.checkpoint}"
+    return f"{spec.type}:{portable_checkpoint(spec.checkpoint)}"
 
 
 def _fresh(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
@@ -125,48 +134,22 @@ def _fresh(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
     return RadioModel(config)
 
 
-def _continued(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
-    """The student of a checkpoint with its own heads for the teachers it knows, and new heads for the others."""
-    checkpoint = recipe.student.checkpoint
-    if not Path(str(checkpoint)).is_dir() and str(checkpoint).count("/") > 1:
-        raise ValueError(f"student.checkpoint is {checkpoint!r}; there is no such folder")
-    config = RadioConfig.from_pretrained(checkpoint)
-    taken = {adaptor["summary_token"] for adaptor in config.adaptors.values() if adaptor["summary_dim"] is not None}
-    free = iter([token for token in range(config.num_cls_tokens) if token not in taken])
-    for name, adaptor in adaptors.items():
-        known = config.adaptors.get(name)
-        if known is None:
-            adaptor["summary_token"] = 0 if adaptor["summary_dim"] is None else next(free, 0)
-            continue
-        for width in ("summary_dim", "feature_dim"):
-            if adaptor[width] is not None and adaptor[width] != known[width]:
-                raise ValueError(
-                    f"student.checkpoint {checkpoint} has an adaptor {name!r} with {width} {known[width]}, but "
-                    f"teachers.{name} needs {adaptor[width]}; give this teacher another name, or use the one it was "
-                    "trained with"
-                )
-        adaptors[name] = known
-    new = [f"adaptors.{name}." for name in adaptors if name not in config.adaptors]
-    config = RadioConfig.from_dict({**config.to_dict(), **recipe.student.config, "adaptors": adaptors})
-    return RadioModel.from_pretrained(checkpoint, config=config, allow_missing=new)
-
-
 def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioModel:
     """The student of a stage: of `full`, with the heads of the teachers up to this stage.
 
-    Heads of teachers that came and went stay, and rest.
+    Heads of teachers that came and went stay, and rest; so do those that a checkpoint brought and nobody teaches.
     """
     met: list[str] = []
     for name, stage in recipe.stages.items():
         met += stage.teacher_names(recipe)
         if name == stage_name:
             break
-    kept = [name for name in full.adaptors if name in met]
+    kept = [name for name in full.adaptors if name in met or name not in recipe.teachers]
     resting = set(kept) - set(recipe.stages[stage_name].teacher_names(recipe))
     config = RadioConfig.from_dict(
         {**full.config.to_dict(), "adaptors": {name: full.config.adaptors[name] for name in kept}}
     )
-    summarised = {name for name in kept if full.config.adaptors[name]["summary_dim"] is not None}
+    summarised = {name for name in kept if name in met and full.config.adaptors[name]["summary_dim"] is not None}
     # what its image processor resizes to
     config.preferred_resolution = recipe.stages[stage_name].preferred_resolution(summarised)
     with torch.device("meta"):

@@ -43,9 +43,8 @@ def write_student(
         standardize: of teachers whose heads predict standardised features: the inverse goes into their last Linear.
     """
     state = {**model_state, **(averages or {})}
-    state = fold_spectral(
-        {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    )
+    state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    state = fold_spectral(state, averaged=averages is not None)
     config = RadioConfig.from_dict(student.config.to_dict())
     with torch.device("meta"):
         plain = RadioModel(config)

@@ -4,6 +4,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,8 +79,11 @@ def load_teacher(name: str, spec: TeacherRecipe) -> Teacher:
 
 
 def gather_shapes(accelerator: Accelerator, recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, TeacherShape]:
-    """The shapes of all teachers of the recipe, on every process."""
-    own = [(name, TeacherShape.of(teacher)) for name, teacher in teachers.items()]
+    """The shapes of all teachers of the recipe, and hashes of their weights, on every process."""
+    own = [
+        (name, replace(TeacherShape.of(teacher), weights=digest_weights(teacher)))
+        for name, teacher in teachers.items()
+    ]
     known = dict(gather_object(own))
     return {name: known[name] for name in recipe.teachers if name in known}
 
@@ -118,7 +122,7 @@ def open_caches(
                 seen[cache] += math.ceil(recipe.stages[stage].steps * group.rate) * group.batch_size
                 served |= {cache} if group.index is not None else set()
 
-    weights = dict(gather_object([(name, _digest(teacher)) for name, teacher in teachers.items()]))
+    layers = dict(gather_object([(name, _layers(teacher)) for name, teacher in teachers.items()]))
 
     def look() -> dict[str, dict]:
         images = count_images(recipe.data)
@@ -130,7 +134,12 @@ def open_caches(
         files = {name: one.fingerprint for name, one in ImageStream(recipe.data, [1], 1, 0).sources.items()}
         return {
             cache: cache_fingerprint(
-                recipe.teachers[name], weights[name], shapes[name].image_size, recipe.data, files, sides[cache]
+                recipe.teachers[name],
+                f"{shapes[name].weights}-{layers[name]:08x}",
+                shapes[name].image_size,
+                recipe.data,
+                files,
+                sides[cache],
             )
             for cache, name in of.items()
         }
@@ -138,10 +147,9 @@ def open_caches(
     return TeacherCaches(accelerator, folder, on_main_process(accelerator, look), served)
 
 
-def _digest(teacher: Teacher) -> str:
-    """Of its weights, and of its layers: the same weights with another activation give other outputs."""
-    layers = repr(teacher).replace("FSDP", "")  # sharding renames them
-    return f"{digest_weights(teacher)}-{zlib.crc32(layers.encode()):08x}"
+def _layers(teacher: Teacher) -> int:
+    """A checksum of its layers: the same weights with another activation give other outputs."""
+    return zlib.crc32(repr(teacher).replace("FSDP", "").encode())  # sharding renames them
 
 
 def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:

@@ -19,7 +19,7 @@ from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
 from .partition import Group, stage_groups
 from .placement import load_teacher, sharding_ranks
 from .processes import resolve_precision, warn_of_slow_precision
-from .recipe import Recipe, StageRecipe, TeacherRecipe
+from .recipe import Recipe, StageRecipe, TeacherRecipe, expand_paths
 from .validate import validate
 
 # In characters: all tables fit.
@@ -39,6 +39,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     Raises:
         ValueError: recipe, teachers and number of processes do not fit together; an unknown GPU.
     """
+    recipe = expand_paths(recipe)
     validate(recipe)  # it may have been made or changed in Python
     if processes < 1:
         raise ValueError(f"processes is {processes}; expected 1 or more")

@@ -1,7 +1,8 @@
 """A recipe is one YAML file over these dataclasses; every field can be overridden as `key=value`."""
 
 import difflib
-from dataclasses import dataclass, field, is_dataclass
+import os
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,6 +25,7 @@ class StudentRecipe:
         default_factory=dict
     )  # fields of RadioConfig that differ from the size's (checkpoint's)
     checkpoint: str | None = None  # a student's folder or Hub id, in place of `size`
+    keep_adaptors: list[str] | None = None  # the checkpoint's without a teacher here that stay, frozen; null: all
     summary: str = "cls_per_teacher"  # cls_per_teacher | cls | mean (paper Table 5)
     head_hidden_dim: int | None = None  # null: the widest teacher (paper section 3.2)
     gradient_checkpointing: bool = False
@@ -173,7 +175,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ValueError: an unknown field (with the nearest known one), a wrong type, a missing value, or values that do
             not fit together. The message names the field, the value and what was expected.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}; recipes are YAML files, see the folder recipes/")
     overrides = list(overrides or [])
     for override in overrides:
@@ -200,8 +203,20 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     assert isinstance(recipe, Recipe)
     if recipe.mixed_precision == "False":  # YAML reads a bare no as false
         recipe.mixed_precision = "no"
+    recipe = expand_paths(recipe)
     validate(recipe)
     return recipe
+
+
+def expand_paths(recipe: Recipe) -> Recipe:
+    """A copy with `~` expanded in the paths that training opens itself; data and teachers expand their own."""
+    student, cache = recipe.student, recipe.teacher_cache
+    return replace(
+        recipe,
+        output_dir=os.path.expanduser(recipe.output_dir),
+        teacher_cache=None if cache is None else os.path.expanduser(cache),
+        student=replace(student, checkpoint=student.checkpoint and os.path.expanduser(student.checkpoint)),
+    )
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -54,7 +54,8 @@ class SpectralReparam(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         # copies: power steps move u and v in place, and a backward may come after the next one
-        return _scaled(weight, self.scale, self._u.clone(), self._v.clone(), self._sn_version)
+        sigma = _sigma(weight, self._u.clone(), self._v.clone())
+        return _scaled(weight, self.scale, sigma, self._sn_version)
 
     @torch.no_grad()
     def power_step(self, weight: torch.Tensor) -> None:
@@ -98,8 +99,12 @@ def has_spectral_reparam(model: nn.Module) -> bool:
     return any(isinstance(module, SpectralReparam) for module in model.modules())
 
 
-def fold_spectral(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fold_spectral(state_dict: dict[str, torch.Tensor], averaged: bool = False) -> dict[str, torch.Tensor]:
     """A state dict with W' as plain `weight` in place of each reparametrised one; all other keys stay as they are.
+
+    Args:
+        averaged: the weights are averages over training, and u and v were found for the last ones: W' is then W *
+            scale / sigma with the largest singular value of W itself.
 
     Raises:
         ValueError: a parametrisation has other keys than those of this module, or lacks some.
@@ -118,18 +123,21 @@ def fold_spectral(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
             scale, u, v = (state_dict[f"{linear}{mark}{name}"] for name in _PARTS[1:4])
             version = state_dict.get(f"{linear}{mark}{_PARTS[4]}", torch.tensor(1, device=value.device))
             with torch.no_grad():
-                folded[f"{linear}weight"] = _scaled(value, scale, u, v, version)
+                sigma = torch.linalg.matrix_norm(value.float(), ord=2) if averaged else _sigma(value, u, v)
+                folded[f"{linear}weight"] = _scaled(value, scale, sigma, version)
     return folded
 
 
-def _scaled(
-    weight: torch.Tensor, rho: torch.Tensor, u: torch.Tensor, v: torch.Tensor, version: torch.Tensor
-) -> torch.Tensor:
+def _sigma(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """u^T W v, in float32: in half precision it would be off by more than a training step changes."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.dot(u.float(), weight.float() @ v.float())
+
+
+def _scaled(weight: torch.Tensor, rho: torch.Tensor, sigma: torch.Tensor, version: torch.Tensor) -> torch.Tensor:
     """W' (out, in), computed in float32, in the dtype of the weight."""
-    # products of vectors in half precision would be off by more than a training step changes
     with torch.autocast(weight.device.type, enabled=False):
         matrix, rho = weight.float(), rho.float()
-        sigma = torch.dot(u.float(), matrix @ v.float())
         scale = torch.where(version > 1, F.softplus(rho) + _SMALLEST_SCALE, rho)
         return (matrix * (scale / (sigma + _EPS))).to(weight.dtype)
 

@@ -36,7 +36,7 @@ from .partition import Group, passes_in_step, stage_groups
 from .placement import build_teachers, gather_shapes, open_caches
 from .processes import build_accelerator, on_main_process, settle_precision
 from .progress import Log, StopSignal, TermSums, to_device
-from .recipe import Recipe
+from .recipe import Recipe, expand_paths
 from .run_folder import find_run, open_run, truncate_metrics
 from .spectral import power_steps
 from .statistics import standardize_teachers
@@ -66,6 +66,7 @@ def train(recipe: Recipe) -> TrainResult:
         FloatingPointError: a loss is NaN or infinite; the last good checkpoint is kept.
         OSError: a checkpoint could not be written; the last good one is kept.
     """
+    recipe = expand_paths(recipe)
     validate(recipe)  # it may have been made or changed in Python
     output_dir = Path(recipe.output_dir)
     recipe = settle_precision(recipe)

@@ -78,6 +78,7 @@ def _validate_student(recipe: "Recipe") -> None:
     _one_of("student.summary", student.summary, ("cls_per_teacher", "cls", "mean"))
     if student.checkpoint is None:
         _one_of("student.size", student.size, tuple(RadioConfig.sizes()))
+        _require(student.keep_adaptors is None, "student.keep_adaptors", student.keep_adaptors, "a student.checkpoint")
     else:  # the checkpoint says this already
         for name in ("summary", "head_hidden_dim"):
             default = next(f.default for f in fields(student) if f.name == name)
