@@ -208,7 +208,7 @@ class LaneBatches(IterableDataset):
 
 
 def init_worker(worker_id: int) -> None:
-    import fsspec
+    from fsspec.asyn import reset_lock
 
     torch.set_num_threads(1)  # one core per worker: the workers are the parallelism
     # Ctrl-C, and the SIGTERM of a cluster that wants the job to end, reach the workers too. They have to live on, for
@@ -221,7 +221,7 @@ def init_worker(worker_id: int) -> None:
         threading.Thread(target=_exit_when_terminated_by, args=[parent.pid], daemon=True).start()
     exit_with_parent()
     warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, once per image
-    fsspec.asyn.reset_lock()  # a lock of remote file systems does not survive the fork
+    reset_lock()  # a lock of remote file systems does not survive the fork
 
 
 def exit_with_parent(worker_id: int = 0) -> None:

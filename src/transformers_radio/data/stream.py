@@ -317,11 +317,12 @@ class ImageStream:
         # Once the others have started, what they hold is no longer free and must not be counted twice.
         if ranks * needed <= (usage.free if before_start else usage.total) and needed <= usage.free:
             return
+        of_all = f" on each of {ranks} ranks of this machine" if ranks > 1 else ""
         raise ValueError(
             f"{self.config.num_workers} workers need {needed / 2**20:.0f} MiB of shared memory for batches of"
-            f" {self.batch_size} images at {self.resolutions}, on each of {ranks} ranks of this machine, but /dev/shm"
-            f" has {usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB left. Lower data.num_workers or the batch"
-            " size, or enlarge it (in Docker: --shm-size)."
+            f" {self.batch_size} images at {self.resolutions}{of_all}, but /dev/shm has {usage.free / 2**20:.0f} MiB"
+            f" left of {usage.total / 2**20:.0f}. Lower data.num_workers or the batch size, or enlarge it (in Docker:"
+            " --shm-size)."
         )
 
     def _paths(self) -> str:
