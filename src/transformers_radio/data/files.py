@@ -113,7 +113,9 @@ def _choices(inside: str) -> list[str]:
     step = 1 if int(first) <= int(last) else -1
     is_padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
     width = max(len(first), len(last)) if is_padded else 0
-    numbers = range(int(first), int(last) + step, step)[: MAX_EXPANDED + 1]
+    numbers = range(int(first), int(last) + step, step)
+    if len(numbers) > MAX_EXPANDED:
+        raise ValueError(f"{{{inside}}} stands for more than {MAX_EXPANDED:,} files.")
     return [f"{number:0{width}}" for number in numbers]
 
 
