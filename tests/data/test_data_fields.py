@@ -89,7 +89,8 @@ def test_other_columns_of_parquet_files_may_be_anything(tmp_path):
         write(tmp_path / f"{next(names)}.parquet", {"image": [PHOTOS[0]], **label})
     write(tmp_path / f"{next(names)}.parquet", {"image": [{"bytes": PHOTOS[0], "path": "x.jpg"}], "label": [None]})
     write(tmp_path / f"{next(names)}.parquet", {"image": pa.array([PHOTOS[0]], pa.large_binary())})
-    assert list(records_of(tmp_path).values()) == [PHOTOS[0]] * 7
+    write(tmp_path / f"{next(names)}.parquet", {"image": [{"bytes": PHOTOS[0]}, {"bytes": None}]})
+    assert list(records_of(tmp_path).values()) == [PHOTOS[0]] * 8 + [b""]
 
 
 def test_the_first_parquet_file_may_have_no_rows(tmp_path):

@@ -189,7 +189,7 @@ class Source:
 
     def read(self, image: Any) -> bytes:
         """`read_image` of what `records` yields, tried again while a server fails."""
-        path = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
+        path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
         if not isinstance(path, str) or not is_url(path):
             return read_image(image)
         what = f"{path[:LONGEST_PATH]} of {self.path}"
