@@ -103,7 +103,7 @@ class HttpFileSystem(AbstractFileSystem):
 
     def __init__(self, block_size=2**16, **options):
         super().__init__(block_size=block_size, **options)
-        self.block_size = block_size  # 0: one request for the whole file, read as it comes
+        self.block_size = block_size
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -116,9 +116,10 @@ class HttpFileSystem(AbstractFileSystem):
         except Exception as error:
             raise FileNotFoundError(path) from error
 
-    def _open(self, path, mode="rb", block_size=None, **kwargs):
-        size = self.info(path)["size"]
-        return _Blocks(self, path, mode, self.block_size, size=size) if self.block_size else _Stream(path)
+    def _open(self, path, mode="rb", block_size=None, cache_options=None, **kwargs):
+        size, block_size = self.info(path)["size"], self.block_size if block_size is None else block_size
+        # 0: one request for the whole file, read as it comes
+        return _Blocks(self, path, mode, block_size, size=size, **kwargs) if block_size else _Stream(path)
 
 
 class _Stream:
@@ -126,9 +127,9 @@ class _Stream:
         self.answer = urllib.request.urlopen(url, timeout=10)
         self.left = int(self.answer.headers.get("Content-Length") or -1)
 
-    def read(self, count: int) -> bytes:
-        data = self.answer.read(count)
-        if self.left >= 0:
+    def read(self, count: int = -1) -> bytes:
+        data = self.answer.read(count)  # of everything: raises by itself when the connection ends early
+        if self.left >= 0 and count >= 0:
             self.left -= len(data)
             if len(data) < count and self.left:
                 raise http.client.IncompleteRead(data, self.left)

@@ -1,12 +1,14 @@
 """What decoding and cropping return, against Pillow, torchvision, numpy and closed forms."""
 
 import io
+import struct
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from sample_images import encode, picture
 from scipy.stats import ks_2samp
 from skimage.data import astronaut
@@ -297,3 +299,59 @@ def test_horizontal_flip_mirrors_half_of_the_crops_and_nothing_else():
             assert (maybe.int() - plain.flip(2).int()).abs().max() <= 1  # resizing a mirrored image rounds anew
             flipped += 1
     assert 10 < flipped < 30
+
+
+def png_with(*chunks: tuple[bytes, bytes], behind: bool = False, damaged: bool = False) -> bytes:
+    """A PNG with these (name, content) before its pixels, or behind them."""
+    whole_file = encode(picture(3), "PNG")
+    added = b""
+    for name, content in chunks:
+        checksum = zlib.crc32(name + content) ^ damaged
+        added += struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+    place = whole_file.index(b"IEND" if behind else b"IDAT") - 4
+    return whole_file[:place] + added + whole_file[place:]
+
+
+LONG = zlib.compress(b"x" * 3_000_000)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"Comment\0\0" + LONG)],
+        [(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG)],
+        [(b"iCCP", b"profile\0\0" + LONG)],
+        [(b"tEXt", b"prompt\0" + b"x" * 4000), (b"tEXt", b"workflow\0" + b"x" * 4000)],
+        [(b"iCCP", b"profile\0\7" + zlib.compress(b"x"))],
+    ],
+    ids=["comment", "xmp", "profile", "many texts", "profile of unknown compression"],
+)
+def test_long_texts_and_profiles_do_not_cost_the_image(chunks, behind, monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 5000)  # 64 MB
+    data = png_with(*chunks, behind=behind)
+    with pytest.raises((ValueError, SyntaxError, UnidentifiedImageError)):  # or this would say nothing
+        Image.open(io.BytesIO(data)).load()
+    assert np.array_equal(np.asarray(decode_rgb(data)), np.asarray(picture(3)))
+    assert torch.equal(whole(data, [32], 40, 32)[32], whole(encode(picture(3), "PNG"), [32], 40, 32)[32])
+
+
+def test_a_damaged_text_costs_neither_the_image_nor_its_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = png_with((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    place = data.index(b"IDAT") - 4
+    text = png_with((b"tEXt", b"a\0b"), damaged=True)
+    start = text.index(b"tEXt") - 4
+    data = data[:place] + text[start : start + 15] + data[place:]
+    assert np.array_equal(np.asarray(decode_rgb(data)), np.rot90(np.asarray(picture(3)), -1))
+
+
+def test_damaged_pixels_of_a_png_are_still_noticed():
+    data = bytearray(encode(picture(3), "PNG"))
+    data[data.index(b"IDAT") + 60] ^= 255
+    assert reason(bytes(data)) in ("undecodable", "truncated")
+    data = png_with((b"zTXt", b"Comment\0\0" + LONG))
+    assert reason(data[:-200]) == "truncated"
+    assert reason(data[: data.index(b"IDAT") + 40]) == "truncated"
+    assert reason(data[:60]) in ("truncated", "undecodable")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from processes import wait_for_the_end_of
 from sample_images import encode, picture, write_tar
 
 from transformers_radio.data import Batch, DataConfig, ImageStream, merge_states
@@ -65,16 +66,19 @@ def uninterrupted(source) -> list[Batch]:
 
 
 def test_resume_at_every_step(source, uninterrupted):
-    """Saved by one process and resumed by two workers, or the other way round, in turn."""
-    for stopped_at in range(STEPS):
-        workers, other_workers = [(0, 2), (2, 0), (2, 1), (1, 2)][stopped_at % 4]
-        first = stream_of(source, workers)
-        before = take(first, stopped_at)
-        state = json.loads(json.dumps(first.state_dict()))
-        resumed = stream_of(source, other_workers)
-        resumed.load_state_dict(state)
-        assert resumed.state_dict() == state
-        assert_same(before + take(resumed, min(6, STEPS - stopped_at)), uninterrupted[: stopped_at + 6])
+    """Saved by one process or by workers, and resumed by the other, at every step."""
+    for workers in (0, 2):
+        stream, states = stream_of(source, workers), []
+        batches = iter(stream)
+        for step in range(STEPS):
+            states.append(json.loads(json.dumps(stream.state_dict())))
+            assert_same([next(batches)], uninterrupted[step : step + 1])
+        stream.close()
+        for stopped_at, state in enumerate(states):
+            resumed = stream_of(source, 2 if workers == 0 and stopped_at % 8 == 3 else 0)
+            resumed.load_state_dict(state)
+            assert resumed.state_dict() == state
+            assert_same(take(resumed, min(6, STEPS - stopped_at)), uninterrupted[stopped_at : stopped_at + 6])
 
 
 def test_resume_by_other_numbers_of_ranks(source, uninterrupted):
@@ -120,13 +124,15 @@ def test_state_is_that_of_the_batches_taken_not_of_those_prefetched(source, unin
 
 
 SCRIPT = """
-import hashlib, json, os, sys
+import hashlib, json, multiprocessing, os, sys
 from transformers_radio.data import DataConfig, ImageStream
 
 path, workers, state_file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 config = DataConfig(path, num_workers=workers, lanes=4, shuffle_window=4, max_skipped_share=0.5)
 stream = ImageStream(config, [16, 24], batch_size=4, seed=7)
 for step, batch in enumerate(stream):
+    if step == 0:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     if step == 15:
         input()  # waits to be killed
     digest = hashlib.sha256(batch.images[24].numpy().tobytes()).hexdigest()
@@ -137,7 +143,7 @@ for step, batch in enumerate(stream):
 """
 
 
-def test_resume_after_sigkill(broken_tars, tmp_path):
+def test_resume_after_sigkill_which_ends_the_workers_too(broken_tars, tmp_path):
     expected = take(stream_of(broken_tars), STEPS)
     state_file = tmp_path / "state.json"
     process = subprocess.Popen(
@@ -146,9 +152,12 @@ def test_resume_after_sigkill(broken_tars, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
+    workers = [int(pid) for pid in process.stdout.readline().split()]
     printed = [process.stdout.readline().strip() for _ in range(7)]
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    assert len(workers) == 2
+    wait_for_the_end_of(workers)
     assert printed == [
         " ".join([hashlib.sha256(batch.images[24].numpy().tobytes()).hexdigest(), *batch.keys])
         for batch in expected[:7]

@@ -186,6 +186,8 @@ def test_paths_that_hold_nothing(tmp_path, photos):
 
 
 def test_a_path_that_is_neither_local_nor_reachable(monkeypatch):
+    monkeypatch.setattr("transformers_radio.data.listing.FIRST_OPENING_SECONDS", 0)
+
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub")
 

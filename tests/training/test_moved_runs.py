@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from transformers_radio.data import SourceError
+from transformers_radio.data import SourceError, listing
+from transformers_radio.data.files import find_files
 from transformers_radio.training import load_recipe, train
 
 # Nothing is drawn at random by each pass, so that runs with other passes can be compared.
@@ -55,6 +56,24 @@ def test_other_passes_are_refused_within_a_stage_unless_the_data_restarts(make_r
     cut_back(tmp_path / "moved", 9)
     assert train(load_recipe(recipe, [*halves, "restart_data=true"])).step == 12
     assert "begins again" in caplog.text and "had 4 images in a pass" in caplog.text
+
+
+def test_a_run_lists_its_images_once(make_recipe, image_folder, tmp_path, monkeypatch):
+    """However many streams its stages open; what arrives meanwhile does not change the data of a later stage."""
+    images, listed = tmp_path / "photos", []
+    shutil.copytree(image_folder, images)
+
+    def list_and_add_one(path, split, where):
+        found = find_files(path, split, where)
+        listed.append(path)
+        shutil.copy(images / "part0" / "00.png", images / f"{len(listed)}.png")
+        return found
+
+    monkeypatch.setattr("transformers_radio.data.listing.find_files", list_and_add_one)
+    stages = ["stages.main.steps=3", "stages.more={steps: 2, resolution: 32, batch_size: 4}"]
+    assert train(load_recipe(make_recipe(images=images), stages)).step == 5
+    assert listed == [str(images)]
+    assert not listing._kept  # another run looks anew
 
 
 def test_a_new_stage_has_passes_of_its_own(make_recipe, tmp_path):

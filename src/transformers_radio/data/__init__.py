@@ -3,6 +3,7 @@
 from .config import DataConfig, SourceConfig
 from .count import count_images
 from .images import decode_rgb, random_crop
+from .listing import keep_files, list_files
 from .source import SourceError
 from .stream import Batch, ImageStream, merge_states
 
@@ -14,6 +15,8 @@ __all__ = [
     "SourceError",
     "count_images",
     "decode_rgb",
+    "keep_files",
+    "list_files",
     "merge_states",
     "random_crop",
 ]

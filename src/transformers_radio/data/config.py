@@ -29,8 +29,9 @@ class DataConfig:
 
     Attributes:
         path: A folder of images (nested as it likes), a webdataset tar or a parquet file, a folder of such files, a
-            glob pattern of any of these, the URL of a tar or parquet file, or the id of a dataset on the Hub.
-        split: Of a Hub dataset, its split. Of a local folder: the sub-folder of this name if there is one; else the
+            glob pattern or {000..999} range of any of these, a .txt file with one of these in each line, the URL of
+            any of them, or the id of a dataset on the Hub. `~` is the home folder.
+        split: Of a Hub dataset, its split. Of a folder: the sub-folder of this name if there is one; else the
             tar or parquet files whose names start with it; else, for `train`, everything.
         name: The configuration of a Hub dataset that has several.
         image_column: The column, or in tars the extension, of the image. Found by itself when there is only one.

@@ -1,21 +1,26 @@
-"""Which files of a local path are read, and what is said about those that are not."""
+"""Which files `data.path` stands for, on a disk or a server, and what is said about those that are not read."""
 
 import glob
+import itertools
+import math
 import os
 import re
 from collections import Counter
 
 from .images import EXTENSIONS
+from .remote import has_wildcard, is_url, list_folder, match, open_stream, without_query
+from .walk import count, listed_names, match_local, walk
 
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 OTHER_SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval)([^a-zA-Z0-9]|$)")
-# Names and extensions that a message lists before it goes on with "and ... more".
-MAX_LISTED = 5
+# {00000..00999} and {a,b}, as shells and webdataset write them.
+BRACES = re.compile(r"\{(\d+\.\.\d+|[^{},]*(?:,[^{},]*)+)\}")
+MAX_EXPANDED = 10_000_000
 
 
 def kind_of(name: str) -> str | None:
-    """The builder of `datasets` that reads a file of this name: imagefolder, webdataset, parquet; None: none does."""
-    lower = name.lower()
+    """The builder of `datasets` for a file of this name: imagefolder, webdataset or parquet; None: it is not read."""
+    lower = without_query(name).lower()
     if lower.endswith(TAR):
         return "webdataset"
     if lower.endswith(PARQUET):
@@ -38,128 +43,196 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it is not clear which files to read.
+        OSError: a server does not answer; see `retry.is_temporary`.
     """
-    if "://" in path:
-        kind = kind_of(path)
-        if kind not in ("webdataset", "parquet"):
-            raise ValueError(f"{where}.path={path!r}: a URL must end in one of {', '.join(TAR + PARQUET)}.")
-        return kind, os.path.dirname(path), [path], []
-    if not os.path.exists(path) and not glob.has_magic(path):
-        if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-            return None, "", [], []
-        raise FileNotFoundError(f"{where}.path={path!r} does not exist.")
-
-    folder = os.path.abspath(path)
-    in_split = os.path.isdir(os.path.join(folder, split))
+    given, path = path, local_path(path)
+    root, in_split = None, False
+    exists = not is_url(path) and os.path.exists(path)
     notes: list[str] = []
-    if os.path.isdir(folder):
-        listed, notes = _walk(os.path.join(folder, split) if in_split else folder)
-        found = [os.path.join(parent, name) for parent, names in listed for name in names]
-    elif os.path.isfile(folder):
-        found = [folder]
+    if (is_url(path) or os.path.isfile(path)) and without_query(path).lower().endswith(".txt"):
+        found, notes = _find_all(_read_list(path), f"{where}.path={given!r}")
+    elif not exists and BRACES.search(path):
+        found, notes = _find_all(expand_braces(path), f"{where}.path={given!r}")
+    elif is_url(path) and not has_wildcard(path) and kind_of(path) is None:
+        root, found = list_folder(path)
+        in_split = any(file.startswith(f"{root}{split}/") for file in found)
+    elif exists and os.path.isdir(path):
+        root = os.path.abspath(path)
+        in_split = os.path.isdir(os.path.join(root, split))
+        folders, notes = walk(os.path.join(root, split) if in_split else root)
+        found = [os.path.join(parent, name) for parent, names in folders for name in names]
+    elif exists or is_url(path) or glob.has_magic(path):
+        found, notes = _find_all([path], f"{where}.path={given!r}")
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        return None, "", [], []
     else:
-        found, notes = _glob(folder)
+        raise FileNotFoundError(f"{where}.path={given!r} does not exist.")
+
+    beside: list[str] = []
+    if in_split and is_url(path):
+        beside = [file for file in found if not file.startswith(f"{root}{split}/")]
+        found = [file for file in found if file.startswith(f"{root}{split}/")]
+    kind, paths, unread = _one_kind(sorted(set(found)), is_folder=root is not None, what=f"{where}.path={given!r}")
+    notes += unread
+    if root is None:
+        return kind, _common_folder(paths), paths, notes
+    if in_split:
+        notes += _beside_url(beside, root, split) if is_url(path) else _beside(root, split, where)
+        return kind, root, paths, notes
+    paths, others = _select_split(path, paths, split, where, by_name=kind != "imagefolder")
+    if others:
+        notes.append(
+            f"left out {count(len(others), 'file')} whose names do not start with {split!r}:"
+            f" {listed_names([file[len(root) :].lstrip(os.sep) for file in others])}"
+        )
+    return kind, root, paths, notes
+
+
+def local_path(path: str) -> str:
+    """The path on this machine, with the home folder in place of `~`; of a server, the URL as it is."""
+    return os.path.expanduser(re.sub(r"^(file|local)://(?=[/~])", "", path))
+
+
+def expand_braces(path: str) -> list[str]:
+    """`{008..010}` -> 008, 009, 010 and `{a,b}` -> a, b, in all combinations.
+
+    Raises:
+        ValueError: there are more than ten million.
+    """
+    parts = BRACES.split(path)  # text, inside of braces, text, ...
+    choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MAX_EXPANDED:
+        raise ValueError(f"{path!r} stands for more than {MAX_EXPANDED:,} files.")
+    return ["".join(combination) for combination in itertools.product(*choices)]
+
+
+def _choices(inside: str) -> list[str]:
+    first, _, last = inside.partition("..")
+    if not (first + last).isdecimal():
+        return inside.split(",")
+    step = 1 if int(first) <= int(last) else -1
+    is_padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
+    width = max(len(first), len(last)) if is_padded else 0
+    numbers = range(int(first), int(last) + step, step)
+    if len(numbers) > MAX_EXPANDED:
+        raise ValueError(f"{{{inside}}} stands for more than {MAX_EXPANDED:,} files.")
+    return [f"{number:0{width}}" for number in numbers]
+
+
+def _read_list(path: str) -> list[str]:
+    """The files, folders and patterns that a text file names; those with no folder of their own are beside it."""
+    with open_stream(path) as file:
+        lines = [line.strip() for line in file.read().decode("utf-8-sig", "replace").splitlines()]
+    paths = [local_path(line) for line in lines if line and not line.startswith("#")]
+    folder = without_query(path).rpartition("/")[0] if is_url(path) else os.path.dirname(os.path.abspath(path))
+    paths = [line if is_url(line) or os.path.isabs(line) else f"{folder}/{line}" for line in paths]
+    return list(itertools.chain.from_iterable(map(expand_braces, paths)))
+
+
+def _find_all(paths: list[str], what: str) -> tuple[list[str], list[str]]:
+    """-> (the files that files, folders and patterns stand for, sentences about what is left out)."""
+    found: list[str] = []
+    notes: list[str] = []
+    names: dict[str, set[str]] = {}  # of local folders: one look at each, and not one at every file
+    missing = []
+    for path in paths:
+        if is_url(path):
+            if has_wildcard(path):
+                matching = match(path)
+            else:
+                matching = [path] if kind_of(path) else list_folder(path)[1]
+        elif kind_of(path) is None and os.path.isdir(path):
+            folders, left_out = walk(os.path.abspath(path))
+            matching = [os.path.join(parent, name) for parent, names_of in folders for name in names_of]
+            notes += left_out
+        elif glob.has_magic(path) and not os.path.exists(path):
+            matching, left_out = match_local(os.path.abspath(path))
+            notes += left_out
+        else:
+            folder, name = os.path.split(os.path.abspath(path))
+            if folder not in names:
+                names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            matching = [os.path.join(folder, name)] if name in names[folder] else []
+        found += matching
+        missing += [] if matching else [path]
+    if missing and len(paths) > 1:
+        raise FileNotFoundError(
+            f"{what}: {count(len(missing), 'file')} of {len(paths)} not found: {listed_names(missing)}."
+        )
+    if len(set(found)) < len(found):
+        notes.append(f"left out {count(len(found) - len(set(found)), 'file')} named more than once")
+    return found, list(dict.fromkeys(notes))
+
+
+def _one_kind(found: list[str], is_folder: bool, what: str) -> tuple[str, list[str], list[str]]:
+    """-> (their kind, the files of it, sentences about the others)."""
     files: dict[str, list[str]] = {}
     unknown = Counter[str]()
-    for file in sorted(found):
-        kind = kind_of(file)
-        name = os.path.basename(file)
-        if kind is not None and not (name.startswith(".") and os.path.isdir(folder)):
+    for file in found:
+        kind, name = kind_of(file), without_query(file).rpartition("/" if is_url(file) else os.sep)[2]
+        if kind is not None and not (name.startswith(".") and is_folder):
             files.setdefault(kind, []).append(file)
         else:
             unknown["hidden" if name.startswith(".") else os.path.splitext(name)[1].lower() or "without ending"] += 1
+    notes = _leave_out_tables(files)
+    kinds = [f"{number} {extension}" for extension, number in unknown.most_common()]
     if not files:
-        other = f" among {len(found)} files" if found else ""
-        raise FileNotFoundError(f"{where}.path={path!r}: found no images, tar or parquet files{other} there.")
+        raise FileNotFoundError(_nothing_found(found, kinds, what))
     if len(files) > 1:
         counts = ", ".join(f"{len(paths)} for {kind} such as {paths[0]}" for kind, paths in files.items())
-        raise ValueError(
-            f"{where}.path={path!r} holds several kinds of files: {counts}. Give a pattern such as /data/*.tar."
-        )
-    kind, paths = next(iter(files.items()))
+        raise ValueError(f"{what} holds several kinds of files: {counts}. Give a pattern such as /data/*.tar.")
     if unknown:
-        kinds = [f"{count} {extension}" for extension, count in unknown.most_common()]
-        notes.append(f"left out {_count(unknown.total(), 'file')} of other kinds: {_listed(kinds)}")
-    if not os.path.isdir(folder):
-        folder = os.path.commonpath([os.path.dirname(file) for file in paths])
-    elif in_split:
-        notes += _beside(folder, split, where)
-    else:
-        paths, others = _select_split(path, paths, split, where, by_name=kind != "imagefolder")
-        if others:
-            notes.append(
-                f"left out {_count(len(others), 'file')} whose names do not start with {split!r}:"
-                f" {_listed([os.path.relpath(file, folder) for file in others])}"
-            )
-    return kind, folder, paths, notes
+        notes.append(f"left out {count(unknown.total(), 'file')} of other kinds: {listed_names(kinds)}")
+    kind, paths = next(iter(files.items()))
+    return kind, paths, notes
 
 
-def _walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """-> (every folder from `root` on with the names of its files, sentences about what was left out).
-
-    Hidden folders are left out. Links to folders are followed, but no folder is read twice: none that a link leads to
-    a second time, and none that holds the root itself.
-    """
-    listed: list[tuple[str, list[str]]] = []
-    refused: list[str] = []
-    hidden: list[str] = []
-    unreadable: list[OSError] = []
-    real_root = os.path.realpath(root)
-    read: set[str] = set()
-    waiting = [root]
-    for start in waiting:
-        real_start = os.path.realpath(start)
-        if real_start in read or (start != root and os.path.commonpath([real_start, real_root]) == real_start):
-            refused.append(os.path.relpath(start, root))
-            continue
-        links = []
-        for parent, folders, names in os.walk(start, onerror=unreadable.append):
-            real_parent = os.path.realpath(parent)
-            if real_parent in read:  # a link to it was met before the link to a folder above it
-                folders.clear()
-                continue
-            read.add(real_parent)
-            listed.append((parent, names))
-            hidden += [os.path.relpath(os.path.join(parent, name), root) for name in folders if name.startswith(".")]
-            folders[:] = [name for name in folders if not name.startswith(".")]  # walk goes into the others alone
-            links += [link for name in folders if os.path.islink(link := os.path.join(parent, name))]
-        waiting += sorted(links)  # after the folders that are really here, whatever order the disk lists them in
-    notes = []
-    if refused:
-        notes.append(f"left out {_count(len(refused), 'link')} to folders that are read anyway: {_listed(refused)}")
-    if hidden:
-        notes.append(f"left out {_count(len(hidden), 'hidden folder')}: {_listed(sorted(hidden))}")
-    if unreadable:
-        reasons = [f"{error.filename} ({error.strerror})" for error in unreadable]
-        notes.append(f"left out {_count(len(reasons), 'folder')} that cannot be opened: {_listed(reasons)}")
-    return listed, notes
+def _nothing_found(found: list[str], kinds: list[str], what: str) -> str:
+    arrow = next((file for file in found if file.endswith(".arrow")), None)
+    if arrow is not None and not is_url(arrow):
+        folder = os.path.dirname(arrow)
+        saved = os.path.exists(os.path.join(folder, "state.json"))
+        load = f"load_from_disk({folder!r})" if saved else f"Dataset.from_file({arrow!r})"
+        writer = ", as save_to_disk writes it" if saved else ""
+        return (
+            f"{what} holds a dataset in Arrow files{writer}; expected images, tar or parquet files. Write it as"
+            f" parquet: datasets.{load}.to_parquet('train.parquet')"
+        )
+    among = f" among {len(found)} files there ({listed_names(kinds)})" if found else " there"
+    advice = ""
+    if is_url(what):
+        advice = (
+            " A server that does not list its files needs their names: .../{00000..00999}.tar, or a text file of URLs."
+        )
+    return f"{what}: found no images, tar or parquet files{among}.{advice}"
 
 
-def _glob(pattern: str) -> tuple[list[str], list[str]]:
-    """-> (the files that match, each once by its shortest path; sentences about what was left out).
+def _leave_out_tables(files: dict[str, list[str]]) -> list[str]:
+    """Leave out parquet files with the texts of the tar, or of the folder of images, of the same name beside them."""
+    others = {file.rpartition(".")[0] for file in files.get("webdataset", [])}
+    others |= {file.rpartition("/")[0] for file in files.get("imagefolder", [])}
+    tables = [file for file in files.get("parquet", []) if others and file.rpartition(".")[0] in others]
+    if not tables:
+        return []
+    files["parquet"] = sorted(set(files["parquet"]) - set(tables))
+    if not files["parquet"]:
+        del files["parquet"]
+    names = listed_names([os.path.basename(file) for file in tables])
+    return [f"left out {count(len(tables), 'parquet file')} beside tars or folders of the same name: {names}"]
 
-    `glob.glob` by itself follows links in circles where it meets `**`, and with two of them for ever.
-    """
-    any_depth = os.sep + "**" + os.sep
-    before, found, after = (pattern + os.sep + "*" if pattern.endswith(any_depth[:-1]) else pattern).partition(
-        any_depth
-    )
-    if not found:
-        return [file for file in glob.glob(pattern) if os.path.isfile(file)], []
-    files, notes = [], []
-    for root in filter(os.path.isdir, glob.glob(before or os.sep)):
-        listed, left_out = _walk(root)
-        notes += left_out
-        for folder, _ in listed:
-            matching, left_out = _glob(os.path.join(glob.escape(folder), after))
-            files += matching
-            notes += left_out
-    real_folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(file) for file in files}}
-    kept: dict[tuple[str, str], str] = {}
-    for file in sorted(files, key=lambda file: (file.count(os.sep), file)):
-        parent, name = os.path.split(file)
-        kept.setdefault((real_folders[parent], name), file)
-    return list(kept.values()), list(dict.fromkeys(notes))
+
+def _common_folder(files: list[str]) -> str:
+    """The deepest folder that all of them are in."""
+    folders = {without_query(file).rpartition("/")[0] + "/" for file in files}
+    return os.path.commonprefix(sorted(folders)).rpartition("/")[0]
+
+
+def _beside_url(beside: list[str], root: str, split: str) -> list[str]:
+    parts = sorted({file[len(root) :].partition("/")[0] for file in beside if kind_of(file)})
+    others = [name for name in parts if not OTHER_SPLITS.match(name.lower())]
+    if not others:
+        return []
+    return [f"reads only its sub-folder {split!r} and leaves out {listed_names(others)} beside it"]
 
 
 def _beside(folder: str, split: str, where: str) -> list[str]:
@@ -176,8 +249,8 @@ def _beside(folder: str, split: str, where: str) -> list[str]:
             names.append(name)
     if not names and not loose:
         return []
-    parts = [f"{_count(len(names), 'folder')} with data ({_listed(names)})"] if names else []
-    parts += [f"{_count(len(loose), 'file')} ({_listed(loose)})"] if loose else []
+    parts = [f"{count(len(names), 'folder')} with data ({listed_names(names)})"] if names else []
+    parts += [f"{count(len(loose), 'file')} ({listed_names(loose)})"] if loose else []
     return [
         f"reads only its sub-folder {split!r} and leaves out {' and '.join(parts)} beside it. To read one of the"
         f" folders, set {where}.split to its name or {where}.path to the folder; to read all, set {where}.path to a"
@@ -204,16 +277,7 @@ def _select_split(path: str, paths: list[str], split: str, where: str, by_name: 
     if split == "train" and paths:
         return paths, []
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
-    hint = f" Its sub-folders are {_listed(names)}: set {where}.split to one of them." if names else ""
+    hint = f" Its sub-folders are {listed_names(names)}: set {where}.split to one of them." if names else ""
     raise ValueError(
         f"{where}.path={path!r} has no split {split!r}: neither a sub-folder nor files of this name.{hint}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

@@ -7,6 +7,7 @@ as in the preprocessing of CLIP, DINOv2 and SAM. Of an animation the first frame
 
 import io
 import math
+import struct
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -23,6 +24,9 @@ FORMATS = tuple(
 EXTENSIONS = tuple(
     sorted(extension for extension, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
 )
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG besides the critical ones that say something about its pixels.
+PNG_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what brings the stored pixels upright (1, or anything else: nothing).
 UPRIGHT = {
@@ -124,7 +128,30 @@ def load_crops(
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header only."""
+    """Read the header only, of a PNG all of it: what Pillow refuses may lie behind the pixels."""
+    if data.startswith(PNG_SIGNATURE):
+        try:
+            image = _open_file(data)
+            _load(image)
+            return image
+        except SkippedImage:  # Pillow gives up over long comments and profiles, or a damaged one
+            data = _only_pixels(data)
+    return _open_file(data)
+
+
+def _only_pixels(png: bytes) -> bytes:
+    """The file without texts, colour profiles and the like."""
+    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start + 8 <= len(png):
+        length, name = struct.unpack_from(">I4s", png, start)
+        end = start + 12 + length  # length, name, content, checksum
+        if name[:1].isupper() or name in PNG_CHUNKS:  # upper case: a reader has to understand it
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _open_file(data: bytes) -> Image.Image:
     if not data:
         raise SkippedImage("missing")
     try:

@@ -44,6 +44,12 @@ def slot_bytes(batch_size: int, resolutions: list[int]) -> int:
     return batch_size * 3 * sum(r * r for r in resolutions)
 
 
+def parts_of_a_shard(shards: int, lanes: int) -> int:
+    """Into how many parts each shard is split: one when there are plenty of shards."""
+    fits = (n for n in itertools.count(1) if shards * n % lanes == 0 or shards * n >= MIN_SHARDS_PER_LANE * lanes)
+    return next(fits)
+
+
 def reasons_text(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
@@ -90,15 +96,7 @@ class LaneBatches(IterableDataset):
         self.slots = torch.empty(max(1, config.num_workers), PREFETCH + 1, size, dtype=torch.uint8)
         if config.num_workers:
             self.slots.share_memory_()
-        # Into how many interleaved parts each shard is split: one when there are plenty of shards.
-        self.splits = {
-            name: next(
-                n
-                for n in itertools.count(1)
-                if len(source.shards) * n % lanes == 0 or len(source.shards) * n >= MIN_SHARDS_PER_LANE * lanes
-            )
-            for name, source in sources.items()
-        }
+        self.splits = {name: parts_of_a_shard(len(source.shards), lanes) for name, source in sources.items()}
 
     def views(self, pixels: Tensor) -> dict[int, Tensor]:
         """Cut a slot, uint8 (bytes,), into resolution r -> (B, r, r, 3)."""
@@ -194,8 +192,8 @@ class LaneBatches(IterableDataset):
                 unit = units[position["unit"]]
                 shard, offset = divmod(unit, split)
                 window, inside = divmod(position["consumed"], window_size)
-                first = offset + window * window_size * split
-                records = itertools.islice(enumerate(source.records(shard)), first, None, split)
+                indices = source.part(shard, offset, split)[window * window_size :]
+                records = zip(indices, source.records(shard, indices), strict=False)
                 while samples := list(itertools.islice(records, window_size)):
                     generator = np.random.default_rng([self.seed, WINDOW_ORDER, epoch, unit, window, *own])
                     for i in generator.permutation(len(samples))[inside:]:
@@ -210,7 +208,7 @@ class LaneBatches(IterableDataset):
 
 
 def init_worker(worker_id: int) -> None:
-    import fsspec
+    from fsspec.asyn import reset_lock
 
     torch.set_num_threads(1)  # one core per worker: the workers are the parallelism
     # Ctrl-C, and the SIGTERM of a cluster that wants the job to end, reach the workers too. They have to live on, for
@@ -223,7 +221,7 @@ def init_worker(worker_id: int) -> None:
         threading.Thread(target=_exit_when_terminated_by, args=[parent.pid], daemon=True).start()
     exit_with_parent()
     warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like, once per image
-    fsspec.asyn.reset_lock()  # a lock of remote file systems does not survive the fork
+    reset_lock()  # a lock of remote file systems does not survive the fork
 
 
 def exit_with_parent(worker_id: int = 0) -> None:

@@ -1,33 +1,32 @@
 """A data set as numbered shards of numbered records: a folder, webdataset tars, parquet files or a Hub dataset.
 
-Everything goes through a streaming `datasets.IterableDataset`. The image column is not decoded by `datasets` but
-handed over as bytes, so that a broken file can be skipped and a JPEG decoded at a fraction of its size.
+Of every record the image alone is read, and handed over as it is stored, so that a broken file can be skipped and a
+JPEG decoded at a fraction of its size.
 """
 
-import contextlib
-import glob
 import hashlib
-import itertools
 import logging
 import os
-import tarfile
-from collections.abc import Iterator
-from pathlib import Path
+import posixpath
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .columns import ColumnError, choose_from_table
 from .config import SourceConfig
-from .files import TAR, find_files
-from .images import EXTENSIONS
+from .listing import Found, disable_retries_of_datasets, explained, find_source, load_builder, patiently, where_of
+from .parquet import count_rows, find_column, read_parquet, times_read
+from .remote import is_url, open_stream, size_of, without_query
 from .retry import Retry, is_temporary
+from .tars import find_fields, read_tar
 
 logger = logging.getLogger(__name__)
 
 # Files are dealt out to the shards of a folder one by one like cards, so a shard is a fair mix of all sub-folders.
 FILES_PER_FOLDER_SHARD = 1000
-# Samples of a tar that are looked at to learn which extension is the image's.
-SAMPLES_LOOKED_AT = 20
-# The ids of datasets that this process has opened before. Every stage of a run opens its data anew.
-_opened_on_hub: set[str] = set()
+EVERY_RECORD = range(sys.maxsize)
+# Longer text is no path of a file.
+LONGEST_PATH = 4096
 
 
 class SourceError(RuntimeError):
@@ -44,9 +43,12 @@ class Source:
 
     Attributes:
         shards: one name per shard.
+        image_columns: the column of the images; of tars, the extensions that the first samples have.
         fingerprint: changes when shards (of a folder: files) are added, removed or renamed; moving them is fine.
         where: the field of the recipe that describes the set.
         notes: sentences about files that are there and not read.
+        row_ranges: parts of a parquet file are ranges of its rows. False: every n-th row, as positions have it that
+            were saved before there were ranges.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -55,67 +57,73 @@ class Source:
     """
 
     def __init__(self, config: SourceConfig, label: str = "", retry_seconds: float = 0):
+        self.config = config
         self.path = config.path
         self.label = label
-        self.where = f"data.sources.{label}" if label else "data"
-        kind, folder, files, self.notes = find_files(os.path.expanduser(config.path), config.split, self.where)
-        names = [Path(file[len(folder) :].lstrip(os.sep)).as_posix() for file in files]
-        self.is_folder = kind == "imagefolder"
-        self.is_remote = kind is None or ("://" in config.path and not config.path.startswith(("file:", "local:")))
+        self.where = where_of(label)
         self.retry_seconds = retry_seconds
+        found = find_source(config, self.where, retry_seconds)
+        self.kind, self.folder, self.files, self.notes = found.kind, found.folder, found.files, found.notes
+        self.is_folder = self.kind == "imagefolder"
+        self.is_remote = found.is_hub or any(map(is_url, self.files))
+        self.row_ranges = self.kind == "parquet"
+        self._row_counts: dict[int, int] = {}
         if self.is_folder:
-            count = -(-len(names) // FILES_PER_FOLDER_SHARD)
-            self.shards = [f"part {i}" for i in range(count)]
-            self.dataset = _image_files(folder, [names[i::count] for i in range(count)])
             self.image_columns = ["image"]
+            self.shards = [f"part {i}" for i in range(-(-len(self.files) // FILES_PER_FOLDER_SHARD))]
+            names: Iterable[str] = map(self._name, self.files)
         else:
-            self.dataset, self.image_columns, hub_names = self._open(kind, files, config)
-            names = names or hub_names
-            count = self.dataset.num_shards  # with images in a folder on the Hub, a shard is no file
+            self.image_columns = patiently(
+                self.path, retry_seconds if self.is_remote else 0, lambda: self._look(found)
+            )
+            names = [posixpath.basename(file) if found.is_hub else self._name(file) for file in self.files]
+            count = len(names) if self.kind is not None else self.dataset.num_shards
             self.shards = names if len(names) == count else [f"shard {i}" for i in range(count)]
-        self.fingerprint = hashlib.sha256("\n".join([*self.image_columns, *names]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join(self.image_columns).encode())
+        for name in names:
+            digest.update(b"\n" + name.encode("utf-8", "surrogateescape"))
+        self.fingerprint = digest.hexdigest()[:16]
         logger.info("%s: %d shards, images in %s", config.path, len(self.shards), ", ".join(self.image_columns))
 
-    def _open(self, kind: str | None, files: list[str], config: SourceConfig):
-        """`_open_dataset`, tried again while a server fails."""
-        # What the Hub has never answered for is rather a mistyped local path than a failure of the Hub.
-        may_be_local = kind is None and self.path not in _opened_on_hub
-        retry = Retry(f"Opening {self.path}", self.retry_seconds if self.is_remote and not may_be_local else 0)
-        while True:
-            try:
-                opened = _open_dataset(kind, files, config, self.where)
-                if kind is None:
-                    _opened_on_hub.add(self.path)
-                return opened
-            except ValueError as error:
-                if retry.wait(error):
-                    continue
-                if retry.failures:
-                    raise ValueError(f"{error} ({retry})") from error
-                raise
+    def _name(self, file: str) -> str:
+        return without_query(file)[len(self.folder) :].lstrip("/").replace(os.sep, "/")
 
-    def records(self, shard: int) -> Iterator[tuple[str, Any]]:
-        """Yield (key, image) of one shard in its stored order; `read_image` turns the image into bytes.
+    def _look(self, found: Found) -> list[str]:
+        """The columns of the images; a dataset on the Hub that is not made of tars or parquet files is opened."""
+        how = f"as the Hub dataset {self.path!r} (no such local path exists)" if found.is_hub else f"as {self.kind}"
+        with explained(self.config, self.where, how):
+            if self.kind == "webdataset":
+                return find_fields(self.files, self.config, self.where)
+            if self.kind == "parquet":
+                return [find_column(self.files, self.config, self.where, found.types)]
+            self.dataset, column = _open_stream_of_datasets(self.config, self.where)
+            return [column]
+
+    def part(self, shard: int, part: int, parts: int) -> range:
+        """The numbers of the records that are one of so many even parts of a shard; it may end before they do.
+
+        Of parquet files these are ranges, so that each part of a file is read once; of others every n-th record, as
+        how many there are is not known before.
+        """
+        if parts == 1 or not self.row_ranges:
+            return EVERY_RECORD[part::parts]
+        rows = self.row_count(shard)
+        return range(part * rows // parts, (part + 1) * rows // parts)
+
+    def records(self, shard: int, indices: range = EVERY_RECORD) -> Iterator[tuple[str, Any]]:
+        """Yield (key, image) of one shard in its stored order; `read` turns the image into bytes.
 
         The key is the file name relative to the folder, or `shard/key` for tars, or `shard/row` for parquet.
+
+        Args:
+            indices: the numbers of the records that are wanted, as from `part`.
         """
-        dataset = self.dataset.shard(len(self.shards), shard, contiguous=False)
-        name = self.shards[shard]
+        name, retry, done = self.shards[shard], self._retry(shard), 0
         prefix = (f"{self.label}/" if self.label else "") + ("" if self.is_folder else f"{name}/")
-        # Of a local file a second attempt reads no more than the first.
-        retry = Retry(f"Reading {name!r} of {self.path}", self.retry_seconds if self.is_remote else 0)
-        done = 0
         while True:
             try:
-                if self.is_remote:
-                    _disable_retries_of_datasets()
-                # `iter` and not `__iter__`: within a DataLoader worker the latter deals out shards a second time.
-                for row, batch in enumerate(dataset.iter(batch_size=1)):
-                    if row < done:  # read before the connection failed
-                        continue
+                for key, image in self._read(shard, indices[done:]):
                     retry.succeeded()
-                    image = next((batch[column][0] for column in self.image_columns if batch[column][0]), None)
-                    key = batch["__key__"][0] if "__key__" in batch else str(row)
                     yield prefix + key, image
                     done += 1
                 return
@@ -123,180 +131,123 @@ class Source:
                 if not retry.wait(error):
                     raise _error(f"{name!r} of {self.path}", error, retry, self.is_remote) from error
 
+    def _retry(self, shard: int) -> Retry:
+        # Of a local file a second attempt reads no more than the first.
+        seconds = self.retry_seconds if self.is_remote else 0
+        return Retry(f"Reading {self.shards[shard]!r} of {self.path}", seconds)
+
+    def row_count(self, shard: int) -> int:
+        """The rows of a parquet file, from its footer."""
+        if shard in self._row_counts:
+            return self._row_counts[shard]
+        retry = self._retry(shard)
+        while True:
+            try:
+                self._row_counts[shard] = count_rows(self.files[shard])
+                return self._row_counts[shard]
+            except Exception as error:
+                if not retry.wait(error):
+                    raise _error(f"{self.shards[shard]!r} of {self.path}", error, retry, self.is_remote) from error
+
+    def _read(self, shard: int, indices: range) -> Iterator[tuple[str, Any]]:
+        config, columns = self.config, self.image_columns
+        if self.kind == "imagefolder":
+            files = self.files[shard :: len(self.shards)]
+            return (
+                (self._name(file), {"path": file, "bytes": None})
+                for file in files[indices.start : indices.stop : indices.step]
+            )
+        if self.kind == "webdataset":
+            return read_tar(self.files[shard], columns, config.image_column is not None, indices)
+        if self.kind == "parquet":
+            return read_parquet(self.files[shard], columns[0], config, self.where, indices)
+        return self._read_stream_of_datasets(shard, indices)
+
+    def _read_stream_of_datasets(self, shard: int, indices: range) -> Iterator[tuple[str, Any]]:
+        disable_retries_of_datasets()
+        dataset = self.dataset.shard(len(self.shards), shard, contiguous=False)
+        # `iter` and not `__iter__`: within a DataLoader worker the latter deals out shards a second time.
+        for row, batch in enumerate(dataset.iter(batch_size=1)):
+            if row in indices:
+                yield batch["__key__"][0] if "__key__" in batch else str(row), batch[self.image_columns[0]][0]
+
+    def traffic_note(self, parts: int, lanes: int) -> str | None:
+        """A sentence about how often an epoch reads each file from a server, if that is more than about once."""
+        if parts == 1 or not self.is_remote or self.is_folder:
+            return None
+        seconds = self.retry_seconds
+        times = patiently(self.path, seconds, lambda: times_read(self.files[0], parts)) if self.row_ranges else parts
+        if times < 1.5:
+            return None
+        size = patiently(self.path, seconds, lambda: size_of(self.files[0])) if is_url(self.files[0]) else None
+        total = f", which is {times * size * len(self.files) / 1e9:,.0f} GB from the server" if size else ""
+        groups = ", or with files of more row groups," if self.row_ranges else ""
+        return (
+            f"an epoch reads every file {times:.1f} times{total}, as {len(self.shards)} files are dealt out to {lanes}"
+            f" lanes. With data.lanes={max(1, len(self.shards) // 8)} or less{groups} each is read once"
+        )
+
     def read(self, image: Any) -> bytes:
         """`read_image` of what `records` yields, tried again while a server fails."""
-        path = image.get("path") if isinstance(image, dict) else image
-        is_remote = isinstance(path, str) and "://" in path
-        retry = Retry(f"Reading {path} of {self.path}", self.retry_seconds if is_remote else 0)
+        path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+        if not isinstance(path, str) or not is_url(path):
+            return read_image(image)
+        what = f"{path[:LONGEST_PATH]} of {self.path}"
+        retry = Retry(f"Reading {what}", self.retry_seconds)
         while True:
             try:
                 return read_image(image)
             except Exception as error:
-                if retry.wait(error):
-                    continue
-                if not is_remote:
-                    raise
-                raise _error(f"{path} of {self.path}", error, retry, is_remote) from error
+                if not retry.wait(error):
+                    raise _error(what, error, retry, is_remote=True) from error
 
 
 def _error(what: str, error: Exception, retry: Retry, is_remote: bool) -> SourceError:
     if is_remote and is_temporary(error):
-        advice = f"The server still fails ({retry}): resume when it is back, or raise data.retry_seconds."
+        advice = f" The server still fails ({retry}): resume when it is back, or raise data.retry_seconds."
+    elif isinstance(error, ColumnError):
+        advice = ""
     else:
-        advice = "The file may be incomplete: replace it and resume, or remove it and start anew."
-    return SourceError(f"Reading {what} failed: {type(error).__name__}: {error}. {advice}")
+        advice = " The file may be incomplete: replace it and resume, or remove it and start anew."
+    return SourceError(f"Reading {what} failed: {type(error).__name__}: {str(error).rstrip('.')}.{advice}")
 
 
 def read_image(value: Any) -> bytes:
-    """The bytes of an image as `datasets` hands it over: raw, {"bytes", "path"}, or nothing (b"")."""
+    """The bytes of an image as a table has it: raw, {"bytes", "path"}, a path or URL, or nothing (b"")."""
     if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return value["bytes"]
-        value = value.get("path")
-    if isinstance(value, str):
-        import fsspec
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if not value:
+        return b""
+    if not isinstance(value, str):
+        return value
+    if len(value) > LONGEST_PATH or "\0" in value:  # some other text
+        return b""
+    try:
+        with open_stream(value) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        if is_temporary(error):
+            raise
+        return b""
 
-        try:
-            with fsspec.open(value, "rb") if "://" in value else open(value, "rb") as file:
-                return file.read()
-        except FileNotFoundError as error:
-            if is_temporary(error):
-                raise
-            return b""
-    return value or b""
 
-
-def _image_files(folder: str, parts: list[list[str]]):
-    """A stream of the files of a folder. Not load_dataset("imagefolder"): that looks at every file first (150 s for a
-    million) and reads them in sorted order as one shard, that is class by class."""
+def _open_stream_of_datasets(config: SourceConfig, where: str) -> tuple[Any, str]:
+    """-> (a datasets.IterableDataset of the images of a dataset on the Hub, its column of images)."""
     import datasets
 
-    features = datasets.Features({"__key__": datasets.Value("string"), "image": datasets.Image(decode=False)})
-    return datasets.IterableDataset.from_generator(
-        _yield_files, features=features, gen_kwargs={"folder": folder, "parts": parts}
-    )
-
-
-def _yield_files(folder: str, parts: list[list[str]]) -> Iterator[dict[str, Any]]:
-    for name in itertools.chain.from_iterable(parts):
-        yield {"__key__": name, "image": {"path": os.path.join(folder, name), "bytes": None}}
-
-
-def _open_dataset(kind: str | None, files: list[str], config: SourceConfig, where: str):
-    """-> (datasets.IterableDataset, the columns of its images, the names of its files)."""
-    import datasets
-    import fsspec
-
-    with _explained(kind, config, where):
-        if kind is None or "://" in files[0]:
-            _disable_retries_of_datasets()
-        if kind is None:
-            builder = datasets.load_dataset_builder(config.path, config.name)
-        else:
-            if "://" in files[0]:  # `datasets` would call it missing, whatever the server answers
-                file_system, path = fsspec.core.url_to_fs(files[0])
-                file_system.info(path)
-            data_files = {config.split: [file if "://" in file else glob.escape(file) for file in files]}
-            builder = datasets.load_dataset_builder(kind, data_files=data_files)
-        names = [str(file) for file in (builder.config.data_files or {}).get(config.split, [])]
-        samples = _read_field_names(names[0]) if names and names[0].lower().endswith(TAR) else None
-    if samples is not None:
-        # Left to find the columns by itself, `datasets` gives up on tars with several image formats, or with JSON
-        # whose types vary.
-        images = [name for sample in samples for name in sample if f".{name}".lower().endswith(EXTENSIONS)]
-        columns = _choose_image_columns(samples, list(dict.fromkeys(images)), config, where)
-        features = {
-            "__key__": datasets.Value("string"),
-            **{column: datasets.Image(decode=False) for column in columns},
-        }
-        builder.info.features = datasets.Features(features)
-    with _explained(kind, config, where):
-        dataset = builder.as_streaming_dataset(split=config.split)
-    if samples is None:
-        features = dataset.features
-        if features is None:
-            raise ValueError(
-                f"{where}.path={config.path!r} does not tell the types of its columns; convert it to parquet."
-            )
-        images = [
-            name
-            for name, feature in features.items()
-            if isinstance(feature, datasets.Image)
-            or (isinstance(feature, dict) and "bytes" in feature)
-            or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
-        ]
-        columns = _choose_image_columns([list(features)], images, config, where)
-        if isinstance(features[columns[0]], datasets.Image):
-            dataset = dataset.cast_column(columns[0], datasets.Image(decode=False))
-    keys = [column for column in dataset.features if column == "__key__"]
-    return dataset.select_columns(columns + keys), columns, [os.path.basename(name) for name in names]
-
-
-@contextlib.contextmanager
-def _explained(kind: str | None, config: SourceConfig, where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        what = f"as the Hub dataset {config.path!r} (no such local path exists)" if kind is None else f"as {kind}"
-        raise ValueError(
-            f"{where}.path={config.path!r} could not be opened {what}, split {config.split!r}, name {config.name!r}:"
-            f" {error}"
-        ) from error
-
-
-def _read_field_names(tar_path: str) -> list[list[str]]:
-    """The extensions that belong to each of the first samples of a tar."""
-    import fsspec
-
-    samples: dict[str, list[str]] = {}
-    try:
-        with fsspec.open(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, extension = name.partition(".")
-                if member.isfile() and key and extension:
-                    samples.setdefault(f"{folder}/{key}", []).append(extension)
-                if len(samples) > SAMPLES_LOOKED_AT:
-                    break
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar_path}: {error}") from error
-    return list(samples.values())
-
-
-def _choose_image_columns(samples: list[list[str]], images: list[str], config: SourceConfig, where: str) -> list[str]:
-    """Choose among the columns `images`. Several can only be meant when no sample has two of them (jpg or png)."""
-    all_columns = ", ".join(dict.fromkeys(itertools.chain.from_iterable(samples)))
-    if config.image_column is not None:
-        if config.image_column not in all_columns.split(", "):
-            raise ValueError(
-                f"{where}.image_column={config.image_column!r}: {config.path} has the columns {all_columns}."
-            )
-        return [config.image_column]
-    if len(images) > 1:  # a tar with KEY.jpg and KEY.mask.png: the plain name is the image
-        usual = ["image", "img", *(extension[1:] for extension in EXTENSIONS)]
-        images = [name for name in images if name.lower() in usual] or images
-    # of x.001.jpg and y.002.jpg neither column is that of all samples, even if no sample has two of them
-    stems = {name.rpartition(".")[0] for name in images}
-    if len(stems) != 1 or max(len(set(images) & set(sample)) for sample in samples) > 1:
-        found = f"several ({', '.join(images)})" if images else "none"
-        fix = f"Set {where}.image_column."
-        if stems - {""}:
-            fix += (
-                " A sample's key ends at the first dot of its file name and the rest names the column: if names in the"
-                " tar have dots of their own, such as my.photo.001.jpg, rename these files and write the tar again."
-            )
-        raise ValueError(
-            f"{where}.path={config.path!r}: expected one column of images, found {found} among {all_columns}. {fix}"
+    dataset = load_builder(config).as_streaming_dataset(split=config.split)
+    if dataset.features is None:
+        raise ColumnError(
+            f"{where}.path={config.path!r} does not tell the types of its columns; convert it to parquet."
         )
-    return images
 
+    def first_values(columns: list[str]) -> dict[str, Any]:
+        first: dict[str, Any] = next(iter(dataset.select_columns(columns)), {}) if columns else {}
+        return {name: value for name, value in first.items() if value is not None}
 
-def _disable_retries_of_datasets() -> None:
-    """`datasets` reads on from the connection that has failed, where some file systems then find the end of the file:
-    the rest of a tar would be lost without a word. Here the file is opened again."""
-    import datasets
-
-    for action in ("OPEN", "READ"):
-        setattr(datasets.config, f"STREAMING_{action}_MAX_RETRIES", 1)
-    for pause in ("OPEN_RETRY", "READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "READ_RATE_LIMIT_RETRY"):
-        setattr(datasets.config, f"STREAMING_{pause}_INTERVAL", 0)
+    types = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+    declared = {name: kind for name, kind in types.items() if kind != "dict"}
+    column = choose_from_table(dataset.features.arrow_schema, declared, first_values, config, where)
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset.select_columns([column, *({"__key__"} & set(dataset.features))]), column

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .columns import hint_of_base64, is_base64
 from .config import DataConfig
 from .images import SkippedImage, load_crops
 from .lanes import (
@@ -36,6 +37,7 @@ from .lanes import (
     LaneBatches,
     init_worker,
     new_position,
+    parts_of_a_shard,
     position_key,
     reasons_text,
     slot_bytes,
@@ -118,13 +120,14 @@ class ImageStream:
         self.sources = {name: Source(source, name, config.retry_seconds) for name, source in named.items()}
         total = sum(source.weight for source in named.values())
         self.shares = {name: source.weight / total for name, source in named.items()}
-        if rank == 0:
-            for source in self.sources.values():
-                for note in source.notes:
-                    _warn_once(f"{source.where}.path={source.path!r}: {note}")
         # Weak, as the generator refers to the stream: workers have to end as soon as nobody holds it.
         self._batches: weakref.ref[Generator[Batch]] | None = None
         self._start(config.lanes or max(1, config.num_workers) * world_size, next_batch=0, saved_lanes=None)
+        if rank == 0:
+            for source in self.sources.values():
+                traffic = source.traffic_note(parts_of_a_shard(len(source.shards), self.lanes), self.lanes)
+                for note in source.notes + ([traffic] if traffic else []):
+                    _warn_once(f"{source.where}.path={source.path!r}: {note}")
 
     def __iter__(self) -> Iterator[Batch]:
         """Start the workers at the current position. Only batches that were taken count as consumed."""
@@ -198,7 +201,7 @@ class ImageStream:
             ValueError: none of the first images can be decoded, there are too few for one batch of all ranks, or the
                 shared memory is too small for the batches of the workers.
         """
-        self._check_shared_memory()
+        self._check_shared_memory(before_start=True)
         for name, source in self.sources.items():
             self._check_source(source, self.shares[name])
 
@@ -206,22 +209,27 @@ class ImageStream:
         names, first, generator = [], Counter[str](), np.random.default_rng(0)
         needed = max(math.ceil(share * self.batch_size * self.world_size), self.lanes)
         records = itertools.chain.from_iterable(map(source.records, range(len(source.shards))))
-        count, decoded = 0, False
+        count, decoded, hint = 0, False, ""
         for count, (key, image) in enumerate(records, start=1):
             if not decoded and count <= MIN_SEEN_FOR_SHARE:
+                data = source.read(image)
                 try:
-                    load_crops(source.read(image), [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
+                    load_crops(data, [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
                     decoded = True
                 except SkippedImage as error:
                     first[error.reason] += 1
                     names.append(key)
+                    hint = hint_of_base64(source.image_columns[0]) if is_base64(data) else hint
             if count >= needed and (decoded or count >= MIN_SEEN_FOR_SHARE):
                 break
         if not decoded:
+            hint = hint or (
+                f"Does the column {'/'.join(source.image_columns)!r} hold images, and is"
+                f" data.min_side={self.config.min_side} right?"
+            )
             raise ValueError(
                 f"{source.where}.path={source.path!r}: none of the first {len(names)} images can be used"
-                f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. Does the column"
-                f" {'/'.join(source.image_columns)!r} hold images, and is data.min_side={self.config.min_side} right?"
+                f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. {hint}"
             )
         if count < needed:
             of_share = "" if share == 1 else f", of which it gives a share of {share:.3g},"
@@ -251,6 +259,9 @@ class ImageStream:
                 lanes that this rank has to read.
         """
         now = self._order()
+        for field in set(now) - set(state["order"]):
+            if field.endswith("row_ranges"):  # saved before there were ranges: goes on without
+                del now[field]
         changed = [
             f"{field}: {state['order'].get(field)!r} when saved, {now.get(field)!r} now"
             for field in {**now, **state["order"]}
@@ -268,6 +279,8 @@ class ImageStream:
                 f" set data.lanes={state['lane_count']}."
             )
         self.close()
+        for name, source in self.sources.items():
+            source.row_ranges = f"{name}.row_ranges".lstrip(".") in state["order"]
         self._start(lanes, state["next_batch"], state["lanes"])
 
     def _start(self, lanes: int, next_batch: int, saved_lanes: dict[str, Any] | None) -> None:
@@ -295,14 +308,21 @@ class ImageStream:
         self._lanes = {key: copy.deepcopy(saved_lanes[key]) for key in keys}
         self._lanes_of = {name: [position_key(name, lane) for lane in own] for name in self.sources}
 
-    def _check_shared_memory(self) -> None:
-        needed = self.config.num_workers * (PREFETCH + 1) * slot_bytes(self.batch_size, self.resolutions)
-        if not os.path.isdir("/dev/shm") or needed <= (free := shutil.disk_usage("/dev/shm").free):
+    def _check_shared_memory(self, before_start: bool = False) -> None:
+        if not os.path.isdir("/dev/shm"):
             return
+        needed = self.config.num_workers * (PREFETCH + 1) * slot_bytes(self.batch_size, self.resolutions)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, which share its memory
+        usage = shutil.disk_usage("/dev/shm")
+        # Once the others have started, what they hold is no longer free and must not be counted twice.
+        if ranks * needed <= (usage.free if before_start else usage.total) and needed <= usage.free:
+            return
+        of_all = f" on each of {ranks} ranks of this machine" if ranks > 1 else ""
         raise ValueError(
             f"{self.config.num_workers} workers need {needed / 2**20:.0f} MiB of shared memory for batches of"
-            f" {self.batch_size} images at {self.resolutions}, but /dev/shm has {free / 2**20:.0f} MiB left. Lower"
-            " data.num_workers or the batch size, or enlarge it (in Docker: --shm-size)."
+            f" {self.batch_size} images at {self.resolutions}{of_all}, but /dev/shm has {usage.free / 2**20:.0f} MiB"
+            f" left of {usage.total / 2**20:.0f}. Lower data.num_workers or the batch size, or enlarge it (in Docker:"
+            " --shm-size)."
         )
 
     def _paths(self) -> str:
@@ -315,6 +335,8 @@ class ImageStream:
         for name, source in self.sources.items():
             prefix = f"{name}." if name else ""
             order |= {f"{prefix}shards": len(source.shards), f"{prefix}files": source.fingerprint}
+            if source.row_ranges:
+                order[f"{prefix}row_ranges"] = True
             if name:
                 order[f"{prefix}weight"] = config.sources[name].weight
         return {

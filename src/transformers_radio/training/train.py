@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from transformers_radio.data import ImageStream
+from transformers_radio.data import ImageStream, keep_files, list_files
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 
@@ -71,14 +71,20 @@ def train(recipe: Recipe) -> TrainResult:
     output_dir = Path(recipe.output_dir)
     recipe = settle_precision(recipe)
     accelerator = build_accelerator(recipe)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
     # Only the main process touches the folder; the others are told what it found.
     finished, resume_from = on_main_process(accelerator, lambda: find_run(recipe))
     student_dir = output_dir / "student"
     if finished:
         accelerator.print(f"{student_dir} is finished; choose another output_dir, or set overwrite=true to start over")
         return TrainResult(student_dir, sum(stage.steps for stage in recipe.stages.values()))
+    # Nor does anyone else list the images: a server or a shared disk with many files takes minutes for it.
+    with keep_files(on_main_process(accelerator, lambda: list_files(recipe.data))):
+        return _prepare(recipe, accelerator, resume_from)
 
+
+def _prepare(recipe: Recipe, accelerator: Accelerator, resume_from: Path | None) -> TrainResult:
+    """Builds and checks everything before the first step, and runs the stages."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     groups = {
         name: stage_groups(name, stage, list(recipe.teachers), rank, world_size)
         for name, stage in recipe.stages.items()

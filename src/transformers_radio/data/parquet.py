@@ -1,0 +1,106 @@
+"""Images out of parquet files: one column is read, in the type that each file has for it, and no other."""
+
+import bisect
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .columns import check_type, choose_from_table, declared_types
+from .config import SourceConfig
+from .remote import is_url, open_ranges
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+# Files that are looked at for the first one that has rows.
+FILES_LOOKED_AT = 20
+# Rows that are decoded from a file together.
+BATCH_ROWS = 64
+
+
+def find_column(files: list[str], config: SourceConfig, where: str, declared: dict[str, str]) -> str:
+    """The column that holds the images of the first file with rows.
+
+    Args:
+        declared: column -> the type that a dataset's page on the Hub states, e.g. "Image"; may be empty.
+
+    Raises:
+        ColumnError: none does, or several; the message says how to choose.
+        pyarrow.ArrowInvalid, OSError: a file cannot be read.
+    """
+    for file in files[: FILES_LOOKED_AT - 1]:
+        with open_parquet(file) as parquet:
+            if parquet.metadata.num_rows:
+                return _column_of(parquet, config, where, declared)
+    with open_parquet(files[:FILES_LOOKED_AT][-1]) as parquet:
+        return _column_of(parquet, config, where, declared)
+
+
+def read_parquet(
+    path: str, column: str, config: SourceConfig, where: str, indices: range
+) -> Iterator[tuple[str, Any]]:
+    """Yield (number of the row, image as `read_image` takes it) of these rows. Row groups without any are not read.
+
+    Raises:
+        ColumnError: the file has neither this column nor exactly one other that may be meant.
+    """
+    with open_parquet(path) as parquet:
+        if column in parquet.schema_arrow.names:
+            check_type(parquet.schema_arrow.field(column), config, where)
+        else:
+            column = _column_of(parquet, config, where, {})
+        first = 0
+        for group, rows in enumerate(_group_rows(parquet)):
+            if bisect.bisect_left(indices, first) < bisect.bisect_left(indices, first + rows):
+                row = first
+                for batch in parquet.iter_batches(BATCH_ROWS, [group], [column], use_threads=False):
+                    for value in batch.column(column):
+                        if row in indices:
+                            yield str(row), value.as_py()
+                        row += 1
+            first += rows
+
+
+def count_rows(path: str) -> int:
+    with open_parquet(path) as parquet:
+        return parquet.metadata.num_rows
+
+
+def times_read(path: str, parts: int) -> float:
+    """How often a file is read by so many even parts of its rows: a row group is always read whole."""
+    with open_parquet(path) as parquet:
+        rows, read, first = parquet.metadata.num_rows, 0, 0
+        for size in _group_rows(parquet):
+            read += size * sum(
+                part * rows // parts < first + size and first < (part + 1) * rows // parts for part in range(parts)
+            )
+            first += size
+    return read / max(1, rows)
+
+
+@contextlib.contextmanager
+def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
+    import pyarrow.parquet
+
+    if is_url(path):
+        with open_ranges(path) as file:
+            yield pyarrow.parquet.ParquetFile(file)  # without a buffer: one request for a column of a row group
+    else:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as parquet:
+            yield parquet
+
+
+def _group_rows(parquet: "pyarrow.parquet.ParquetFile") -> list[int]:
+    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+
+
+def _column_of(
+    parquet: "pyarrow.parquet.ParquetFile", config: SourceConfig, where: str, declared: dict[str, str]
+) -> str:
+    def first_values(columns: list[str]) -> dict[str, Any]:
+        batch = next(parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False), None) if columns else None
+        values = {} if batch is None else {name: batch.column(name).drop_null() for name in columns}
+        return {name: found[0].as_py() for name, found in values.items() if len(found)}
+
+    schema = parquet.schema_arrow
+    return choose_from_table(schema, {**declared_types(schema), **declared}, first_values, config, where)

@@ -1,0 +1,82 @@
+"""Files by URL, through fsspec: http, s3, the Hub and whatever else it knows."""
+
+import contextlib
+import posixpath
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+# A web server's "?" starts a query, as in the signed addresses of a store; elsewhere it stands for any letter.
+WEB = ("http://", "https://")
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def without_query(path: str) -> str:
+    return path.partition("?")[0] if path.startswith(WEB) else path
+
+
+def has_wildcard(url: str) -> bool:
+    path = url.partition("://")[2].partition("/")[2]
+    return any(letter in path for letter in ("*[" if url.startswith(WEB) else "*[?"))
+
+
+@contextlib.contextmanager
+def open_stream(path: str) -> Iterator[BinaryIO]:
+    """Open a file that is read from its beginning to its end: with one request, where the server can do that."""
+    if not is_url(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    file_system, inner = _file_system(path)
+    streams = path.startswith((*WEB, "hf://"))
+    with file_system.open(inner, "rb", block_size=0) if streams else file_system.open(inner, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def open_ranges(path: str) -> Iterator[BinaryIO]:
+    """Open a file of which parts are read: each with one request of its own size."""
+    if not is_url(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    file_system, inner = _file_system(path)
+    with file_system.open(inner, "rb", cache_type="none") as file:
+        yield file
+
+
+def size_of(url: str) -> int | None:
+    """In bytes; None if the server does not say."""
+    file_system, inner = _file_system(url)
+    return file_system.info(inner).get("size")
+
+
+def list_folder(url: str) -> tuple[str, list[str]]:
+    """-> (the folder as fsspec spells it, with "/" at its end; all files in it and below it)."""
+    file_system, inner = _file_system(url)
+    folder = file_system.unstrip_protocol(inner).rstrip("/") + "/"
+    found = file_system.find(folder, on_error="raise") if url.startswith(WEB) else file_system.find(inner)
+    return folder, _files(file_system, found)
+
+
+def match(url: str) -> list[str]:
+    """The files that match a pattern."""
+    file_system, inner = _file_system(url)
+    # fsspec leaves out folders of a web server that cannot be listed now, unless told not to.
+    options = {"on_error": "raise"} if url.startswith(WEB) else {}
+    found = file_system.glob(inner, detail=True, **options)
+    return _files(file_system, [path for path, info in found.items() if info.get("type") != "directory"])
+
+
+def _files(file_system: Any, found: list[str]) -> list[str]:
+    # The index page of a web server links to itself with "?C=M;O=A", for another order of its lines.
+    return [file_system.unstrip_protocol(path) for path in found if not posixpath.basename(path).startswith("?")]
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    options = {"client_kwargs": {"trust_env": True}} if url.startswith(WEB) else {}  # proxies from the environment
+    return fsspec.core.url_to_fs(url, **options)

@@ -1,0 +1,108 @@
+"""Local folders and patterns -> files, links followed once, and what is said about folders that are not read."""
+
+import fnmatch
+import glob
+import os
+
+# Names that a message lists before it goes on with "and ... more".
+MAX_LISTED = 5
+
+
+def walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """-> (every folder from `root` on with the names of its files, sentences about what was left out).
+
+    Hidden folders are left out. Links to folders are followed, but no folder is read twice: none that a link leads to
+    a second time, and none that holds the root itself.
+    """
+    listed: list[tuple[str, list[str]]] = []
+    refused: list[str] = []
+    hidden: list[str] = []
+    unreadable: list[OSError] = []
+    real_root = os.path.realpath(root)
+    read: set[str] = set()
+    waiting = [root]
+    for start in waiting:
+        real_start = os.path.realpath(start)
+        if real_start in read or (start != root and os.path.commonpath([real_start, real_root]) == real_start):
+            refused.append(os.path.relpath(start, root))
+            continue
+        links = []
+        for parent, folders, names in os.walk(start, onerror=unreadable.append):
+            real_parent = os.path.realpath(parent)
+            if real_parent in read:  # a link to it was met before the link to a folder above it
+                folders.clear()
+                continue
+            read.add(real_parent)
+            listed.append((parent, names))
+            hidden += [os.path.relpath(os.path.join(parent, name), root) for name in folders if name.startswith(".")]
+            folders[:] = [name for name in folders if not name.startswith(".")]  # walk goes into the others alone
+            links += [link for name in folders if os.path.islink(link := os.path.join(parent, name))]
+        waiting += sorted(links)  # after the folders that are really here, whatever order the disk lists them in
+    notes = []
+    if refused:
+        notes.append(
+            f"left out {count(len(refused), 'link')} to folders that are read anyway: {listed_names(refused)}"
+        )
+    if hidden:
+        notes.append(f"left out {count(len(hidden), 'hidden folder')}: {listed_names(sorted(hidden))}")
+    if unreadable:
+        reasons = [f"{error.filename} ({error.strerror})" for error in unreadable]
+        notes.append(f"left out {count(len(reasons), 'folder')} that cannot be opened: {listed_names(reasons)}")
+    return listed, notes
+
+
+def match_local(pattern: str) -> tuple[list[str], list[str]]:
+    """-> (the files that match, each once by its shortest path; sentences about what was left out).
+
+    `glob.glob` by itself follows links in circles where it meets `**`, and with two of them for ever.
+    """
+    any_depth = os.sep + "**" + os.sep
+    before, found, after = (pattern + os.sep + "*" if pattern.endswith(any_depth[:-1]) else pattern).partition(
+        any_depth
+    )
+    if not found:
+        return _match_in_folders(pattern), []
+    files, notes = [], []
+    for root in filter(os.path.isdir, glob.glob(before or os.sep)):
+        listed, left_out = walk(root)
+        notes += left_out
+        for folder, _ in listed:
+            matching, left_out = match_local(os.path.join(glob.escape(folder), after))
+            files += matching
+            notes += left_out
+    real_folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(file) for file in files}}
+    kept: dict[tuple[str, str], str] = {}
+    for file in sorted(files, key=lambda file: (file.count(os.sep), file)):
+        parent, name = os.path.split(file)
+        kept.setdefault((real_folders[parent], name), file)
+    return list(kept.values()), list(dict.fromkeys(notes))
+
+
+def _match_in_folders(pattern: str) -> list[str]:
+    """`glob.glob` of a pattern without `**`, but files only, and without asking the disk about each of them."""
+    folder, name = os.path.split(pattern)
+    if not glob.has_magic(name):
+        return [file for file in glob.glob(pattern) if os.path.isfile(file)]
+    files = []
+    for parent in glob.glob(folder):
+        try:
+            with os.scandir(parent) as entries:
+                files += [
+                    entry.path
+                    for entry in entries
+                    if fnmatch.fnmatch(entry.name, name)
+                    and (name.startswith(".") or not entry.name.startswith("."))
+                    and entry.is_file()
+                ]
+        except OSError:
+            continue  # as `glob` does with what is no folder, or cannot be opened
+    return files
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed_names(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
