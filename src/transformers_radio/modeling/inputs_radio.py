@@ -85,10 +85,17 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
     return list(adaptors)
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp) runs: its tensors stand in for others and have no values."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether there are values to look at: not while compiling or tracing, not on the meta device."""
+    """Whether there are values to look at: not while compiling, tracing or in `torch.func`, not on the meta device."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not in_function_transform()
         and type(tensor) is torch.Tensor
         and not tensor.is_meta
         and tensor.numel() > 0

@@ -26,7 +26,7 @@ class RadioHeadModel(RadioPreTrainedModel):
     accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
 
     def __init__(self, config):
-        config = copy.deepcopy(config)
+        config = copy.deepcopy(self.config_class.adopt(config))
         config.adaptors = {}
         super().__init__(config)
         self.model = RadioModel(config)
@@ -54,6 +54,7 @@ class RadioForImageClassification(RadioHeadModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.summary_norm = nn.LayerNorm(config.summary_dim, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.summary_dim, config.num_labels)
         self.post_init()
@@ -101,6 +102,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.batch_norm = nn.BatchNorm2d(config.hidden_size)
         self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
         self.post_init()
@@ -162,6 +164,7 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.post_init()
 

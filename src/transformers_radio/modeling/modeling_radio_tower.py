@@ -30,7 +30,7 @@ class RadioVisionTower(RadioPreTrainedModel):
 
     def __init__(self, config: RadioVisionTowerConfig):
         super().__init__(config)
-        self.model = RadioModel(config.radio_config)
+        self.model = RadioModel(self.config.radio_config)
         self.post_init()
 
     @classmethod

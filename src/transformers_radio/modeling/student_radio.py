@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .adaptors_radio import AdaptorOutput
+from .embeddings_radio import RadioExternalConditioner
 from .inputs_radio import can_read_values, describe_range_error, nearest_multiple
 
 logger = logging.get_logger(__name__)
@@ -95,10 +96,8 @@ class RadioStudentMixin:
         """
         if isinstance(self.input_conditioner, nn.Identity):
             raise ValueError("The input conditioner is external already; use the module that the first call returned.")
-        conditioner, identity = self.input_conditioner, nn.Identity()
-        for name, statistic in conditioner.named_buffers():
-            identity.register_buffer(name, statistic.clone())
-        self.input_conditioner = identity
+        conditioner = self.input_conditioner
+        self.input_conditioner = RadioExternalConditioner(conditioner)
         return conditioner
 
     def _warn_about_range(self, pixel_values: torch.Tensor):
