@@ -148,11 +148,10 @@ class RadioPatchEmbeddings(nn.Module):
     def _resize_positions(self, rows: int, cols: int) -> torch.Tensor:
         side = max(rows, cols)
         table = F.interpolate(self._table(), size=(side, side), mode="bilinear", align_corners=False)
-        # by indices, as slices would fix the aspect ratio of an exported model: whether a slice is the whole side, and
-        # may be flattened without a copy, are branches on the shape
+        # by indices: slices branch on whether they are the whole side, which would fix the aspect of an exported model
         top, left = (torch.arange(length, device=table.device) for length in (rows, cols))
-        # (1, D, side, side) -> (1, D, rows, cols) -> (1, rows*cols, D)
-        return table.index_select(2, top).index_select(3, left).flatten(2).transpose(1, 2)
+        # (1, D, side, side) -> (1, side, side, D) -> (1, rows, cols, D) -> (1, rows*cols, D)
+        return table.permute(0, 2, 3, 1).index_select(1, top).index_select(2, left).flatten(1, 2)
 
     def _sample_positions(self, batch: int, rows: int, cols: int) -> torch.Tensor:
         device = self.position_embedding.device

@@ -363,9 +363,9 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
             lengths = [num_prefix + rows * cols for rows, cols in grids]
             # (total, C*p*p) -> (total, C, p, p) -> (total, C*p*p)
-            patches = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
-            patches = self.input_conditioner(patches).to(dtype).flatten(1)
-            hidden_states = self.embeddings.forward_packed(patches, grids)
+            pixels = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
+            pixels = self.input_conditioner(pixels).to(dtype).flatten(1)
+            hidden_states = self.embeddings.forward_packed(pixels, grids)
         self._warn_about_range(pixel_values)
 
         hidden_states, all_hidden_states, attentions = self.encoder(
@@ -389,7 +389,10 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             sizes = [features.shape[1]] if lengths is None else [rows * cols for rows, cols in grids]
             summary = torch.cat([image.mean(1) for image in features.split(sizes, dim=1)])
             summary_tokens = summary.unsqueeze(1)
-        heads = {name: self.adaptors[name](summary_tokens, features, grids) for name in names}
+        # one copy without gaps for all heads: their Linears would make one each, if the batch is more than one image, and
+        # an exported model would be fixed to that
+        patches = features.clone(memory_format=torch.contiguous_format) if names else features
+        heads = {name: self.adaptors[name](summary_tokens, patches, grids) for name in names}
 
         if lengths is not None:  # packed outputs have no batch axis
             hidden_states, features = hidden_states[0], features[0]
@@ -402,6 +405,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             hidden_states=all_hidden_states,
             attentions=attentions,
             adaptors=heads,
+            pooler_output=summary,
         )
 
 

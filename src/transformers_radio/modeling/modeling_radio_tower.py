@@ -27,6 +27,7 @@ class RadioVisionTower(RadioPreTrainedModel):
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
 
     def __init__(self, config: RadioVisionTowerConfig):
         super().__init__(config)

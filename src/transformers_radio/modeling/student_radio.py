@@ -28,6 +28,7 @@ class RadioModelOutput(ModelOutput):
         attentions (`tuple[torch.Tensor]`): Each block's probabilities `(batch, heads, length, length)`; of a
             windowed block `(batch * windows, heads, window length, window length)`.
         adaptors (`dict[str, AdaptorOutput]`): Per adaptor that ran, its `summary` and `features`.
+        pooler_output (`torch.Tensor`): `summary`, by the name that transformers' pipelines look for.
     """
 
     summary: torch.Tensor | None = None
@@ -36,6 +37,7 @@ class RadioModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     adaptors: dict[str, AdaptorOutput] | None = None
+    pooler_output: torch.Tensor | None = None
 
 
 class RadioStudentMixin:
@@ -79,7 +81,8 @@ class RadioStudentMixin:
             ValueError: The number of features does not fit the image size.
         """
         rows, cols = height // self.patch_size, width // self.patch_size
-        factor = math.isqrt(features.shape[1] // max(rows * cols, 1))
+        is_patch_grid = features.shape[1] == rows * cols  # first, for compilers: they cannot trace isqrt
+        factor = 1 if is_patch_grid else math.isqrt(features.shape[1] // max(rows * cols, 1))
         if features.shape[1] != rows * cols * factor**2 or factor == 0:
             raise ValueError(
                 f"{features.shape[1]} features do not fit {height}x{width} pixels, which have {rows}x{cols} patches; "
