@@ -222,7 +222,7 @@ class RadioConfig(NativeRadioConfig):
             ValueError: The configuration of another kind of model, or of a variant that this model does not have.
         """
         kinds = {getattr(base, "model_type", None) for base in type(config).__mro__}
-        if cls.model_type in kinds and hasattr(config, "global_blocks"):
+        if cls.model_type in kinds and hasattr(type(config), "global_blocks"):
             return config  # not by isinstance: as remote code, one file may be imported more than once
         if NativeRadioConfig.model_type not in kinds:
             raise ValueError(
