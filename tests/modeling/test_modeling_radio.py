@@ -11,7 +11,8 @@ from tiny_radio import TINY, build, native
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_radio import RadioConfig, RadioModel
+import transformers_radio.modeling.modeling_radio as modeling_radio
+from transformers_radio import RadioConfig, RadioForImageClassification, RadioModel
 
 # ---------------------------------------------------------------- equality with transformers
 
@@ -44,7 +45,7 @@ def test_outputs_are_bit_equal_to_native(size, attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_bit_equal_to_native(dtype):
+def test_half_precision_is_bit_equal_to_native_with_exact_mean_and_std(dtype):
     model = build().to(dtype)
     images = torch.rand(2, 3, 224, 160)
     with torch.no_grad():
@@ -92,6 +93,26 @@ def test_packed_images_equal_native_and_one_by_one(attention):
     torch.testing.assert_close(ours.summary, torch.cat([out.summary for out in single]))
     torch.testing.assert_close(ours.features, torch.cat([out.features[0] for out in single]))
     torch.testing.assert_close(alone.features, single[0].features[0])
+
+
+@pytest.mark.parametrize("window_size", [0, 2])
+def test_attentions_are_computed_under_sdpa_as_under_eager(window_size, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    modeling_radio.logger.warning_once.cache_clear()
+    images = torch.rand(2, 3, 64, 96)
+    options = {"window_size": window_size, "output_attentions": True}
+    with torch.no_grad():
+        expected = build(attn_implementation="eager")(images, **options)
+        assert not caplog.records
+        model = build(attn_implementation="sdpa")
+        for _ in range(2):
+            found = model(images, **options)
+        plain = model(images, window_size=window_size)
+    assert len(caplog.records) == 1 and "sdpa" in caplog.text and "eager" in caplog.text
+    assert plain.attentions is None and model.config._attn_implementation == "sdpa"
+    for a, b in zip(found.attentions, expected.attentions, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(found.features, expected.features)
 
 
 def test_packed_images_reach_flash_attention_in_one_call_with_their_ends(monkeypatch):
@@ -168,7 +189,6 @@ def test_final_norm_mean_summary_and_mlp_norm_against_native_layers():
         (torch.rand(6, 768), {"image_grid_hw": [[2, 3]]}, ["list", "torch.tensor"]),
         (torch.rand(0, 768), {"image_grid_hw": torch.zeros(0, 2, dtype=torch.long)}, ["no image"]),
         (torch.rand(1, 3, 64, 96), {"adaptors": ["clip"]}, ["clip"]),
-        (torch.rand(1, 3, 64, 96), {"output_attentions": True}, ["sdpa", "eager"]),
         (torch.rand(5, 768), {"image_grid_hw": torch.tensor([[2, 3]])}, ["(5, 768)", "(6, 768)"]),
         (torch.rand(6, 768), {"image_grid_hw": torch.tensor([2, 3])}, ["(2,)"]),
         (torch.rand(6, 768), {"image_grid_hw": torch.tensor([[2, 3]]), "window_size": 2}, ["window_size=0"]),
@@ -224,6 +244,37 @@ def test_images_above_the_table_are_extrapolated_as_native_does():
         assert torch.equal(model(images).features, native(model)(images).features)
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_casts_leave_mean_and_std_exact(tmp_path, external):
+    mean = [0.48145466, 0.4578275, 0.40821073]  # no half precision holds these
+
+    def statistics(model):
+        return {name: buffer for name, buffer in model.state_dict().items() if "conditioner" in name}
+
+    exact = statistics(build(norm_mean=mean))
+    assert exact["input_conditioner.norm_mean"].flatten().tolist() == torch.tensor(mean).tolist()
+    model = build(norm_mean=mean)
+    if external:
+        conditioner = model.make_preprocessor_external().bfloat16()
+        torch.testing.assert_close(
+            conditioner(torch.ones(1, 3, 1, 1))[0], (1 - exact["input_conditioner.norm_mean"]) / conditioner.norm_std
+        )
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    config = RadioConfig(**TINY, norm_mean=mean)
+    for cast in (
+        model,
+        model.half(),
+        model.double(),
+        RadioModel.from_pretrained(tmp_path),
+        RadioModel.from_pretrained(tmp_path, dtype=torch.float16),
+        RadioModel._from_config(config, dtype=torch.bfloat16),
+        RadioForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16),
+    ):
+        for name, statistic in statistics(cast).items():
+            assert statistic.dtype == torch.float32 and torch.equal(statistic, exact[name.removeprefix("model.")]), name
+    assert RadioModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
 def test_external_preprocessor_gives_the_same_and_saves_a_whole_checkpoint(tmp_path):
     model = build(norm_mean=[0.3, 0.4, 0.5])
     images = torch.rand(1, 3, 32, 48)
@@ -261,7 +312,33 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert gradient.abs().sum() > 0, name
 
 
-def test_initialisation():
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("reentrant", "hook"), [(True, True), (True, False), (False, True), (False, False)])
+def test_gradient_checkpointing_reaches_weights_above_frozen_embeddings(reentrant, hook, packed):
+    def gradients(checkpointing):
+        model = build(cpe_sampling=False).train()
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("layer.0.mlp.fc1" in name or "layer.2.attention.q_proj" in name)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            if hook:
+                model.enable_input_require_grads()
+        if packed:
+            out = model(pixels, image_grid_hw=torch.tensor([[2, 2], [1, 2]]))
+        else:
+            out = model(images)
+        out.summary.square().sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    images, pixels = torch.rand(2, 3, 32, 64), torch.rand(6, 768)
+    expected, found = gradients(False), gradients(True)
+    assert len(expected) == 4
+    for name, gradient in expected.items():
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_initialization():
     torch.manual_seed(0)
     model = RadioModel(RadioConfig(**{**TINY, "hidden_size": 64, "layerscale_value": 0.5}))
     state = model.state_dict()

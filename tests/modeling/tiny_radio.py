@@ -37,5 +37,6 @@ def native(model):
     config = transformers.RadioConfig(**{name: getattr(model.config, name) for name in TINY})
     config._attn_implementation = model.config._attn_implementation
     twin = transformers.RadioModel(config).eval().to(model.dtype)
+    twin.input_conditioner.float()  # in half precision it rounds mean and std, which ours keep
     twin.load_state_dict({key: value for key, value in model.state_dict().items() if key in twin.state_dict()})
     return twin

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import RadioConfig as NativeRadioConfig
 
 # width, depth, heads, MLP width; patch 16 throughout
@@ -212,6 +213,31 @@ class RadioConfig(NativeRadioConfig):
     def summary_dim(self) -> int:
         """Width of `RadioModelOutput.summary`."""
         return self.hidden_size * (len(self.summary_idxs or ()) if self.summary_type == "cls" else 1)
+
+    @classmethod
+    def adopt(cls, config: PreTrainedConfig) -> Any:
+        """`config` itself if it is of this class; else this class with its fields.
+
+        `AutoConfig.from_pretrained(folder)` without trust_remote_code gives transformers' own class, which keeps the
+        fields that it does not know.
+
+        Raises:
+            ValueError: The configuration of another kind of model, or of a variant that this model does not have.
+        """
+        kinds = {getattr(base, "model_type", None) for base in type(config).__mro__}
+        if cls.model_type in kinds and hasattr(type(config), "global_blocks"):
+            return config  # not by isinstance: as remote code, one file may be imported more than once
+        if NativeRadioConfig.model_type not in kinds:
+            raise ValueError(
+                f"expected a {cls.__name__}, got a {type(config).__name__} of type {getattr(config, 'model_type', None)!r};"
+                f" load it with {cls.__name__}.from_pretrained(folder), or AutoConfig.from_pretrained(folder, "
+                "trust_remote_code=True)."
+            )
+        values = config.to_dict()
+        if values.pop("model_type") != cls.model_type:
+            values.pop("auto_map", None)  # names the classes of the student
+        values |= {"attn_implementation": config._attn_implementation, "name_or_path": config.name_or_path}
+        return cls.from_dict(values)
 
     @staticmethod
     def sizes() -> dict[str, dict[str, Any]]:

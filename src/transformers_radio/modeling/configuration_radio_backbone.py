@@ -1,9 +1,7 @@
 """Configuration of a RADIO backbone inside a transformers detector or segmenter."""
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_radio import RadioConfig
@@ -49,17 +47,6 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):
             config_dict.pop("auto_map", None)  # names the classes of the student
         config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs
-
-    @classmethod
-    def adopt(cls, config: PreTrainedConfig) -> Any:
-        """`config` itself if it is a backbone's; else a backbone's with the fields of a student's, native or ours."""
-        if config.model_type == cls.model_type:
-            return config
-        fields = config.to_dict()
-        for name in ("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"):
-            fields.pop(name, None)
-        fields |= {"attn_implementation": config._attn_implementation, "name_or_path": config.name_or_path}
-        return cls(**fields)
 
     def to_dict(self):
         """As in transformers, without the folder that it was read from: a saved model has weights of its own."""

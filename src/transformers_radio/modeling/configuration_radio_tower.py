@@ -54,6 +54,16 @@ class RadioVisionTowerConfig(PreTrainedConfig):
         output.pop("_name_or_path", None)
         return output
 
+    @classmethod
+    def adopt(cls, config: PreTrainedConfig) -> Any:
+        """`config` itself if it is a tower's; else that of a student's configuration, see [`RadioConfig.adopt`]."""
+        if getattr(config, "model_type", None) == cls.model_type:
+            return config
+        student = RadioConfig.adopt(config)
+        tower = cls(radio_config=student, attn_implementation=student._attn_implementation)
+        tower.name_or_path, tower.dtype = student.name_or_path, student.dtype
+        return tower
+
     # what LLaVA and the loading of weights read from a vision config
     @property
     def hidden_size(self) -> int:

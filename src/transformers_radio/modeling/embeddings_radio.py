@@ -6,23 +6,49 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .inputs_radio import in_function_transform
+
 # log-uniform aspect ratio of a training crop of the position table
 _CPE_RATIO = (3 / 4, 4 / 3)
 _MAX_CACHED_TABLES = 16
 
 
 class RadioInputConditioner(nn.Module):
-    """`(pixels - mean) / std` per channel; in float32, the result in the dtype of the pixels."""
+    """`(pixels - mean) / std` per channel; in float32, the result in the dtype of the pixels.
+
+    The statistics stay in float32 when the model is cast: half precision would round them.
+    """
 
     def __init__(self, config):
         super().__init__()
         # (3,) -> (3, 1, 1)
-        self.norm_mean = nn.Buffer(torch.tensor(config.norm_mean).view(-1, 1, 1))
-        self.norm_std = nn.Buffer(torch.tensor(config.norm_std).view(-1, 1, 1))
+        self.norm_mean = nn.Buffer(torch.tensor(config.norm_mean, dtype=torch.float32).view(-1, 1, 1))
+        self.norm_std = nn.Buffer(torch.tensor(config.norm_std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         normalized = (pixel_values.float() - self.norm_mean.float()) / self.norm_std.float()
         return normalized.to(pixel_values.dtype)
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, statistic in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != statistic.dtype:  # a cast: keep its device alone
+                setattr(self, name, statistic.to(moved.device))
+        return self
+
+
+class RadioExternalConditioner(RadioInputConditioner, nn.Identity):
+    """Stands in for a conditioner that was handed over: keeps its statistics for the state dict, changes no pixel."""
+
+    def __init__(self, conditioner: nn.Module):
+        nn.Module.__init__(self)
+        for name, statistic in conditioner.named_buffers():
+            self.register_buffer(name, statistic.clone())
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
 
 
 class RadioPatchEmbeddings(nn.Module):
@@ -95,6 +121,8 @@ class RadioPatchEmbeddings(nn.Module):
         table = self.position_embedding
         return (
             torch.compiler.is_compiling()
+            or in_function_transform()  # the result may be a stand-in that ends with the transform
+            or type(table) is not nn.Parameter  # a tensor in its place for one call (torch.func.functional_call)
             or (torch.is_grad_enabled() and table.requires_grad)  # the result carries a graph
             or type(table.data) is not torch.Tensor  # fake or sharded tensors
             or table.is_inference()  # has no version
@@ -120,8 +148,10 @@ class RadioPatchEmbeddings(nn.Module):
     def _resize_positions(self, rows: int, cols: int) -> torch.Tensor:
         side = max(rows, cols)
         table = F.interpolate(self._table(), size=(side, side), mode="bilinear", align_corners=False)
-        # (1, D, side, side) -> (1, D, rows, cols) -> (1, rows*cols, D)
-        return table[:, :, :rows, :cols].flatten(2).transpose(1, 2)
+        # by indices: slices branch on whether they are the whole side, which would fix the aspect of an exported model
+        top, left = (torch.arange(length, device=table.device) for length in (rows, cols))
+        # (1, D, side, side) -> (1, side, side, D) -> (1, rows, cols, D) -> (1, rows*cols, D)
+        return table.permute(0, 2, 3, 1).index_select(1, top).index_select(2, left).flatten(1, 2)
 
     def _sample_positions(self, batch: int, rows: int, cols: int) -> torch.Tensor:
         device = self.position_embedding.device

@@ -85,10 +85,29 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
     return list(adaptors)
 
 
+def check_classes(labels: torch.Tensor, num_labels: int, ignore_index: int):
+    """Integer labels, each one of `num_labels` classes counted from 0, or `ignore_index`."""
+    wrong = ((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)
+    if wrong.any():
+        found = labels[wrong].unique().tolist()
+        raise ValueError(
+            f"labels hold {', '.join(map(str, found[:5]))}{', ...' if len(found) > 5 else ''}, but num_labels is "
+            f"{num_labels}: classes are 0 to {num_labels - 1}, and {ignore_index} is ignored. Map what is no class to "
+            f"{ignore_index}, or load the model with more num_labels."
+        )
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp) runs: its tensors stand in for others and have no values."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether there are values to look at: not while compiling or tracing, not on the meta device."""
+    """Whether there are values to look at: not while compiling, tracing or in `torch.func`, not on the meta device."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not in_function_transform()
         and type(tensor) is torch.Tensor
         and not tensor.is_meta
         and tensor.numel() > 0

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
@@ -19,6 +19,8 @@ from .inputs_radio import check_adaptors, check_images, check_packed, check_wind
 from .padding_radio import forward_padded, padded_grids
 from .student_radio import RadioModelOutput, RadioStudentMixin
 from .windows_radio import RadioWindows
+
+logger = logging.get_logger(__name__)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -42,7 +44,7 @@ class RadioAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, lengths: list[int] | None = None
+        self, hidden_states: torch.Tensor, lengths: list[int] | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`lengths`: of the images packed into one sequence; tokens attend within their image."""
         # (B, L, D) -> (B, L, heads, D/heads) -> (B, heads, L, D/heads)
@@ -50,7 +52,7 @@ class RadioAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        implementation = self.config._attn_implementation
+        implementation = "eager" if output_attentions else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         options = {"attention_mask": None, "scaling": self.scaling, "dropout": dropout}
@@ -122,12 +124,17 @@ class RadioLayer(GradientCheckpointingLayer):
         self.drop_path = RadioDropPath(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, lengths: list[int] | None = None
+        self, hidden_states: torch.Tensor, lengths: list[int] | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention, weights = self.attention(self.norm1(hidden_states), lengths)
+        attention, weights = self.attention(self.norm1(hidden_states), lengths, output_attentions)
         hidden_states = self.drop_path(self.layer_scale1(attention)) + hidden_states
         hidden_states = self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
         return hidden_states, weights
+
+
+def is_checkpointed_reentrantly(layer: RadioLayer) -> bool:
+    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+    return layer.gradient_checkpointing and options.get("use_reentrant", False) and torch.is_grad_enabled()
 
 
 class RadioEncoder(nn.Module):
@@ -150,7 +157,10 @@ class RadioEncoder(nn.Module):
         for index, layer in enumerate(self.layer):
             if windows is not None:
                 hidden_states = windows.arrange(hidden_states, windowed=index not in self.global_blocks)
-            hidden_states, weights = layer(hidden_states, lengths)
+            if self.training and is_checkpointed_reentrantly(layer) and not hidden_states.requires_grad:
+                # such a layer gets no gradients unless its input needs them: below frozen embeddings none would train
+                hidden_states.requires_grad_(any(weight.requires_grad for weight in self.parameters()))
+            hidden_states, weights = layer(hidden_states, lengths, output_attentions)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states if windows is None else windows.to_image(hidden_states))
             if output_attentions:
@@ -168,8 +178,13 @@ class RadioPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RadioLayer"]
+    _input_embed_layer = "patch_projection"
+    _keep_in_fp32_modules_strict = ["input_conditioner"]
     _supports_sdpa = True
     _supports_flash_attn = True
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(self.config_class.adopt(config), *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -186,8 +201,11 @@ class RadioPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RadioAdaptorLayerScale):
             init.constant_(module.gamma, 1e-5)
         elif isinstance(module, RadioInputConditioner):
-            init.copy_(module.norm_mean, torch.tensor(self.config.norm_mean).view(-1, 1, 1))
-            init.copy_(module.norm_std, torch.tensor(self.config.norm_std).view(-1, 1, 1))
+            for statistic, values in (
+                (module.norm_mean, self.config.norm_mean),
+                (module.norm_std, self.config.norm_std),
+            ):
+                init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         elif isinstance(module, RadioModel):
             init.copy_(module.summary_idxs, torch.tensor(self.config.summary_idxs, dtype=torch.long))
         else:
@@ -198,14 +216,24 @@ class RadioPreTrainedModel(PreTrainedModel):
         """As in transformers, but a weight that the checkpoint lacks is an error instead of a random tensor.
 
         Args:
-            allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialisation, e.g.
-                `["classifier"]` to put a new head on a backbone.
+            allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialization, e.g.
+                `["classifier"]` to put a new head on a backbone. Of these alone may the shape differ with
+                `ignore_mismatched_sizes=True`.
 
         Raises:
-            ValueError: The checkpoint lacks other weights of this model, or contradicts `config.summary_idxs`.
+            ValueError: The checkpoint lacks other weights of this model, has them in other shapes, or contradicts
+                `config.summary_idxs`.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
+        misfits = {key: shapes for key, *shapes in info["mismatched_keys"] if not key.startswith(tuple(allow_missing))}
+        if misfits:  # only with ignore_mismatched_sizes=True, which is meant for heads
+            key, (stored, expected) = min(misfits.items())
+            raise ValueError(
+                f"{cls.__name__}: {len(misfits)} weights of the checkpoint have other shapes than the model and would be "
+                f"random: {key} is {tuple(stored)} there and {tuple(expected)} here. Load with the checkpoint's own "
+                f"config; ignore_mismatched_sizes is for weights named in allow_missing, here {list(allow_missing)}."
+            )
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(allow_missing)))
         if missing:
             if any(key.startswith("radio_model.") for key in info["unexpected_keys"]):
@@ -250,6 +278,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
 
     def __init__(self, config: RadioConfig):
         super().__init__(config)
+        config = self.config
         config.validate()  # fields may have been set after construction
         self.input_conditioner: nn.Module = RadioInputConditioner(config)
         self.embeddings = RadioPatchEmbeddings(config)
@@ -301,7 +330,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 `config.window_size`, or while training a draw from `config.train_window_sizes` if there are any.
             image_grid_hw (`torch.Tensor` of shape `(images, 2)`, *optional*): Patch grid of each packed image.
             output_hidden_states (`bool`, *optional*): Return the embeddings and the output of every block.
-            output_attentions (`bool`, *optional*): Return every block's probabilities; needs eager attention.
+            output_attentions (`bool`, *optional*): Return every block's probabilities; this call then attends eagerly.
             pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*): 1 on the image and 0 on the
                 padding at the bottom and right, as [`RadioImageProcessor`] returns it. Each image is computed as if
                 it were alone; tokens of patches in the padding are zero. Draws no window while training.
@@ -317,10 +346,10 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
         # not `bool(...)`: callers that select one layer may pass its index, 0 included
         output_hidden_states = output_hidden_states is not None and output_hidden_states is not False
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions needs eager attention, this model has {config._attn_implementation!r}; load it "
-                'with attn_implementation="eager" or call model.set_attn_implementation("eager").'
+        if output_attentions and config._attn_implementation != "eager" and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{config._attn_implementation} attention has no probabilities to return: calls with output_attentions "
+                'attend eagerly, which takes more memory; attn_implementation="eager" does so in every call.'
             )
         names = check_adaptors(adaptors, list(self.adaptors))
         if pixel_mask is not None:
@@ -332,7 +361,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             if (sides * self.patch_size < sides.new_tensor(pixel_values.shape[-2:])).any():
                 options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
                 return forward_padded(self, pixel_values, sides, window_size, adaptors=names, **options)
-        dtype = self.embeddings.patch_projection.weight.dtype
+        dtype = self.embeddings.cls_register_token.dtype  # quantization leaves it alone, unlike the weights of Linears
         num_prefix = config.num_summary_tokens
         windows, lengths = None, None
 
@@ -354,9 +383,9 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
             lengths = [num_prefix + rows * cols for rows, cols in grids]
             # (total, C*p*p) -> (total, C, p, p) -> (total, C*p*p)
-            patches = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
-            patches = self.input_conditioner(patches).to(dtype).flatten(1)
-            hidden_states = self.embeddings.forward_packed(patches, grids)
+            pixels = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
+            pixels = self.input_conditioner(pixels).to(dtype).flatten(1)
+            hidden_states = self.embeddings.forward_packed(pixels, grids)
         self._warn_about_range(pixel_values)
 
         hidden_states, all_hidden_states, attentions = self.encoder(
@@ -380,7 +409,10 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             sizes = [features.shape[1]] if lengths is None else [rows * cols for rows, cols in grids]
             summary = torch.cat([image.mean(1) for image in features.split(sizes, dim=1)])
             summary_tokens = summary.unsqueeze(1)
-        heads = {name: self.adaptors[name](summary_tokens, features, grids) for name in names}
+        # one copy without gaps for all heads: their Linears would make one each, if the batch is more than one image, and
+        # an exported model would be fixed to that
+        patches = features.clone(memory_format=torch.contiguous_format) if names else features
+        heads = {name: self.adaptors[name](summary_tokens, patches, grids) for name in names}
 
         if lengths is not None:  # packed outputs have no batch axis
             hidden_states, features = hidden_states[0], features[0]
@@ -393,6 +425,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             hidden_states=all_hidden_states,
             attentions=attentions,
             adaptors=heads,
+            pooler_output=summary,
         )
 
 

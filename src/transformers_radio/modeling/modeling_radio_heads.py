@@ -9,26 +9,32 @@ from torch.nn import functional as F
 from transformers import AutoBackbone
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .configuration_radio import RadioConfig
 from .configuration_radio_backbone import RadioBackboneConfig
+from .inputs_radio import can_read_values, check_classes
 from .loading_radio import warn_if_random, weight_state
 from .modeling_radio import RadioModel, RadioPreTrainedModel
+
+_IGNORED_CLASS = -100  # by cross-entropy, in torch and transformers
 
 
 class RadioHeadModel(RadioPreTrainedModel):
     """A RADIO student without adaptors at `self.model`, below the head that a subclass adds.
 
-    Adaptors are neither built nor saved (`config.adaptors` is empty); those of a loaded checkpoint are reported as
-    unexpected weights. A student that is frozen as a whole (`model.model.requires_grad_(False)`) stays in eval mode
+    Adaptors are neither built nor saved (`config.adaptors` is empty), and those of a loaded checkpoint are left out
+    without a word. A student that is frozen as a whole (`model.model.requires_grad_(False)`) stays in eval mode
     while the head trains: its features must not vary with the random position crops of training.
     """
 
     accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
+    _labels_checked = False
 
     def __init__(self, config):
-        config = copy.deepcopy(config)
+        config = copy.deepcopy(self.config_class.adopt(config))
         config.adaptors = {}
         super().__init__(config)
         self.model = RadioModel(config)
@@ -46,6 +52,16 @@ class RadioHeadModel(RadioPreTrainedModel):
             self.model.eval()
         return self
 
+    def check_classes(self, labels: torch.Tensor, ignore_index: int):
+        """Raises ValueError for a label that is neither a class nor ignored.
+
+        Looking makes an accelerator wait. So on CUDA, whose own kernels stop (without a name) at such a label, only
+        the first batch is looked at; elsewhere each one.
+        """
+        if can_read_values(labels) and not (labels.is_cuda and self._labels_checked):
+            check_classes(labels, self.config.num_labels, ignore_index)
+            self._labels_checked = True
+
 
 class RadioForImageClassification(RadioHeadModel):
     """LayerNorm and a linear layer on the summary; the norm because RADIO has none and its scale is arbitrary.
@@ -56,6 +72,7 @@ class RadioForImageClassification(RadioHeadModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.summary_norm = nn.LayerNorm(config.summary_dim, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.summary_dim, config.num_labels)
         self.post_init()
@@ -72,15 +89,18 @@ class RadioForImageClassification(RadioHeadModel):
         """
         Args:
             pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
-            labels: class indices (batch_size,) int64; or float targets (batch_size, num_labels) for several labels
-                per image; or float targets (batch_size,) or (batch_size, num_labels) for a regression.
+            labels: class indices (batch_size,), where -100 is ignored; or float targets (batch_size, num_labels) for
+                several labels per image; or float targets (batch_size,) or (batch_size, num_labels) for a regression.
             pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`].
 
         Returns:
             `logits` (batch_size, num_labels) and, with labels, their mean `loss`.
+
+        Raises:
+            ValueError: a class index that is no class; another number of labels than of images.
         """
-        if labels is not None and len(labels) != len(pixel_values):
-            raise ValueError(f"got {len(labels)} labels for {len(pixel_values)} images; give one label per image")
+        if labels is not None:
+            labels = self._checked_labels(labels, len(pixel_values))
         outputs = self.model(
             pixel_values,
             adaptors=[],
@@ -89,12 +109,37 @@ class RadioForImageClassification(RadioHeadModel):
             pixel_mask=pixel_mask,
         )
         logits = self.classifier(self.summary_norm(outputs.summary))
+        loss = None
+        if labels is not None:
+            # at least 1: a batch without any class has loss 0, not NaN
+            count = (labels != _IGNORED_CLASS).sum().clamp(min=1)
+            loss = self.loss_function(labels, logits, self.config, num_items_in_batch=count)
         return ImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
+        if labels.ndim == 0 or len(labels) != num_images:
+            count = 1 if labels.ndim == 0 else len(labels)
+            raise ValueError(f"got {count} labels for {num_images} images; give one label per image")
+        problem, num_labels = self.config.problem_type, self.config.num_labels
+        if labels.ndim == 1 and num_labels > 1 and not labels.is_floating_point():
+            labels = labels.long()  # all that cross-entropy takes
+        # what transformers takes as class indices
+        if problem == "single_label_classification" or (
+            problem is None and num_labels > 1 and labels.dtype in (torch.int64, torch.int32)
+        ):
+            if labels.numel() != num_images or labels.is_floating_point():
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one class index per "
+                    f"image, ({num_images},) int64. For several labels per image pass float targets ({num_images}, "
+                    f"{num_labels})"
+                )
+            self.check_classes(labels, _IGNORED_CLASS)
+        return labels
 
 
 class RadioForSemanticSegmentation(RadioHeadModel):
@@ -106,6 +151,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config = self.config
         self.batch_norm = nn.BatchNorm2d(config.hidden_size)
         self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
         self.post_init()
@@ -129,12 +175,19 @@ class RadioForSemanticSegmentation(RadioHeadModel):
         Returns:
             `logits` (batch_size, num_labels, height / patch_size, width / patch_size) and, with labels, the mean
             cross-entropy `loss` of the logits resized bilinearly to the labels.
+
+        Raises:
+            ValueError: a label that is neither a class nor the ignored one; maps of another shape.
         """
         if labels is not None and (labels.ndim != 3 or len(labels) != len(pixel_values) or labels.is_floating_point()):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers per "
                 f"image: ({len(pixel_values)}, label_height, label_width)"
             )
+        ignore_index = getattr(self.config, "semantic_loss_ignore_index", 255)
+        if labels is not None:
+            labels = labels.long()  # all that cross_entropy takes
+            self.check_classes(labels, ignore_index)
         outputs = self.model(
             pixel_values,
             adaptors=[],
@@ -147,9 +200,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
 
         loss = None
         if labels is not None:
-            ignore_index = getattr(self.config, "semantic_loss_ignore_index", 255)
             scores = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-            labels = labels.long()  # all that cross_entropy takes
             loss = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="sum")
             loss = loss / (labels != ignore_index).sum().clamp(min=1)  # a batch without any label has loss 0, not NaN
         return SemanticSegmenterOutput(
@@ -181,6 +232,7 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
             config = copy.deepcopy(config)
             config.set_output_features_output_indices(out_features, out_indices)
         super().__init__(config)
+        config = self.config
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         del self.model.encoder.layer[self.stage_names.index(self.out_features[-1]) :]  # stage n is after block n
         self.post_init()
@@ -253,3 +305,5 @@ RadioForImageClassification.register_for_auto_class("AutoModelForImageClassifica
 RadioForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 RadioBackbone.register_for_auto_class("AutoBackbone")
 AutoBackbone.register(RadioBackboneConfig, RadioBackbone, exist_ok=True)
+# transformers' image-segmentation pipeline looks the class up by its name, in this table alone
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["radio_semantic_segmentation"] = RadioForSemanticSegmentation.__name__

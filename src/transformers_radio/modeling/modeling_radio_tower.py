@@ -29,10 +29,11 @@ class RadioVisionTower(RadioPreTrainedModel):
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
 
     def __init__(self, config: RadioVisionTowerConfig):
         super().__init__(config)
-        self.model = RadioModel(config.radio_config)
+        self.model = RadioModel(self.config.radio_config)
         self.post_init()
         self.built_with = weight_state(self.model)
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .adaptors_radio import AdaptorOutput
+from .embeddings_radio import RadioExternalConditioner
 from .inputs_radio import can_read_values, describe_range_error, nearest_multiple
 
 logger = logging.get_logger(__name__)
@@ -27,6 +28,7 @@ class RadioModelOutput(ModelOutput):
         attentions (`tuple[torch.Tensor]`): Each block's probabilities `(batch, heads, length, length)`; of a
             windowed block `(batch * windows, heads, window length, window length)`.
         adaptors (`dict[str, AdaptorOutput]`): Per adaptor that ran, its `summary` and `features`.
+        pooler_output (`torch.Tensor`): `summary`, by the name that transformers' pipelines look for.
     """
 
     summary: torch.Tensor | None = None
@@ -35,6 +37,7 @@ class RadioModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     adaptors: dict[str, AdaptorOutput] | None = None
+    pooler_output: torch.Tensor | None = None
 
 
 class RadioStudentMixin:
@@ -78,7 +81,8 @@ class RadioStudentMixin:
             ValueError: The number of features does not fit the image size.
         """
         rows, cols = height // self.patch_size, width // self.patch_size
-        factor = math.isqrt(features.shape[1] // max(rows * cols, 1))
+        is_patch_grid = features.shape[1] == rows * cols  # first, for compilers: they cannot trace isqrt
+        factor = 1 if is_patch_grid else math.isqrt(features.shape[1] // max(rows * cols, 1))
         if features.shape[1] != rows * cols * factor**2 or factor == 0:
             raise ValueError(
                 f"{features.shape[1]} features do not fit {height}x{width} pixels, which have {rows}x{cols} patches; "
@@ -109,10 +113,8 @@ class RadioStudentMixin:
         """
         if isinstance(self.input_conditioner, nn.Identity):
             raise ValueError("The input conditioner is external already; use the module that the first call returned.")
-        conditioner, identity = self.input_conditioner, nn.Identity()
-        for name, statistic in conditioner.named_buffers():
-            identity.register_buffer(name, statistic.clone())
-        self.input_conditioner = identity
+        conditioner = self.input_conditioner
+        self.input_conditioner = RadioExternalConditioner(conditioner)
         return conditioner
 
     def _warn_about_range(self, pixel_values: torch.Tensor):

@@ -23,31 +23,43 @@ class RadioWindows:
 
     def sort(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, prefix + h*w, D)`, patches row by row -> the same, patches window by window."""
-        prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
-        # (B, h*w, D) -> (B, h/W, W, w/W, W, D) -> (B, h/W, w/W, W, W, D) -> (B, h*w, D)
-        patches = patches.unflatten(1, (self.rows, self.size, self.cols, self.size)).transpose(2, 3).flatten(1, 4)
-        return torch.cat([prefix, patches], dim=1)
+        place = self._patch_numbers(tokens.device)
+        # by arithmetic: reshapes branch on the shape, which an exported model would then be fixed to
+        window, inside = place // self.size**2, place % self.size**2
+        row = window // self.cols * self.size + inside // self.size
+        col = window % self.cols * self.size + inside % self.size
+        return tokens.index_select(1, self._behind_prefix(row * self.cols * self.size + col))
 
     def unsort(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of `sort`."""
-        prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
-        # (B, h*w, D) -> (B, h/W, w/W, W, W, D) -> (B, h/W, W, w/W, W, D) -> (B, h*w, D)
-        patches = patches.unflatten(1, (self.rows, self.cols, self.size, self.size)).transpose(2, 3).flatten(1, 4)
-        return torch.cat([prefix, patches], dim=1)
+        return tokens.index_select(1, self._places_when_sorted(tokens.device))
 
     def unsort_attention(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights of a global block, `(B, heads, L, L)`, in the order of the image; of a windowed block unchanged."""
         if self.is_split:
             return weights
-        # (L,) -> (1, L, 1) -> (L,): where each token of the image sits among the sorted ones
-        index = self.unsort(torch.arange(weights.shape[-1], device=weights.device)[None, :, None])[0, :, 0]
-        return weights[:, :, index][..., index]
+        places = self._places_when_sorted(weights.device)
+        return weights.index_select(2, places).index_select(3, places)
+
+    def _places_when_sorted(self, device: torch.device) -> torch.Tensor:
+        """`(prefix + h*w,)`: where each token of the image sits among the sorted ones."""
+        patch = self._patch_numbers(device)
+        row, col = patch // (self.cols * self.size), patch % (self.cols * self.size)
+        window = row // self.size * self.cols + col // self.size
+        inside = row % self.size * self.size + col % self.size
+        return self._behind_prefix(window * self.size**2 + inside)
+
+    def _patch_numbers(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.rows * self.size * self.cols * self.size, device=device)
+
+    def _behind_prefix(self, patches: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.arange(self.num_prefix, device=patches.device), patches + self.num_prefix])
 
     def split(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, prefix + h*w, D)`, sorted -> `(B * windows, [prefix +] W*W, D)`."""
         prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
         # (B, h*w, D) -> (B, windows, W*W, D)
-        windows = patches.unflatten(1, (-1, self.size**2))
+        windows = patches.clone(memory_format=torch.contiguous_format).unflatten(1, (self.rows * self.cols, -1))
         if self.average:
             # (B, prefix, D) -> (B, windows, prefix, D)
             prefix = prefix.unsqueeze(1).expand(-1, windows.shape[1], -1, -1)
