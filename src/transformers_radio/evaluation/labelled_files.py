@@ -24,14 +24,13 @@ SAMPLE_SEED = 0  # of what tasks draw
 @dataclass
 class LabelledFiles:
     """`files` as `datasets` hands them over undecoded (paths, or encoded images); `labels` int64 (N,); `class_names`
-    where the source states them; `skipped` images per reason (they are in neither); `fingerprint` of the whole split,
-    as `LabelledSplit` has it."""
+    where the source states them; `skipped` files per reason (they are in neither); `split` is the whole of it."""
 
     files: list[Any]
     labels: torch.Tensor
     class_names: list[str] | None
     skipped: dict[str, int]
-    fingerprint: dict[str, Any]
+    split: LabelledSplit
 
     def batches(self, size: tuple[int, int], batch_size: int) -> "ResizedBatches":
         """All images at (height, width), as uint8 batches (B, 3, height, width)."""
@@ -105,7 +104,7 @@ def sample_labelled_files(
             f"{source} ({split}) holds no readable image in column {rows.image_column!r}; skipped: {dict(skipped)}."
         )
     warn_of_skipped(f"{source} ({split})", len(files), skipped)
-    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped), rows.fingerprint())
+    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped), rows)
 
 
 def shuffled(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -13,11 +14,18 @@ from ..classification import (
     resolution,
     store_config,
 )
-from ..encoder import VisionEncoder
-from ..features import LabelledSplit
+from ..encoder import ENCODER_COUNTED, VisionEncoder
+from ..features import COUNTED, LabelledSplit
 from ..knn import knn_accuracy_of_stores
 from ..results import Result, done, result_path, work_folder
 from ..summary_store import start_processes, store_summaries
+
+# What a result is known by, of its settings.
+RESULT_COUNTED = (
+    *ENCODER_COUNTED,
+    *("output", "k", "temperature", "image_size", "store_dtype"),
+    *(f"{split}.{name}" for split in ("bank", "queries") for name in COUNTED),
+)
 
 
 @dataclass
@@ -49,6 +57,12 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     in_bank, asked = bank.labels_of_folders(), queries.labels_of_folders()
     if in_bank is not None and asked is not None:
         _check_classes(in_bank, asked, bank, config)
+    images = bank.count()
+    if images is not None and images < config.k:
+        raise ValueError(
+            f"k is {config.k}, but the bank ({config.train_split}) has {images} images: expected 1 to {images}. Lower "
+            "k, or take a larger bank."
+        )
     encoders = load_encoders(models, config)
     for encoder in encoders:
         store_config(encoder, config).check()
@@ -59,7 +73,7 @@ def _measure(
     encoder: VisionEncoder, bank: LabelledSplit, queries: LabelledSplit, config: KnnConfig, output: Path
 ) -> Result:
     path = result_path(output, encoder.name, "knn", config.title)
-    folder = work_folder(output, encoder.name, "knn", config.title)
+    folder = work_folder(path)
     stored = store_config(encoder, config)
     of_model = {**encoder.settings(), "output": "summary"}
     settings = {
@@ -71,7 +85,15 @@ def _measure(
         "bank": bank.fingerprint(),
         "queries": queries.fingerprint(),
     }
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **there,
+            "bank": bank.recognized(there.get("bank")),
+            "queries": queries.recognized(there.get("queries")),
+        }
+
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite, before)
     if finished is not None:
         return finished
     clear_work(folder, config.overwrite)
