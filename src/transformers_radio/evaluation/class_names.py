@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .paths import expand_home
 from .zero_shot import Template, openai_imagenet_templates
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def load_templates(given: str | Sequence[str]) -> Sequence[Template]:
 
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, without spaces around them; empty lines only at its end."""
-    path = Path(path).expanduser()
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; expected a text file with one entry a line.")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]

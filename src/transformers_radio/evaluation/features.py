@@ -191,8 +191,10 @@ class LabelledSplit:
 
     def recognized(self, fingerprint: Any) -> Any:
         """A fingerprint in a file, with the hash of today where it has that of earlier versions for these files."""
-        is_other = isinstance(fingerprint, dict) and fingerprint.get("files") != self._found.fingerprint
-        if is_other and fingerprint["files"] == self._found.fingerprint_before:
+        if not isinstance(fingerprint, dict) or fingerprint.get("files") == self._found.fingerprint:
+            return fingerprint
+        places = {self._found.folder, str(fingerprint.get("source"))}
+        if fingerprint.get("files") in {self._found.fingerprint_before(place) for place in places}:
             return {**fingerprint, "files": self._found.fingerprint}
         return fingerprint
 

@@ -205,7 +205,9 @@ def slug(text: str) -> str:
     kept = [one if one.isalnum() or one == "." or (ord(one) > 127 and one.isprintable()) else "-" for one in text]
     words = re.sub("-+", "-", "".join(kept)).strip("-")
     name = words.strip("-.")
-    is_lossy = name != words or any(one == "-" and sign not in SEPARATORS for one, sign in zip(kept, text, strict=True))
+    is_lossy = name != words or any(
+        one == "-" and sign not in SEPARATORS for one, sign in zip(kept, text, strict=True)
+    )
     if is_lossy or len(name.encode()) > LONGEST:
         name = f"{_cut(name, LONGEST)}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}".lstrip("-")
     return name or "unnamed"

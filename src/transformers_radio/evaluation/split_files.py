@@ -62,27 +62,43 @@ class SplitFiles:
     @cached_property
     def fingerprint(self) -> str:
         """Of names, sizes and dates below the folder, wherever it lies; of files elsewhere, addresses and revisions."""
-        return self.fingerprint_before if self.is_remote else fingerprint_files(self.files, self.folder)
+        if self.is_remote or not self.files:
+            return _digest(self.files, self.revisions)
+        return fingerprint_files(self.files, self.folder)
 
-    @cached_property
-    def fingerprint_before(self) -> str:
-        """As results of earlier versions have it: with the place of the folder."""
-        files, revisions = self.files, self.revisions
-        if files and not self.is_remote:
-            folder = os.path.realpath(self.folder)
-            files = [os.path.join(folder, os.path.relpath(file, self.folder)) for file in files]
-            revisions = [(str(os.stat(file).st_mtime),) for file in files]
-        digest = hashlib.blake2b(digest_size=16)
-        for file in files:
-            digest.update(f"{file}\n".encode())
-        digest.update(repr(revisions).encode())
-        return digest.hexdigest()
+    def fingerprint_before(self, folder: str) -> str:
+        """Of these files as results of earlier versions have it, when they lay in `folder`."""
+        if self.is_remote or not self.files:
+            return self.fingerprint
+        files = [os.path.join(os.path.realpath(folder), os.path.relpath(file, self.folder)) for file in self.files]
+        return _digest(files, [(str(os.stat(file).st_mtime),) for file in self.files])
+
+
+def _digest(files: list[str], revisions: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file}\n".encode())
+    digest.update(repr(revisions).encode())
+    return digest.hexdigest()
 
 
 def split_names(split: str) -> tuple[str, ...]:
     """The names that a split may have, the one that is asked for first."""
     others = next((row for row in SPLITS if split in row), ())
     return (split, *(name for name in others if name != split))
+
+
+def own_split_name(source: str, split: str) -> str:
+    """What the split is called there, among its names; `split` itself where none is."""
+    folder = expand_home(source)
+    names = split_names(split)
+    files = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in names:
+        if os.path.isdir(os.path.join(folder, name)) or any(
+            re.match(re.escape(name) + "[^a-zA-Z0-9]", f) for f in files
+        ):
+            return name
+    return split
 
 
 def find_split(source: str | Path, split: str, config_name: str | None = None) -> SplitFiles:
@@ -107,7 +123,7 @@ def find_split(source: str | Path, split: str, config_name: str | None = None) -
     except (ValueError, FileNotFoundError) as error:
         if os.path.isdir(path) and not glob.has_magic(path) and _is_for_datasets(path):
             return SplitFiles(path, split, None, path, [])
-        raise type(error)(_in_words_of_evaluation(str(error))) from error
+        raise type(error)(in_words_of_evaluation(str(error))) from error
     if kind == "imagefolder":
         roots = {folder, *(os.path.join(folder, name) for name in split_names(split))}
         tables = [os.path.join(root, name) for root in roots for name in METADATA]
@@ -128,7 +144,7 @@ def _find(path: str, split: str) -> tuple[str, str, list[str]]:
         is_named = all(re.match(re.escape(name) + r"([^a-zA-Z0-9]|$)", os.path.basename(file)) for file in files)
         if name != "train" or is_named or os.path.isdir(os.path.join(folder, name)):
             for note in notes:
-                logger.warning("%s: %s", path, _in_words_of_evaluation(note))
+                logger.warning("%s: %s", path, in_words_of_evaluation(note))
             return kind, folder, files
     try:  # all files that do not belong to another split by the beginning of their names
         kind, folder, files, _ = find_files(path, "train", "data")
@@ -156,7 +172,7 @@ def _mentions(path: str, names: Sequence[str] | set[str]) -> bool:
     return re.search(rf"(^|[-._ 0-9/])({'|'.join(map(re.escape, names))})([-._ 0-9/]|$)", path) is not None
 
 
-def _in_words_of_evaluation(message: str) -> str:
+def in_words_of_evaluation(message: str) -> str:
     """Of a message in the words of a training recipe, whose data have a path of their own."""
     return re.sub(r"\bdata\.path\b", "data", re.sub(r"\bdata\.(split|image_column)\b", r"\1", message))
 
