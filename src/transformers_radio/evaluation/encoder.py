@@ -109,7 +109,7 @@ class VisionEncoder(nn.Module):
         return f"{kind}:{checkpoint}"
 
     def settings(self) -> dict[str, Any]:
-        """Where the model came from; and what a result depends on (`ENCODER_COUNTED`): its weights, its dtype and which
+        """Where the model came from, and what results depend on (`ENCODER_COUNTED`): its weights, its dtype and which
         outputs are read."""
         dtype = self.model.dtype
         return {
