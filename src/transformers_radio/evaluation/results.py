@@ -132,8 +132,8 @@ def result_path(output: Path, model: str, task: str, data: str) -> Path:
     there = _names(path)
     if there is not None and there != (model, data):
         raise ValueError(
-            f"{path} holds the result of {there[0]!r} on {there[1]!r}, and that of {model!r} on {data!r} would have the "
-            "same name: choose another --output, another title (TITLE=MODEL), or another name of the data (name=...)."
+            f"{path} holds the result of {there[0]!r} on {there[1]!r}, and that of {model!r} on {data!r} would have "
+            "its name: choose another --output, another title (TITLE=MODEL), or another name of the data (name=...)."
         )
     return path
 
@@ -149,7 +149,7 @@ def _names(path: Path) -> tuple[str, str] | None:
         result = Result.read(path)
     except (OSError, ValueError):
         return None
-    return result.model, result.data
+    return re.sub(r"^(\.\./)+", "", result.model), result.data  # ../student, as it once was called
 
 
 def done(
@@ -205,10 +205,8 @@ def slug(text: str) -> str:
     kept = [one if one.isalnum() or one == "." or (ord(one) > 127 and one.isprintable()) else "-" for one in text]
     words = re.sub("-+", "-", "".join(kept)).strip("-")
     name = words.strip("-.")
-    is_lossy = name != words or any(
-        one == "-" and sign not in SEPARATORS for one, sign in zip(kept, text, strict=True)
-    )
-    if is_lossy or len(name.encode()) > LONGEST:
+    lost = [sign for one, sign in zip(kept, text, strict=True) if one == "-" and sign not in SEPARATORS]
+    if lost or name != words or len(name.encode()) > LONGEST:
         name = f"{_cut(name, LONGEST)}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}".lstrip("-")
     return name or "unnamed"
 

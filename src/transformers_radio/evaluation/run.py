@@ -104,7 +104,7 @@ def load_config(schema: type, data: str | None, recipe: str | Path | None, overr
 
 
 def _quoted(schema: Any, override: str) -> str:
-    """`key=value`, a text in quotes: without them YAML takes 2024_01, no, [2021] and all behind a # for other things."""
+    """`key=value`, a text in quotes, without which YAML takes 2024_01, no, [2021] and what follows # for others."""
     key, _, value = override.partition("=")
     wanted = _type_at(schema, key)
     is_text = wanted in (str, str | None) or (wanted is Any and "/" in value and os.path.exists(expand_home(value)))

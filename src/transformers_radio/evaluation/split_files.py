@@ -61,7 +61,7 @@ class SplitFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names, sizes and dates below the folder, wherever it lies; of files elsewhere, addresses and revisions."""
+        """Of names, sizes and dates below the folder, wherever it lies; of files on a server, addresses and revisions."""
         if self.is_remote or not self.files:
             return _digest(self.files, self.revisions)
         return fingerprint_files(self.files, self.folder)
@@ -92,13 +92,9 @@ def own_split_name(source: str, split: str) -> str:
     """What the split is called there, among its names; `split` itself where none is."""
     folder = expand_home(source)
     names = split_names(split)
-    files = os.listdir(folder) if os.path.isdir(folder) else []
-    for name in names:
-        if os.path.isdir(os.path.join(folder, name)) or any(
-            re.match(re.escape(name) + "[^a-zA-Z0-9]", f) for f in files
-        ):
-            return name
-    return split
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    named = (name for name in names if any(re.match(re.escape(name) + r"([^a-zA-Z0-9]|$)", one) for one in there))
+    return next(named, split)
 
 
 def find_split(source: str | Path, split: str, config_name: str | None = None) -> SplitFiles:

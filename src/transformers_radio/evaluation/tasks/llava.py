@@ -146,8 +146,8 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
     claim_folder(work / "pretrain", pretrain, PRETRAIN_COUNTED, config.overwrite, before)
     claim_folder(work / "finetune", finetune, FINETUNE_COUNTED, config.overwrite, before)
     for key in asked:
-        answers, own = work / "answers" / slug(key), {**finetune, "questions": asked[key]}
-        claim_folder(answers, own, (*FINETUNE_COUNTED, "questions"), config.overwrite, before)
+        own = {**finetune, "questions": asked[key]}
+        claim_folder(work / "answers" / slug(key), own, (*FINETUNE_COUNTED, "questions"), config.overwrite, before)
     if lmms:
         claim_folder(work / "lmms", {**finetune, **lmms}, (*FINETUNE_COUNTED, *lmms), config.overwrite, before)
     folder = _train(student, config, data, work)

@@ -1,7 +1,7 @@
 """`eval segmentation`: the linear probe, or classes by words alone, on ADE20K, PASCAL VOC or a set of one's own."""
 
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,30 @@ from ..dense_zero_shot import PatchProjection, dense_zero_shot, projected_patche
 from ..encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
 from ..paths import fingerprint_checkpoint
 from ..results import Result, done, result_path, work_folder
-from ..segmentation import FREE_FIELDS, segmentation_probe
+from ..segmentation import segmentation_probe
 from ..segmentation_config import SegmentationConfig
 from ..segmentation_data import SegmentationData, SegmentationSplit, data_settings
 from ..segmentation_inference import Encoder
 from ..zero_shot import load_text_tower, openai_imagenet_templates, zero_shot_classifier
 
 METHODS = ("probe", "summary_head", "projection")
-# What a result is known by, of its settings; of those of the probe, without training, how an image is segmented.
+# What a result is known by, of its settings; those of the probe without training are how an image is segmented.
 RESULT_COUNTED = (*ENCODER_COUNTED, "method", "classes", "reduce_labels", "ignore_index", "validation files")
-PROBE_COUNTED = (
-    "train files",
-    *(f"probe.{field.name}" for field in fields(SegmentationConfig) if field.name not in FREE_FIELDS),
+INFERENCE = tuple(
+    f"probe.{name}"
+    for name in (
+        *("long_side", "short_side", "crop_size", "test_mode", "stride", "whole_fit", "size_divisor"),
+        "mixed_precision",
+    )
 )
-INFERENCE = (
-    "long_side",
-    "short_side",
-    "crop_size",
-    "test_mode",
-    "stride",
-    "whole_fit",
-    "size_divisor",
-    "mixed_precision",
+TRAINING = tuple(
+    f"probe.{name}"
+    for name in (
+        *("iterations", "batch_size", "learning_rate", "beta1", "beta2", "weight_decay", "warmup_iterations"),
+        *("warmup_ratio", "power", "scale_min", "scale_max", "max_class_share", "flip_probability"),
+        *("photometric_distortion", "seed"),
+    )
 )
-WORDS_COUNTED = ("text", *(f"probe.{name}" for name in INFERENCE))
 
 
 @dataclass
@@ -102,9 +102,11 @@ def _measure(
     def before(there: dict[str, Any]) -> dict[str, Any]:
         text = settings["text"] if there.get("text") == config.text else there.get("text")
         files = {f"{split.name} files": split.recognized(there.get(f"{split.name} files")) for split in splits}
-        return {**there, "text": text, **files}
+        probe = asdict(SegmentationConfig()) | there.get("probe", {})  # what is new has its default
+        return {**there, "text": text, "probe": probe, **files}
 
-    counted = (*RESULT_COUNTED, *(PROBE_COUNTED if config.method == "probe" else WORDS_COUNTED))
+    of_method = ("train files", *TRAINING) if config.method == "probe" else ("text",)
+    counted = (*RESULT_COUNTED, *INFERENCE, *of_method)
     finished = done(path, settings, counted, config.overwrite, before)
     if finished is not None:
         return finished
