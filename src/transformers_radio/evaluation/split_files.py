@@ -61,7 +61,7 @@ class SplitFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names, sizes and dates below the folder, wherever it lies; of files on a server, addresses and revisions."""
+        """Of names, sizes and dates below the folder, wherever it lies; of files on servers, places and revisions."""
         if self.is_remote or not self.files:
             return _digest(self.files, self.revisions)
         return fingerprint_files(self.files, self.folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..class_names import warn_of_other_classes
 from ..classification import (
     ClassificationConfig,
     clear_work,
@@ -57,6 +58,8 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     in_bank, asked = bank.labels_of_folders(), queries.labels_of_folders()
     if in_bank is not None and asked is not None:
         _check_classes(in_bank, asked, bank, config)
+    if bank.class_names is not None:
+        warn_of_other_classes(config.title, config.classes, config.data, len(bank.class_names))
     images = bank.count()
     if images is not None and images < config.k:
         raise ValueError(
@@ -105,6 +108,8 @@ def _measure(
         for split in (queries, bank)
     )
     in_bank = set(bank_store.labels.unique().tolist())
+    if bank.class_names is None and config.train_limit is None:
+        warn_of_other_classes(config.title, config.classes, config.data, len(in_bank))
     _check_classes(in_bank, set(query_store.labels.unique().tolist()), bank, config)
     num_classes = max(in_bank) + 1 if bank.num_classes is None else bank.num_classes
     memory = config.memory_gb * 1e9

@@ -1,6 +1,7 @@
 """`eval llava`: LLaVA-1.5 with a student as its vision tower, trained in its two phases and asked about images."""
 
 import gc
+import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..llava_train import (
     load_projector,
     train_phase,
 )
-from ..paths import fingerprint_checkpoint
+from ..paths import fingerprint_checkpoint, path_name
 from ..results import Result, done, result_path, slug, work_folder
 
 PHASE_COUNTED = ("learning_rate", "batch_size", "epochs", "warmup", "max_length", "digest")
@@ -133,7 +134,9 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
 
     def before(there: dict[str, Any]) -> dict[str, Any]:
         files = {"language_model_files": pretrain["language_model_files"]}
-        is_same = "language_model_files" not in there and there.get("language_model") == config.language_model
+        model = there.get("language_model", "")  # earlier versions knew it by its place alone
+        is_moved = not os.path.exists(model) and path_name(model) == path_name(config.language_model)
+        is_same = "language_model_files" not in there and (model == config.language_model or is_moved)
         questions = there.get("questions", {})  # of a result by name, of a folder of answers its own
         named = {key: _asked(one) for key, one in questions.items() if isinstance(one, dict)}
         return {**there, **(files if is_same else {}), "questions": named or _asked(questions)}

@@ -20,7 +20,7 @@ from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..class_names import OPENAI_IMAGENET, load_class_names, load_templates
+from ..class_names import OPENAI_IMAGENET, load_class_names, load_templates, warn_of_other_classes
 from ..encoder import ENCODER_COUNTED, Features, VisionEncoder, load_encoder, split_spec, split_title
 from ..feature_statistics import feature_cosine
 from ..features import COUNTED, extract_summaries
@@ -134,6 +134,8 @@ def run(models: list[str], config: ResolutionConfig, output: Path) -> list[Resul
     if len(bank.files) < config.k:
         raise ValueError(f"The bank has {len(bank.files)} images, fewer than k ({config.k}): raise bank_images.")
     words = _words(config, queries)
+    if queries.class_names is not None:
+        warn_of_other_classes(config.name, config.classes, config.data, len(queries.class_names))
     results = [_measure(encoder, sizes, bank, queries, words, config, name, output) for encoder in encoders]
     resolution_figure(results, output / f"resolution.{slug(name)}.png")
     return results
@@ -241,7 +243,7 @@ def _measure(
             "images": len(queries.files),
             "bank_images": len(bank.files),
             "feature_images": min(config.feature_images, len(queries.files)),
-            "skipped_images": sum(queries.skipped.values()) + sum(bank.skipped.values()),
+            "skipped_images": len(queries.unusable | bank.unusable),  # one of both splits is one
             "classes": len(set(queries.labels.tolist())),
             "classes_without_bank": len(missing),
             "sizes": len(measured),

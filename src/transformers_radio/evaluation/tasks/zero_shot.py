@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from transformers_radio.teachers import digest_weights
 
-from ..class_names import load_class_names, load_templates
+from ..class_names import load_class_names, load_templates, warn_of_other_classes
 from ..classification import (
     ClassificationConfig,
     clear_work,
@@ -120,6 +120,8 @@ def _measure(
     clear_work(folder, config.overwrite)
     store = store_summaries(folder, encoder.language, of_model, split, stored, f"{encoder.name} {split.split}")
     num_classes = len(classifier.weights)
+    if config.classes is not None:
+        warn_of_other_classes(config.title, config.classes, config.data, len(store.labels.unique()))
     result = Result(
         "zero-shot",
         encoder.name,
