@@ -68,7 +68,8 @@ class SegmentationConfig:
         if self.crop_size % self.size_divisor:
             nearest = max(1, round(self.crop_size / self.size_divisor)) * self.size_divisor
             raise ValueError(
-                f"probe.crop_size is {self.crop_size}, no multiple of size_divisor ({self.size_divisor}); use {nearest}."
+                f"probe.crop_size is {self.crop_size}, no multiple of size_divisor ({self.size_divisor}); use "
+                f"{nearest}."
             )
         if self.stride > self.crop_size:
             raise ValueError(

@@ -81,6 +81,8 @@ def _dataset_samples(data: str, split: str, image_column: str | None) -> Iterato
         for file in filter(_is_image, map(Path, found.files)):
             yield str(file.relative_to(found.folder)), str(file), []
         return
+    import datasets
+
     stream = load_builder(found, None).as_streaming_dataset(split=split)
     columns = list(stream.features or next(iter(stream)))
     candidates = IMAGE_COLUMNS if image_column is None else (image_column,)

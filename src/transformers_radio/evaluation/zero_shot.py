@@ -45,8 +45,8 @@ def load_text_tower(spec: str) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         kind_of_error = OSError if isinstance(error, OSError) else ValueError
         raise kind_of_error(
-            f"The text tower {spec} cannot be loaded ({' '.join(str(error).split())}). Where it is an adaptor's teacher "
-            "that has moved, say where it is with text=TYPE:CHECKPOINT."
+            f"The text tower {spec} cannot be loaded ({' '.join(str(error).split())}). If it is the teacher that an "
+            "adaptor names and it has moved, say where it is with text=TYPE:CHECKPOINT."
         ) from error
 
 
