@@ -192,7 +192,7 @@ def test_labels_that_class_folders_show_are_those_of_their_rows(folders, parquet
         (["k=500"], "k is 500; expected 1 to 120"),
         (["temperature=-1"], "temperature is -1"),
         (["memory_gb=0.0000001"], "GB are too little"),
-        (["split=test"], "Bad split: test"),
+        (["split=test"], "has no split 'test'"),
         (["label_column=kind"], "no label column among .'kind'."),
         (["image_size=33"], "multiples of 8, not 33 x 33: use 32 x 32"),
         (["image_size=big"], "image_size is 'big'"),

@@ -80,8 +80,8 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
         logger.warning("%s: %d of %d items are left out, their images are missing", path, left_out, len(items))
     if left_out > max_skipped_share * len(items) or not examples:
         raise ValueError(
-            f"The images of {left_out} of {len(items)} items of {path} are missing below {images}, more than the "
-            f"allowed share of {max_skipped_share}: complete the folder, or raise max_skipped_share."
+            f"{left_out} of {len(items)} images of {path} are missing below {images}, more than the allowed share of "
+            f"{max_skipped_share}: complete the folder, or raise max_skipped_share."
         )
     return Conversations(examples, len(missing), hashlib.blake2b(data, digest_size=16).hexdigest())
 

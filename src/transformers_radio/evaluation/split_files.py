@@ -134,7 +134,9 @@ def _find(path: str, split: str) -> tuple[str, str, list[str]]:
         try:
             kind, folder, files, notes = find_files(path, name, "data")
         except ValueError as error:
-            refused = refused or error
+            if os.path.isdir(os.path.join(path, name)):
+                raise
+            refused = error if name == split else refused
             continue
         assert kind is not None  # only where there is no such path
         is_named = all(re.match(re.escape(name) + r"([^a-zA-Z0-9]|$)", os.path.basename(file)) for file in files)

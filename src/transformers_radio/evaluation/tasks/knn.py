@@ -63,8 +63,7 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     images = bank.count()
     if images is not None and images < config.k:
         raise ValueError(
-            f"k is {config.k}, but the bank ({config.train_split}) has {images} images: expected 1 to {images}. Lower "
-            "k, or take a larger bank."
+            f"k is {config.k}; expected 1 to {images}, as many as there are images in the bank ({config.train_split})."
         )
     encoders = load_encoders(models, config)
     for encoder in encoders:
