@@ -63,7 +63,12 @@ def test_tables_of_masks_in_any_place(place, tmp_path):
 
 LAYOUTS = {
     "a folder a split": ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"],
-    "splits further down": ["images/train/a/1.png", "images/train/b/2.png", "images/dev/a/3.png", "images/dev/b/4.png"],
+    "splits further down": [
+        "images/train/a/1.png",
+        "images/train/b/2.png",
+        "images/dev/a/3.png",
+        "images/dev/b/4.png",
+    ],
     "words with signs": ["my-train set/a/1.png", "my-train set/b/2.png", "valid_2/a/3.png", "valid_2/b/4.png"],
     "names that begin so": ["train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"],
     "names that have it inside": ["birds_train.parquet", "birds_valid.parquet", "birds_test.parquet"],

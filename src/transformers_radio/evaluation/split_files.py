@@ -52,7 +52,7 @@ class SplitFiles:
     def take_files(self, data_files: Any) -> None:
         """What `datasets` has found, where finding it was left to it or the files are elsewhere."""
         if self.kind is None or self.is_remote:
-            self.files = [str(file) for file in data_files]
+            self.files, self.folder = [str(file) for file in data_files], os.path.realpath(self.folder)
             self.revisions = getattr(data_files, "origin_metadata", None)
 
     @property
