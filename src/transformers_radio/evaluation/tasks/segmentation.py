@@ -22,7 +22,7 @@ from ..zero_shot import load_text_tower, openai_imagenet_templates, zero_shot_cl
 
 METHODS = ("probe", "summary_head", "projection")
 # What a result is known by, of its settings; those of the probe without training are how an image is segmented.
-RESULT_COUNTED = (*ENCODER_COUNTED, "method", "classes", "reduce_labels", "ignore_index", "validation files")
+RESULT_COUNTED = (*ENCODER_COUNTED, "method", "classes", "reduce_labels", "ignore_index")
 INFERENCE = tuple(
     f"probe.{name}"
     for name in (
@@ -106,7 +106,7 @@ def _measure(
         return {**there, "text": text, "probe": probe, **files}
 
     of_method = ("train files", *TRAINING) if config.method == "probe" else ("text",)
-    counted = (*RESULT_COUNTED, *INFERENCE, *of_method)
+    counted = (*RESULT_COUNTED, *of_method, "validation files", *INFERENCE)
     finished = done(path, settings, counted, config.overwrite, before)
     if finished is not None:
         return finished
