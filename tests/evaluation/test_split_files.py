@@ -1,4 +1,4 @@
-"""Evaluation reads the files that training and `datasets` read, wherever they lie and whatever the folders are called."""
+"""Evaluation reads the files that training and `datasets` read, whatever the folders are called."""
 
 import shutil
 
