@@ -176,7 +176,7 @@ def test_the_real_sets_are_wired():
 @pytest.mark.parametrize(("iterations", "warmup"), [(160_000, 1500), (1501, 1500), (1500, 150), (100, 10), (5, 0)])
 def test_a_short_probe_warms_up_for_a_tenth(iterations, warmup):
     probe = load_segmentation_task(RECIPES / "ade20k.yaml", [f"probe.iterations={iterations}"]).probe
-    assert probe.warmup_iterations == warmup
+    assert probe.warmup == probe.settings()["warmup_iterations"] == warmup
     assert probe.learning_rate_at(warmup) == pytest.approx(1e-3)
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -319,7 +318,7 @@ def segmentation_probe(
         "validation_images": len(validation),
         "num_classes": len(data.classes),
         "feature_dim": features.shape[1],
-        "probe": asdict(config),
+        "probe": config.settings(),
     }
     std = features.double().std().item()
     finished = _read_result(output, settings, std, (train, validation))

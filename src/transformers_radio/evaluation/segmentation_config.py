@@ -1,6 +1,7 @@
 """The numbers of the linear segmentation probe, with the paper's values as defaults."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 WARMUP = 1500  # iterations
 
@@ -45,9 +46,16 @@ class SegmentationConfig:
     mixed_precision: str = "no"  # no | bf16 | fp16, of the encoder; the head and the loss are float32
     checkpoint_every: int = 1000  # iterations
 
-    def __post_init__(self) -> None:
+    @property
+    def warmup(self) -> int:
+        """Iterations of warm-up."""
         if self.warmup_iterations is None:
-            self.warmup_iterations = WARMUP if self.iterations > WARMUP else self.iterations // 10
+            return WARMUP if self.iterations > WARMUP else self.iterations // 10
+        return self.warmup_iterations
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, as they are used."""
+        return asdict(self) | {"warmup_iterations": self.warmup}
 
     def check(self) -> None:
         """Raises ValueError that names the field as recipes do (`probe.NAME`), its value and the fix."""
@@ -55,10 +63,9 @@ class SegmentationConfig:
         for name in (*positive, "size_divisor", "checkpoint_every", "scale_min", "warmup_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"probe.{name} is {getattr(self, name)}; expected more than 0.")
-        assert self.warmup_iterations is not None
-        if not 0 <= self.warmup_iterations < self.iterations:
+        if not 0 <= self.warmup < self.iterations:
             raise ValueError(
-                f"probe.warmup_iterations is {self.warmup_iterations}; expected 0 to {self.iterations - 1}, less than "
+                f"probe.warmup_iterations is {self.warmup}; expected 0 to {self.iterations - 1}, less than "
                 "probe.iterations, or null."
             )
         if self.scale_max < self.scale_min:
@@ -86,11 +93,10 @@ class SegmentationConfig:
 
     def learning_rate_at(self, iteration: int) -> float:
         """Linear from warmup_ratio to 1 times the learning rate, then (1 - progress)^power, for iterations from 0."""
-        assert self.warmup_iterations is not None
-        if iteration < self.warmup_iterations:
-            progress = iteration / self.warmup_iterations
+        if iteration < self.warmup:
+            progress = iteration / self.warmup
             return self.learning_rate * (self.warmup_ratio + (1 - self.warmup_ratio) * progress)
-        progress = (iteration - self.warmup_iterations) / (self.iterations - self.warmup_iterations)
+        progress = (iteration - self.warmup) / (self.iterations - self.warmup)
         return self.learning_rate * (1 - progress) ** self.power
 
     @property

@@ -1,7 +1,7 @@
 """`eval segmentation`: the linear probe, or classes by words alone, on ADE20K, PASCAL VOC or a set of one's own."""
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def _measure(
     settings = {
         **encoder.settings(),
         "method": config.method,
-        "probe": {k: v for k, v in asdict(config.probe).items() if k not in ("num_workers", "checkpoint_every")},
+        "probe": config.probe.settings(),
         **data_settings(config.data, *splits),
         "text": fingerprint_checkpoint(config.text),
     }
@@ -102,7 +102,7 @@ def _measure(
     def before(there: dict[str, Any]) -> dict[str, Any]:
         text = settings["text"] if there.get("text") == config.text else there.get("text")
         files = {f"{split.name} files": split.recognized(there.get(f"{split.name} files")) for split in splits}
-        probe = asdict(SegmentationConfig()) | there.get("probe", {})  # what is new has its default
+        probe = SegmentationConfig().settings() | there.get("probe", {})  # what is new has its default
         return {**there, "text": text, "probe": probe, **files}
 
     of_method = ("train files", *TRAINING) if config.method == "probe" else ("text",)
