@@ -178,6 +178,34 @@ def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet
         assert bool(encoded) == (data == parquet)  # the names of class folders show it before
 
 
+def test_more_neighbours_than_the_bank_has_are_refused_before_the_first_image(student, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(VisionEncoder, "summary", None)  # cannot be called
+    for data, limit, images in ((folders, "null", 120), (folders, "7", 7)):
+        with pytest.raises(ValueError, match=f"k is 121; expected 1 to {images}, "):
+            run_task("knn", [str(student)], str(data), None, tmp_path, ["k=121", f"train_limit={limit}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "promised"),
+    [
+        (["name=ImageNet-1k"], 1000),
+        (["classes=openai_imagenet"], 1000),
+        (["classes=[a,b]", "name=birds"], 2),
+        (["name=birds"], None),
+        (["classes=[a,b,c]", "name=birds"], None),
+    ],
+)
+def test_a_set_of_another_number_of_classes_than_its_name_has_warns(
+    settings, promised, student, folders, parquet, tmp_path, caplog
+):
+    for data in (folders, parquet):
+        caplog.clear()
+        run_task("knn", [str(student)], str(data), None, tmp_path / data.name, [*SETTINGS, *settings])
+        warned = f"should have {promised} classes, but {data} has 3: results are not those of the whole set"
+        assert (warned in caplog.text) if promised else ("should have" not in caplog.text)
+
+
 def test_labels_that_class_folders_show_are_those_of_their_rows(folders, parquet):
     for limit in (None, 10, 60):
         split = LabelledSplit(folders, "train", limit=limit)
@@ -192,7 +220,7 @@ def test_labels_that_class_folders_show_are_those_of_their_rows(folders, parquet
         (["k=500"], "k is 500; expected 1 to 120"),
         (["temperature=-1"], "temperature is -1"),
         (["memory_gb=0.0000001"], "GB are too little"),
-        (["split=test"], "Bad split: test"),
+        (["split=test"], "has no split 'test'"),
         (["label_column=kind"], "no label column among .'kind'."),
         (["image_size=33"], "multiples of 8, not 33 x 33: use 32 x 32"),
         (["image_size=big"], "image_size is 'big'"),

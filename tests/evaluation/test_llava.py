@@ -116,7 +116,7 @@ def test_nothing_is_done_twice_and_nothing_is_replaced_unasked(root, trained, mo
     assert run(root, root / "out", **LEARNING, **{"hardware.num_workers": 2, "finetune.save_steps": 7}) == [trained]
     assert time.time() - started < 60
     changed = {**LEARNING, "finetune.learning_rate": 1e-3}
-    with pytest.raises(ValueError, match="differs in finetune .*overwrite=true"):
+    with pytest.raises(ValueError, match="differs in finetune.learning_rate .*overwrite=true"):
         run(root, root / "out", **changed)
     (root / "out/tiny/llava.made.json").rename(root / "result.json")
     with pytest.raises(ValueError, match="finetune holds work of other settings.*overwrite=true"):

@@ -220,7 +220,7 @@ def test_other_files_are_another_result_and_work_of_theirs_is_refused(pictures, 
     (result,) = run_task(*arguments, settings)
     assert result.settings["seed"] == 0
     (data / "train" / "red" / "0.png").touch()
-    with pytest.raises(ValueError, match=r"differs in bank \("):
+    with pytest.raises(ValueError, match=r"differs in bank.files \("):
         run_task(*arguments, settings)
     path = tmp_path / "out" / "steady" / "resolution.colours.json"
     path.unlink()
@@ -285,6 +285,13 @@ class TestSample:
         expected, labels = load(pictures / "validation", (40, 56))
         assert torch.equal(torch.cat(list(batches)).float() / 255, expected)
         assert files.labels.tolist() == labels.tolist()
+
+    def test_a_broken_file_of_both_splits_is_one(self, pictures, students, tmp_path):
+        settings = ["sizes=[32]", "k=3", "feature_images=2", "train_split=validation", "bank_images=12"]
+        (result,) = run_task("resolution", [str(students / "steady")], str(pictures), None, tmp_path, settings)
+        whole = sample_labelled_files(pictures, "validation")
+        assert result.counts["skipped_images"] == len(whole.unusable) == 1
+        assert whole.unusable >= sample_labelled_files(pictures, "validation", limit=12).unusable
 
     def test_bad_sources_are_named(self, pictures, tmp_path):
         with pytest.raises(ValueError, match="limit is 0"):

@@ -173,11 +173,20 @@ def test_the_real_sets_are_wired():
         assert task.data.licence and task.data.ignore_index == 255 and set(task.data.splits) == {"train", "validation"}
 
 
+@pytest.mark.parametrize(("iterations", "warmup"), [(160_000, 1500), (1501, 1500), (1500, 150), (100, 10), (5, 0)])
+def test_a_short_probe_warms_up_for_a_tenth(iterations, warmup):
+    probe = load_segmentation_task(RECIPES / "ade20k.yaml", [f"probe.iterations={iterations}"]).probe
+    assert probe.warmup == probe.settings()["warmup_iterations"] == warmup
+    assert probe.learning_rate_at(warmup) == pytest.approx(1e-3)
+
+
 def test_bad_recipes_are_named():
     with pytest.raises(ValueError, match="iteration_count"):
         load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.iteration_count=5"])
-    with pytest.raises(ValueError, match="warmup_iterations is 1500; expected 0 to 99"):
-        load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.iterations=100"])
+    with pytest.raises(ValueError, match="^probe.warmup_iterations is 1500; expected 0 to 99"):
+        load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.iterations=100", "probe.warmup_iterations=1500"])
+    with pytest.raises(ValueError, match="^probe.mixed_precision is 'fp8'"):
+        load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.mixed_precision=fp8"])
     with pytest.raises(ValueError, match="crop_size is 518, no multiple of size_divisor.*use 512"):
         load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.crop_size=518"])
     with pytest.raises(ValueError, match="test_mode is 'window'; expected one of slide, whole"):

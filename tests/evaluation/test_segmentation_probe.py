@@ -142,7 +142,7 @@ def test_the_defaults_are_the_papers():
     setting = SegmentationConfig()
     setting.check()
     assert (setting.iterations, setting.batch_size, setting.learning_rate) == (160_000, 16, 1e-3)
-    assert (setting.weight_decay, setting.warmup_iterations, setting.crop_size, setting.stride) == (0, 1500, 512, 341)
+    assert (setting.weight_decay, setting.warmup, setting.crop_size, setting.stride) == (0, 1500, 512, 341)
     assert setting.learning_rate_at(0) == pytest.approx(1e-9) and setting.learning_rate_at(1500) == 1e-3
 
 

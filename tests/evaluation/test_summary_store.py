@@ -209,7 +209,7 @@ def test_a_store_of_something_else_is_refused(folders, parquet, tmp_path):
         ({"image_size": 24}, "image_size"),
         ({"dtype": "float16"}, "dtype"),
         ({"block_images": 9}, "block_images"),
-        ({"data": folders}, "source"),
+        ({"data": folders}, "files"),
     ]:
         with pytest.raises(ValueError, match=f"holds summaries of something else; they differ in.*{message}"):
             store(tmp_path, **{"data": parquet, "encode": never, **change})
@@ -221,7 +221,7 @@ def test_data_that_changed_is_something_else(tmp_path):
     store(tmp_path / "store", data)
     time.sleep(0.01)
     write_parquet(data, "train", MADE[:44], files=2)
-    with pytest.raises(ValueError, match="differ in files"):
+    with pytest.raises(ValueError, match="differ in data.files"):
         store(tmp_path / "store", data, encode=never)
 
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     empty = write_parquet(tmp_path / "empty", "train", [], files=1)
     with pytest.raises(ValueError, match="no readable image"):
         store(tmp_path / "store4", empty)
-    with pytest.raises(ValueError, match="Bad split: test"):
+    with pytest.raises(ValueError, match="has no split 'test'"):
         LabelledSplit(empty, "test")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         LabelledSplit(tmp_path / "nowhere", "train")

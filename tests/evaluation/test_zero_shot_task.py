@@ -187,6 +187,16 @@ def test_a_text_tower_can_be_named(words, parquet, clip_classifier, tmp_path):
     assert result.metrics == {"Zero-shot": pytest.approx(expected)}
 
 
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_a_teacher_that_has_moved_is_asked_for_by_the_setting(kind, words, parquet, tmp_path):
+    make_student(tmp_path / "student", clip={"summary_dim": 128, "teacher": f"{kind}:{tmp_path / 'gone' / 'clip'}"})
+    with pytest.raises(
+        (ValueError, OSError), match=rf"text tower {kind}:.*gone/clip .*text=TYPE:CHECKPOINT\.$"
+    ) as error:
+        run_task("zero-shot", [str(tmp_path / "student")], str(parquet), None, tmp_path / "out", [*SETTINGS, *words])
+    assert "\n" not in str(error.value)
+
+
 def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, tmp_path, monkeypatch):
     made, alive = [], []
     create_model, language = open_clip.create_model, VisionEncoder.language

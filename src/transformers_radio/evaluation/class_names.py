@@ -5,12 +5,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from .paths import expand_home
 from .zero_shot import Template, openai_imagenet_templates
 
 logger = logging.getLogger(__name__)
 
 OPENAI_IMAGENET = "openai_imagenet"  # in place of a file: what OpenAI published for ImageNet-1k, from open_clip
+IMAGENET, IMAGENET_CLASSES = "ImageNet-1k", 1000
 
 
 def load_class_names(given: str | Sequence[str] | None, stated: list[str] | None, data: str) -> list[str]:
@@ -52,6 +55,30 @@ def load_class_names(given: str | Sequence[str] | None, stated: list[str] | None
     return names
 
 
+def warn_of_other_classes(name: str | None, given: Any, data: str, there: int) -> None:
+    """A warning where results would be called by the name of a set of another number of classes.
+
+    Args:
+        name: of the data, in results.
+        given: the names of the classes as for `load_class_names`, which tell how many there should be.
+        there: classes that the data has.
+    """
+    if given is None or given == OPENAI_IMAGENET:
+        is_imagenet = given == OPENAI_IMAGENET or (name or "").lower().startswith(IMAGENET.lower())
+        promised = IMAGENET_CLASSES if is_imagenet else there
+    else:
+        promised = len(read_lines(given) if isinstance(given, str) else given)
+    if there != promised:
+        logger.warning(
+            "%s should have %d classes, but %s has %d: results are not those of the whole set. Give the data another "
+            "name with name=..., and its own classes.",
+            name or data,
+            promised,
+            data,
+            there,
+        )
+
+
 def load_templates(given: str | Sequence[str]) -> Sequence[Template]:
     """The templates of a text file (one a line, with one {} for the class name), of a list, or "openai_imagenet".
 
@@ -72,7 +99,7 @@ def load_templates(given: str | Sequence[str]) -> Sequence[Template]:
 
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, without spaces around them; empty lines only at its end."""
-    path = Path(path).expanduser()
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; expected a text file with one entry a line.")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]

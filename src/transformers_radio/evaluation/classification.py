@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from .class_names import OPENAI_IMAGENET
 from .encoder import VisionEncoder, load_encoder, split_spec, split_title
 from .features import LabelledSplit
+from .paths import path_name
 from .summary_store import StoreConfig
 
 
@@ -42,7 +43,7 @@ class ClassificationConfig:
 
     @property
     def title(self) -> str:
-        return self.name or Path(self.data).name
+        return self.name or path_name(self.data)
 
 
 def open_split(config: ClassificationConfig, split: str, limit: int | None = None) -> LabelledSplit:

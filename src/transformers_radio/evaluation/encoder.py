@@ -1,6 +1,7 @@
 """Any frozen vision model behind what evaluation asks of it: a summary, patch features, and words if it has them."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import TEACHERS, Teacher, build_teacher, digest_weights
 
 from .hub_names import folder_or_hub
+from .paths import expand_home, path_name
 
 TEXT_TOWERS = ("open_clip", "transformers")  # teachers whose text towers can be loaded alone
 Features = tuple[torch.Tensor, tuple[int, int]]
+# Of `VisionEncoder.settings`, what results are known by: all but where the model lies.
+ENCODER_COUNTED = ("weights", "dtype", "summary", "features", "adaptor")
 
 
 @dataclass
@@ -143,7 +147,8 @@ class VisionEncoder(nn.Module):
         return f"{kind}:{checkpoint}"
 
     def settings(self) -> dict[str, Any]:
-        """What a result depends on: where the model came from, its weights, dtype, and which outputs are read."""
+        """Where the model came from, and what results depend on (`ENCODER_COUNTED`): its weights, its dtype and which
+        outputs are read."""
         dtype = self.model.dtype
         return {
             "model": self.spec,
@@ -218,7 +223,7 @@ def load_encoder(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    title, source = split_title(spec)
+    title, source = split_title(expand_home(spec))
     kind, checkpoint = split_spec(source)
     if kind == "student":
         student = load_student(checkpoint, dtype)
@@ -247,14 +252,15 @@ def load_student(checkpoint: str, dtype: str = "float32") -> RadioModel:
 def split_title(spec: str) -> tuple[str, str]:
     """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name."""
     title, equals, source = spec.partition("=")
-    if equals and title and source:
+    if equals and title and source and not os.path.exists(spec):
         return title, source
-    checkpoint = split_spec(spec)[1].rstrip("/")
-    path = Path(checkpoint)
+    kind, colon, checkpoint = spec.partition(":")
+    path = Path(checkpoint if colon and kind in TEACHERS else spec)
     if path.is_file():
         path = path.with_suffix("")
+    parts = [part for part in path.parts[-2:] if part != ".."]
     # runs/mine/student is "mine/student": the folder that a run leaves is always called so
-    return "/".join(path.parts[-2:]) if path.name in ("student", "checkpoint") else path.name, spec
+    return "/".join(parts) if path.name in ("student", "checkpoint") else path_name(path), spec
 
 
 def split_spec(spec: str) -> tuple[str, str]:

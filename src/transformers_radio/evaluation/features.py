@@ -1,6 +1,5 @@
 """Labelled images at the protocol's resize, and the summary vector of each of them."""
 
-import hashlib
 import logging
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
 
-from .hub_names import folder_or_hub
+from .split_files import class_names, find_split, load_builder
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +63,18 @@ def resize_shortest(image: Image.Image, side: int, step: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
+# Parts of a split's fingerprint: all but the place, the name of the split and that of the configuration, which show in
+# the files.
+COUNTED = ("columns", "limit", "files")
+
+
 class LabelledSplit:
     """A split of a classification set: undecoded images with their class indices, in parts that are read on their own.
 
     Args:
-        source: a folder or a Hub id that `datasets.load_dataset` understands: class folders of images, WebDataset tars
-            with `.cls` files, or Parquet. It is streamed, so nothing is copied into a cache.
+        source: class folders of images, WebDataset tars with `.cls` files, or Parquet: a path, a pattern or a URL as
+            training reads them; or a folder or Hub id that only `datasets.load_dataset` understands. It is streamed,
+            so nothing is copied into a cache.
         split: such as `"train"` or `"validation"`.
         name: the configuration of a Hub dataset that has several.
         image_column, label_column: found among the usual names unless given.
@@ -96,27 +101,41 @@ class LabelledSplit:
     ):
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
-        self.source, self.split, self.limit = os.path.expanduser(str(source)), split, limit
-        with folder_or_hub(self.source):
-            self._builder = datasets.load_dataset_builder(self.source, name)
-        stream = self._builder.as_streaming_dataset(split=split)
+        self._found = find_split(source, split, name)
+        self.source, self.split, self.limit = self._found.source, split, limit
+        self.configuration, self.stated, self.num_shards = name or "default", None, 1
+        self.class_names = class_names(self._found)
+        self._stream: Any = None  # of class folders the names of the files are enough
+        columns = ["image", "label"]
+        if self.class_names is None:
+            columns = self._open(name)
+        self.image_column = _find_column(image_column, IMAGE_COLUMNS, columns, "image", str(source))
+        self.label_column = _find_column(label_column, LABEL_COLUMNS, columns, "label", str(source))
+        if self._stream is not None:
+            label = (self._stream.features or {}).get(self.label_column)
+            self.class_names = getattr(label, "names", None)
+            # Undecoded, so that one broken file is one skipped image and not the end of the run.
+            stream = self._stream.select_columns([self.image_column, self.label_column])
+            stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
+            self.num_shards = stream.num_shards if limit is None else 1  # a limited stream ends where the whole does
+            self._stream = stream if limit is None else stream.take(limit)
+        self.num_classes = None if self.class_names is None else len(self.class_names)
+
+    def _open(self, name: str | None) -> list[str]:
+        """Opens the stream of a table or of tars; its columns."""
+        builder = load_builder(self._found, name)
+        stream = builder.as_streaming_dataset(split=self.split)
         first = None if stream.features else next(iter(stream), None)
         columns = list(stream.features or first or ())
         if not columns:
-            raise ValueError(f"{source} ({split}) is empty; check the folder and the split.")
-        self.image_column = _find_column(image_column, IMAGE_COLUMNS, columns, "image", str(source))
-        self.label_column = _find_column(label_column, LABEL_COLUMNS, columns, "label", str(source))
-        self.class_names: list[str] | None = getattr((stream.features or {}).get(self.label_column), "names", None)
-        self.num_classes = None if self.class_names is None else len(self.class_names)
-        # Undecoded, so that one broken file is one skipped image and not the end of the run.
-        stream = stream.select_columns([self.image_column, self.label_column])
-        stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
-        self._stream = stream if limit is None else stream.take(limit)
-        info = (self._builder.info.splits or {}).get(split)
+            raise ValueError(f"{self.source} ({self.split}) is empty; check the folder and the split.")
+        info = (builder.info.splits or {}).get(self.split)
         self.stated = info.num_examples or None if info is not None else None
-        if self.stated is not None and limit is not None:
-            self.stated = min(self.stated, limit)
-        self.num_shards = stream.num_shards if limit is None else 1  # a limited stream ends where the whole one does
+        if self.stated is not None and self.limit is not None:
+            self.stated = min(self.stated, self.limit)
+        self._stream, self.configuration = stream, builder.config.name
+        self._found.take_files((builder.config.data_files or {}).get(self.split, []))
+        return columns
 
     def rows(self, shard: int | None = None) -> Iterator[tuple[Any, int]]:
         """(image as `read_image` takes it, class index) of the split or of one of its parts, in a fixed order.
@@ -124,6 +143,11 @@ class LabelledSplit:
         Raises:
             ValueError: a label that is not a class index.
         """
+        if self._stream is None:
+            numbers = {name: number for number, name in enumerate(self.class_names or [])}
+            for file in self._found.files[: self.limit]:
+                yield {"path": file, "bytes": None}, numbers[os.path.basename(os.path.dirname(file))]
+            return
         whole = shard is None or self.num_shards == 1
         for sample in self._stream if whole else self._stream.shard(self.num_shards, shard):
             label = sample[self.label_column]
@@ -140,10 +164,9 @@ class LabelledSplit:
         """Number of images, readable or not, where the source states it or local files show it; None otherwise."""
         if self.stated is not None:
             return self.stated
-        files = [str(file) for file in (self._builder.config.data_files or {}).get(self.split, [])]
-        kinds = {kind_of(file) for file in files}
-        count = None
-        if kinds == {"imagefolder"}:
+        count, files = None, self._found.files
+        kinds = {self._found.kind or kind_of(file) for file in files}
+        if self._stream is None:
             count = len(files)
         elif kinds <= {"webdataset", "parquet"} and files and not any("://" in file for file in files):
             sources = {str(number): SourceConfig(path=file) for number, file in enumerate(files)}
@@ -152,28 +175,28 @@ class LabelledSplit:
 
     def labels_of_folders(self) -> set[int] | None:
         """The labels that occur, readable images or not, where class folders show them by their names; else None."""
-        files = [str(file) for file in (self._builder.config.data_files or {}).get(self.split, [])][: self.limit]
-        folders = {os.path.basename(os.path.dirname(file)) for file in files}
-        labels = {name: label for label, name in enumerate(self.class_names or [])}
-        if {kind_of(file) for file in files} != {"imagefolder"} or not folders <= labels.keys():
-            return None
-        return {labels[folder] for folder in folders}
+        return None if self._stream is not None else {label for _, label in self.rows()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the rows depend on; of the files, names and dates, or the revision on the Hub."""
-        digest = hashlib.blake2b(digest_size=16)
-        data_files = (self._builder.config.data_files or {}).get(self.split, [])
-        for file in data_files:
-            digest.update(f"{file}\n".encode())
-        digest.update(repr(getattr(data_files, "origin_metadata", None)).encode())
+        """What is read. `COUNTED` names the parts that the rows depend on; of files these are names, sizes and dates
+        below the source, or the revision on the Hub."""
         return {
             "source": self.source,
             "split": self.split,
-            "configuration": self._builder.config.name,
+            "configuration": self.configuration,
             "columns": [self.image_column, self.label_column],
             "limit": self.limit,
-            "files": digest.hexdigest(),
+            "files": self._found.fingerprint,
         }
+
+    def recognized(self, fingerprint: Any) -> Any:
+        """A fingerprint in a file, with the hash of today where it has that of earlier versions for these files."""
+        if not isinstance(fingerprint, dict) or fingerprint.get("files") == self._found.fingerprint:
+            return fingerprint
+        places = {self._found.folder, str(fingerprint.get("source"))}
+        if fingerprint.get("files") in {self._found.fingerprint_before(place) for place in places}:
+            return {**fingerprint, "files": self._found.fingerprint}
+        return fingerprint
 
 
 def load_labelled_images(

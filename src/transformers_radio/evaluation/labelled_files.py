@@ -1,5 +1,6 @@
 """A random sample of a labelled split that is decoded anew at every size, so that no size has to fit into memory."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,14 +25,15 @@ SAMPLE_SEED = 0  # of what tasks draw
 @dataclass
 class LabelledFiles:
     """`files` as `datasets` hands them over undecoded (paths, or encoded images); `labels` int64 (N,); `class_names`
-    where the source states them; `skipped` images per reason (they are in neither); `fingerprint` of the whole split,
-    as `LabelledSplit` has it."""
+    where the source states them; `skipped` images per reason (they are in neither), and `unusable`, which these are;
+    `split` is the whole of it."""
 
     files: list[Any]
     labels: torch.Tensor
     class_names: list[str] | None
     skipped: dict[str, int]
-    fingerprint: dict[str, Any]
+    unusable: set[tuple[str, str]]  # (fingerprint of the split's files, place among them)
+    split: LabelledSplit
 
     def batches(self, size: tuple[int, int], batch_size: int) -> "ResizedBatches":
         """All images at (height, width), as uint8 batches (B, 3, height, width)."""
@@ -87,13 +89,20 @@ def sample_labelled_files(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1, or None for the whole split.")
     rows = LabelledSplit(source, split, name, image_column, label_column)
-    files, labels, skipped = [], [], Counter[str]()
+    files, labels, skipped, unusable = [], [], Counter[str](), set()
+
+    def read(shard: int) -> Iterator[tuple[Any, tuple[int, str]]]:
+        for number, (file, label) in enumerate(rows.rows(shard)):
+            yield file, (label, f"{shard}/{number}")
+
+    in_order = itertools.chain.from_iterable(map(read, range(rows.num_shards)))
     with tqdm(total=limit, desc=f"{source} {split}", unit=" images") as progress:
-        for file, label in rows.rows() if limit is None else shuffled(rows.num_shards, rows.rows, seed):
+        for file, (label, place) in in_order if limit is None else shuffled(rows.num_shards, read, seed):
             try:
                 decode_rgb(read_image(file))
             except SkippedImage as error:
                 skipped[error.reason] += 1
+                unusable.add((rows.fingerprint()["files"], place))
                 continue
             files.append(file)
             labels.append(label)
@@ -105,7 +114,7 @@ def sample_labelled_files(
             f"{source} ({split}) holds no readable image in column {rows.image_column!r}; skipped: {dict(skipped)}."
         )
     warn_of_skipped(f"{source} ({split})", len(files), skipped)
-    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped), rows.fingerprint())
+    return LabelledFiles(files, torch.tensor(labels), rows.class_names, dict(skipped), unusable, rows)
 
 
 def shuffled(

@@ -34,7 +34,7 @@ class Example:
 
 @dataclass
 class Conversations:
-    """`examples` of a file; `missing` of its items name an image that is not there and are left out; `digest` of the
+    """`examples` of a file; items whose image is one of the `missing` files are left out; `digest` of the
     file's bytes."""
 
     examples: list[Example]
@@ -64,25 +64,26 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
         raise ValueError(f"{path} is no JSON ({error}).") from error
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path} holds no list of conversations; expected [{{'image': ..., 'conversations': ...}}].")
-    examples, missing = [], 0
+    examples, left_out, missing = [], 0, set()
     for number, item in enumerate(tqdm(items, desc=path.name, unit=" items", leave=False)):
         name = f"item {number} of {path}"
         messages = _read_messages(item, name)
         image = images / item["image"] if item.get("image") else None
         if image is not None and not image.is_file():
-            missing += 1
-            if missing <= 3:
+            left_out += 1
+            missing.add(image)
+            if left_out <= 3:
                 logger.warning("%s: there is no image %s; the item is left out", name, image)
             continue
         examples.append(Example(messages, image))
     if missing:
-        logger.warning("%s: %d of %d items are left out, their images are missing", path, missing, len(items))
-    if missing > max_skipped_share * len(items) or not examples:
+        logger.warning("%s: %d of %d items are left out, their images are missing", path, left_out, len(items))
+    if left_out > max_skipped_share * len(items) or not examples:
         raise ValueError(
-            f"{missing} of {len(items)} images of {path} are missing below {images}, more than the allowed share of "
+            f"{left_out} of {len(items)} images of {path} are missing below {images}, more than the allowed share of "
             f"{max_skipped_share}: complete the folder, or raise max_skipped_share."
         )
-    return Conversations(examples, missing, hashlib.blake2b(data, digest_size=16).hexdigest())
+    return Conversations(examples, len(missing), hashlib.blake2b(data, digest_size=16).hexdigest())
 
 
 def _read_messages(item: Any, name: str) -> Messages:

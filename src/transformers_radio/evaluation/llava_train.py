@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
 
 from .llava_data import Conversations, LlavaCollator, LlavaDataset
+from .results import differences
 
 logger = logging.getLogger(__name__)
 
@@ -179,33 +181,39 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def claim_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    counted: Sequence[str],
+    overwrite: bool,
+    before: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
     """Make `folder` the place of work with these settings; what is there with the same settings is kept.
+
+    Args:
+        counted, before: which settings must be the same, and those of earlier versions, as for `results.done`.
 
     Raises:
         ValueError: work of other settings is there, and `overwrite` is False.
     """
     state = PartialState()
     file = folder / "settings.json"
-    here = json.loads(json.dumps(settings))
     there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     state.wait_for_everyone()  # all have read before one writes
-    if there is not None and there != here:
-        changed = [
-            f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key)
-        ]
+    if there is not None:
+        changed = differences(there if before is None else before(there), settings, counted)
+        if not changed:
+            return
         if not overwrite:
             raise ValueError(
                 f"{folder} holds work of other settings; it differs in {', '.join(changed)}. Choose another --output, "
                 "or replace it with overwrite=true."
             )
-    if state.is_main_process and there != here:
+    if state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         temporary = folder / "settings.json.tmp"
-        temporary.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, file)
     state.wait_for_everyone()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers_radio.teachers import TEACHERS
 
+from .paths import expand_home
 from .report import Row, Table
 from .report_figure import quality_throughput_figure
 from .results import Result, slug
@@ -50,7 +51,7 @@ def read_results(folders: Sequence[str | Path]) -> list[Measured]:
         ValueError: there is no result, or a model was measured twice with other settings: both files are named.
     """
     found: dict[Path, Measured] = {}
-    for folder in map(Path, folders):
+    for folder in (Path(expand_home(str(folder))) for folder in folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}; name those that hold results of evaluations.")
         for one in _walk(folder):
@@ -146,7 +147,11 @@ def write_report(
     """
     measured = read_results(folders)
     table, students = report_table(measured, title)
-    output = Path(folders[0] if output is None else output)
+    if len({slug(student) for student in students}) < len(students):
+        raise ValueError(
+            f"Two of {', '.join(students)} would have one file beside the table: give one another title (TITLE=MODEL)."
+        )
+    output = Path(expand_home(str(folders[0] if output is None else output)))
     output.mkdir(parents=True, exist_ok=True)
     files = [_write(output / "report.md", table.to_markdown()), _write(output / "report.json", table.to_json())]
     picture = quality_throughput_figure(table, students, output / "report.png")
@@ -200,6 +205,8 @@ def _check_same_model(one: Measured, other: Measured) -> None:
     if one.result.model != other.result.model:
         return
     mine, theirs = one.result.settings, other.result.settings
+    if "weights" in mine and mine["weights"] == theirs.get("weights"):
+        return  # wherever it lay
     # a digest is of the weights in one dtype, and a teacher's position table is of its resolution
     comparable = one.result.resolution == other.result.resolution and "dtype" in mine
     if comparable and mine.get("dtype") == theirs.get("dtype"):

@@ -1,9 +1,12 @@
 """One measured figure set in a file: what was measured, on what, how. Tables, cards and repeated calls read these."""
 
+import hashlib
 import json
 import math
 import os
 import re
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ HUB_METRICS = {
     "recall": "recall",
     "yes": "yes_ratio",
 }
+
+SEPARATORS = " -_/,:@"  # what parts words in the names of models and data
+LONGEST = 150  # bytes of a name within a file name; file systems take 255 for the whole
 
 
 @dataclass
@@ -99,7 +105,7 @@ class Result:
             EvalResult(
                 task_type=task_type,
                 task_name=task_name,
-                dataset_type=re.sub(r"[^a-z0-9]+", "-", self.data.lower()).strip("-"),
+                dataset_type=re.sub(r"[\W_]+", "-", self.data.lower()).strip("-") or "unnamed",
                 dataset_name=self.data,
                 metric_type=HUB_METRICS.get(name) or HUB_METRICS.get(name.split()[-1], "accuracy"),
                 metric_name=name,
@@ -113,30 +119,60 @@ class Result:
 
 
 def result_path(output: Path, model: str, task: str, data: str) -> Path:
-    """OUTPUT/<model>/<task>.<data>.json"""
-    return output / slug(model) / f"{task}.{slug(data)}.json"
-
-
-def work_folder(output: Path, model: str, task: str, data: str) -> Path:
-    """OUTPUT/<model>/<task>.<data>/, for caches and unfinished work."""
-    return output / slug(model) / f"{task}.{slug(data)}"
-
-
-def done(path: Path, settings: dict[str, Any], overwrite: bool) -> Result | None:
-    """The result in this file, where it was measured with the same settings; None where there is none yet.
+    """OUTPUT/<model>/<task>.<data>.json, the names as `slug` has them, or as earlier versions had where a result of
+    theirs is there.
 
     Raises:
-        ValueError: a result of other settings is there, and `overwrite` is False.
+        ValueError: the file of a model or data set of another name is there.
+    """
+    path = output / slug(model) / f"{task}.{slug(data)}.json"
+    before = output / _slug_before(model) / f"{task}.{_slug_before(data)}.json"
+    if before != path and not path.exists() and _names(before) == (model, data):
+        return before
+    there = _names(path)
+    if there is not None and there != (model, data):
+        raise ValueError(
+            f"{path} holds the result of {there[0]!r} on {there[1]!r}, and that of {model!r} on {data!r} would have "
+            "its name: choose another --output, another title (TITLE=MODEL), or another name of the data (name=...)."
+        )
+    return path
+
+
+def work_folder(path: Path) -> Path:
+    """For caches and unfinished work, beside the result at `path`: OUTPUT/<model>/<task>.<data>/"""
+    return path.with_name(path.name.removesuffix(".json"))
+
+
+def _names(path: Path) -> tuple[str, str] | None:
+    """Model and data of the result in this file; None where there is none."""
+    try:
+        result = Result.read(path)
+    except (OSError, ValueError):
+        return None
+    return re.sub(r"^(\.\./)+", "", result.model), result.data  # ../student, as it once was called
+
+
+def done(
+    path: Path,
+    settings: dict[str, Any],
+    counted: Sequence[str],
+    overwrite: bool,
+    before: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Result | None:
+    """The result in this file, where all that counts is the same; None where there is none yet.
+
+    Args:
+        settings: of the result that is wanted.
+        counted: which of them a result is known by; "bank.files" is `files` in the dictionary `bank`.
+        before: from the settings in a file of an earlier version to those that today's would have.
+
+    Raises:
+        ValueError: another result is there, and `overwrite` is False.
     """
     if overwrite or not path.exists():
         return None
     result = Result.read(path)
-    here = json.loads(json.dumps(settings))  # as JSON gives it back: no tuples
-    changed = [
-        f"{key} ({result.settings.get(key)!r} there, {value!r} here)"
-        for key, value in here.items()
-        if result.settings.get(key) != value
-    ]
+    changed = differences(result.settings if before is None else before(result.settings), settings, counted)
     if changed:
         raise ValueError(
             f"{path} holds a result of other settings; it differs in {', '.join(changed)}. Choose another --output, "
@@ -145,6 +181,41 @@ def done(path: Path, settings: dict[str, Any], overwrite: bool) -> Result | None
     return result
 
 
+def differences(there: dict[str, Any], here: dict[str, Any], counted: Sequence[str]) -> list[str]:
+    """Such as "k (20 there, 10 here)", for those of the settings `counted` that differ."""
+    here = json.loads(json.dumps(here))  # as a file gives it back: no tuples
+    pairs = {name: (setting(there, name), setting(here, name)) for name in counted}
+    return [f"{name} ({one!r} there, {other!r} here)" for name, (one, other) in pairs.items() if one != other]
+
+
+def setting(settings: Any, name: str) -> Any:
+    """The value at "outer.inner", None where it is not there."""
+    for part in name.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
 def slug(text: str) -> str:
-    """A file name that can be read: letters, digits, dots, dashes."""
+    """A file name that can be read: letters and digits of every script, dots, and dashes between words.
+
+    A text that has other signs gets a hash of it, so that names that differ in these have files of their own. Names
+    that differ only in how words are parted ("a b", "a-b", "a/b") have one.
+    """
+    text = unicodedata.normalize("NFC", text)
+    kept = [one if one.isalnum() or one == "." or (ord(one) > 127 and one.isprintable()) else "-" for one in text]
+    words = re.sub("-+", "-", "".join(kept)).strip("-")
+    name = words.strip("-.")
+    lost = [sign for one, sign in zip(kept, text, strict=True) if one == "-" and sign not in SEPARATORS]
+    if lost or name != words or len(name.encode()) > LONGEST:
+        name = f"{_cut(name, LONGEST)}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}".lstrip("-")
+    return name or "unnamed"
+
+
+def _cut(text: str, size: int) -> str:
+    """At most `size` bytes of UTF-8, in whole letters."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+def _slug_before(text: str) -> str:
+    """As in earlier versions: of Latin letters alone, so that names of other scripts had one file."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "unnamed"

@@ -1,14 +1,19 @@
 """`transformers-radio eval TASK`: a task's settings from its recipe and `key=value`, then the task itself."""
 
 import importlib
-from dataclasses import fields
+import json
+import os
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .encoder import split_title
+from .paths import expand_home
 from .results import Result, slug
 from .summary_store import start_processes
 
@@ -53,6 +58,7 @@ def run_task(
         raise ValueError(f"There is no task {task!r}: use one of {', '.join(TASKS)}.")
     if not models:
         raise ValueError("There is no model to evaluate: name at least one with --model.")
+    models, output = [expand_home(model) for model in models], Path(expand_home(str(output)))
     module_name, config_name = TASKS[task]
     module = importlib.import_module(f"transformers_radio.evaluation.tasks.{module_name}")
     config = load_config(getattr(module, config_name), data, recipe, overrides)
@@ -64,21 +70,66 @@ def run_task(
     names = [slug(split_title(model)[0]) for model in models]
     if len(set(names)) < len(names):  # they would share their files
         raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
-    return module.run(models, config, Path(output))
+    return module.run(models, config, output)
 
 
 def load_config(schema: type, data: str | None, recipe: str | Path | None, overrides: list[str] | None) -> Any:
-    """The task's settings, checked against its fields; the overrides win over the recipe, `data` over both."""
+    """The task's settings, checked against its fields; the overrides win over the recipe, `data` over both. `~` at the
+    beginning of any of them is the home folder.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown or missing setting, or a value of another type; the message has the settings beside it.
+    """
     where = "the settings" if recipe is None else str(recipe)
     try:
         parts = [OmegaConf.structured(schema)]
         if recipe is not None:
-            parts.append(OmegaConf.load(recipe))
-        parts.append(OmegaConf.from_dotlist(list(overrides or [])))
+            parts.append(OmegaConf.load(expand_home(str(recipe))))
+        parts.append(OmegaConf.from_dotlist([_quoted(schema, override) for override in overrides or []]))
         if data is not None:
             nested = OmegaConf.is_config(parts[0].data) if not OmegaConf.is_missing(parts[0], "data") else False
             parts.append(OmegaConf.create({"data": {"path": data} if nested else data}))
-        return OmegaConf.to_object(OmegaConf.merge(*parts))
+        return _expanded(OmegaConf.to_object(OmegaConf.merge(*parts)))
     except OmegaConfBaseException as error:
-        names = ", ".join(f.name for f in fields(schema))
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}. The settings are {names}.") from error
+        key = error.full_key or ""
+        level = key.rpartition(".")[0]
+        owner = error.object_type if is_dataclass(error.object_type) else schema
+        names = ", ".join(f.name for f in fields(owner))
+        of_level = f" of {level}" if level and owner is not schema else ""
+        reason = f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+        raise ValueError(f"{where}: {reason}. The settings{of_level} are {names}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+
+
+def _quoted(schema: Any, override: str) -> str:
+    """`key=value`, a text in quotes, without which YAML takes 2024_01, no, [2021] and what follows # for others."""
+    key, _, value = override.partition("=")
+    wanted = _type_at(schema, key)
+    is_text = wanted in (str, str | None) or (wanted is Any and "/" in value and os.path.exists(expand_home(value)))
+    if not is_text or value in ("", "null") or value[0] in "'\"":
+        return override
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _type_at(schema: Any, key: str) -> Any:
+    """The type of a setting, such as int for "probe.iterations"; None where there is no such setting."""
+    for part in re.split(r"[.\[\]]+", key.rstrip("]")):
+        hints = get_type_hints(schema) if is_dataclass(schema) else {}
+        schema = hints[part] if part in hints else (get_args(schema) or (None,))[-1]
+    return schema
+
+
+def _expanded(value: Any) -> Any:
+    """The settings with the home folder in the place of `~`."""
+    if isinstance(value, str):
+        return expand_home(value)
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _expanded(one) for key, one in value.items()}
+    if is_dataclass(value):
+        for one in fields(value):
+            setattr(value, one.name, _expanded(getattr(value, one.name)))
+    return value

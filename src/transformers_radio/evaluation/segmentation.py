@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -319,10 +318,10 @@ def segmentation_probe(
         "validation_images": len(validation),
         "num_classes": len(data.classes),
         "feature_dim": features.shape[1],
-        "probe": asdict(config),
+        "probe": config.settings(),
     }
     std = features.double().std().item()
-    finished = _read_result(output, settings, std)
+    finished = _read_result(output, settings, std, (train, validation))
     accelerator.wait_for_everyone()  # all have looked before one writes
     if finished is not None:
         return finished
@@ -361,11 +360,14 @@ def _known_features(encode: Encoder, config: SegmentationConfig, device: torch.d
     return encode_grid(encode, image.to(device), config.mixed_precision)
 
 
-def _read_result(output: Path, settings: dict[str, Any], features_std: float) -> dict[str, Any] | None:
+def _read_result(
+    output: Path, settings: dict[str, Any], features_std: float, splits: tuple[SegmentationSplit, ...]
+) -> dict[str, Any] | None:
     """The report, if the folder holds this probe finished. Another probe there is an error."""
     if not (output / "settings.json").exists():
         return None
     before = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    before |= {f"{split.name} files": split.recognized(before.get(f"{split.name} files")) for split in splits}
     there, here = ({**values, **values["probe"]} for values in (before, settings))
     changed = [
         f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"

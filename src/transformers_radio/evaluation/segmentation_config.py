@@ -1,6 +1,9 @@
 """The numbers of the linear segmentation probe, with the paper's values as defaults."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WARMUP = 1500  # iterations
 
 
 @dataclass
@@ -19,7 +22,7 @@ class SegmentationConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
-    warmup_iterations: int = 1500
+    warmup_iterations: int | None = None  # null: 1500, of a probe that is not longer a tenth
     warmup_ratio: float = 1e-6  # of the learning rate, at the first iteration
     power: float = 1.0  # of the polynomial decay to 0
 
@@ -43,28 +46,42 @@ class SegmentationConfig:
     mixed_precision: str = "no"  # no | bf16 | fp16, of the encoder; the head and the loss are float32
     checkpoint_every: int = 1000  # iterations
 
+    @property
+    def warmup(self) -> int:
+        """Iterations of warm-up."""
+        if self.warmup_iterations is None:
+            return WARMUP if self.iterations > WARMUP else self.iterations // 10
+        return self.warmup_iterations
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, as they are used."""
+        return asdict(self) | {"warmup_iterations": self.warmup}
+
     def check(self) -> None:
-        """Raises ValueError that names the field, its value and the fix."""
+        """Raises ValueError that names the field as recipes do (`probe.NAME`), its value and the fix."""
         positive = ("iterations", "batch_size", "learning_rate", "long_side", "short_side", "crop_size", "stride")
         for name in (*positive, "size_divisor", "checkpoint_every", "scale_min", "warmup_ratio"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0.")
-        if not 0 <= self.warmup_iterations < self.iterations:
+                raise ValueError(f"probe.{name} is {getattr(self, name)}; expected more than 0.")
+        if not 0 <= self.warmup < self.iterations:
             raise ValueError(
-                f"warmup_iterations is {self.warmup_iterations}; expected 0 to {self.iterations - 1}, less than "
-                "iterations. Lower it with them."
+                f"probe.warmup_iterations is {self.warmup}; expected 0 to {self.iterations - 1}, less than "
+                "probe.iterations, or null."
             )
         if self.scale_max < self.scale_min:
-            raise ValueError(f"scale_max is {self.scale_max}; expected at least scale_min ({self.scale_min}).")
+            raise ValueError(f"probe.scale_max is {self.scale_max}; expected at least scale_min ({self.scale_min}).")
         if self.short_side > self.long_side:
-            raise ValueError(f"short_side is {self.short_side}; expected at most long_side ({self.long_side}).")
+            raise ValueError(f"probe.short_side is {self.short_side}; expected at most long_side ({self.long_side}).")
         if self.crop_size % self.size_divisor:
             nearest = max(1, round(self.crop_size / self.size_divisor)) * self.size_divisor
             raise ValueError(
-                f"crop_size is {self.crop_size}, no multiple of size_divisor ({self.size_divisor}); use {nearest}."
+                f"probe.crop_size is {self.crop_size}, no multiple of size_divisor ({self.size_divisor}); use "
+                f"{nearest}."
             )
         if self.stride > self.crop_size:
-            raise ValueError(f"stride is {self.stride}; above crop_size ({self.crop_size}) it would leave out pixels.")
+            raise ValueError(
+                f"probe.stride is {self.stride}; above crop_size ({self.crop_size}) it would leave out pixels."
+            )
         choices = {
             "test_mode": ("slide", "whole"),
             "whole_fit": ("pad", "resize"),
@@ -72,14 +89,14 @@ class SegmentationConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
+                raise ValueError(f"probe.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
 
     def learning_rate_at(self, iteration: int) -> float:
         """Linear from warmup_ratio to 1 times the learning rate, then (1 - progress)^power, for iterations from 0."""
-        if iteration < self.warmup_iterations:
-            progress = iteration / self.warmup_iterations
+        if iteration < self.warmup:
+            progress = iteration / self.warmup
             return self.learning_rate * (self.warmup_ratio + (1 - self.warmup_ratio) * progress)
-        progress = (iteration - self.warmup_iterations) / (self.iterations - self.warmup_iterations)
+        progress = (iteration - self.warmup) / (self.iterations - self.warmup)
         return self.learning_rate * (1 - progress) ** self.power
 
     @property

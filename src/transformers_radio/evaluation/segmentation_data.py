@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 from PIL import Image
 
 from transformers_radio.data.images import EXTENSIONS, FORMATS, SkippedImage, decode_rgb
@@ -18,7 +17,9 @@ from transformers_radio.data.source import read_image
 
 from .confusion import IGNORE_INDEX, reduce_labels
 from .hub_names import folder_or_hub
+from .paths import expand_home
 from .segmentation_config import SegmentationConfig
+from .split_files import find_split
 
 
 @dataclass
@@ -63,15 +64,9 @@ def load_segmentation_task(path: str | Path, overrides: list[str] | None = None)
         FileNotFoundError: no such file.
         ValueError: a field that does not exist, is missing, or has a value that cannot be used.
     """
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(SegmentationTask),
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist(list(overrides or [])),
-        )
-        task = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error}") from error
+    from .run import load_config  # which knows all tasks
+
+    task = load_config(SegmentationTask, None, path, overrides)
     assert isinstance(task, SegmentationTask)
     task.probe.check()
     return task
@@ -129,11 +124,22 @@ class SegmentationSplit:
         raise IndexError("no such sample")
 
     def fingerprint(self) -> str:
-        """Of what the samples are read from: names, sizes and dates of files, or what `datasets` calls the rows."""
+        """Of what the samples are read from, wherever it lies: names, sizes and dates of files."""
         digest = hashlib.blake2b(digest_size=16)
         for part in self.parts:
             digest.update(repr(part.fingerprint()).encode())
         return digest.hexdigest()
+
+    def recognized(self, fingerprint: Any) -> Any:
+        """A fingerprint in a file: today's where it is that of earlier versions, which took what `datasets` calls the
+        rows of a table."""
+        if fingerprint == self.fingerprint() or not any(isinstance(part, _Table) for part in self.parts):
+            return fingerprint
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self.parts:
+            own = part.fingerprint_before() if isinstance(part, _Table) else part.fingerprint()
+            digest.update(repr(own).encode())
+        return self.fingerprint() if fingerprint == digest.hexdigest() else fingerprint
 
     def _read(self, image_file: Any, mask_file: Any, key: str) -> Sample:
         try:
@@ -189,7 +195,7 @@ def _open_part(data: SegmentationData, part: SplitSource):
         return _Table(data, part)
     if part.images is None or part.masks is None:
         raise ValueError(f"A split of {data.name} needs the folders `images` and `masks`, or `split` of a data set.")
-    return _Pairs(_list_pairs(Path(data.path).expanduser(), part))
+    return _Pairs(_list_pairs(Path(expand_home(data.path)), part))
 
 
 class _Pairs(list[tuple[str, str, str]]):
@@ -210,10 +216,11 @@ def _list_pairs(root: Path, part: SplitSource) -> list[tuple[str, str, str]]:
     files = {
         path.relative_to(folder).with_suffix("").as_posix(): path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
     }
     if part.names is not None:
-        listed = (root / part.names).read_text(encoding="utf-8").split()
+        lines = (root / part.names).read_text(encoding="utf-8").splitlines()
+        listed = [line.strip() for line in lines if line.strip()]
         absent = [name for name in listed if name not in files]
         if absent:
             raise FileNotFoundError(
@@ -233,24 +240,43 @@ class _Table:
     def __init__(self, data: SegmentationData, part: SplitSource):
         import datasets
 
-        path = os.path.expanduser(data.path)
-        with folder_or_hub(path):
-            rows = datasets.load_dataset(path, part.config_name, split=part.split)
+        assert part.split is not None
+        self.data, self.part = data, part
+        self.found = find_split(data.path, part.split, part.config_name)
+        with folder_or_hub(self.found.source):
+            rows = datasets.load_dataset(**self.found.load_arguments(part.config_name), split=part.split)
         for column in (part.image_column, part.mask_column):
             if column not in rows.column_names:
                 raise ValueError(
                     f"{data.path} has no column {column!r}; it has {', '.join(rows.column_names)}. Set image_column "
                     "and mask_column."
                 )
+        self.rows = self._undecoded(rows)
+
+    def _undecoded(self, rows):
+        import datasets
+
+        for column in (self.part.image_column, self.part.mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-        self.part = part
-        self.rows = rows.select_columns([part.image_column, part.mask_column])
+        return rows.select_columns([self.part.image_column, self.part.mask_column])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def fingerprint(self) -> str:
-        return self.rows._fingerprint
+    def fingerprint(self) -> tuple[str, str, str]:
+        """Where `datasets` has found the files, what it calls the rows."""
+        files = self.found.fingerprint if self.found.files else self.rows._fingerprint
+        return files, self.part.image_column, self.part.mask_column
+
+    def fingerprint_before(self) -> str | None:
+        """None where the rows cannot be opened as earlier versions did."""
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(self.found.source, self.part.config_name, split=self.part.split)
+        except (OSError, ValueError):
+            return None
+        return self._undecoded(rows)._fingerprint
 
     def __getitem__(self, index: int) -> tuple[Any, Any, str]:
         row = self.rows[index]

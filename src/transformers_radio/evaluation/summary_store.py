@@ -30,11 +30,18 @@ from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
 from transformers_radio.precision import DTYPES
 
-from .features import LabelledSplit, resize_image, resize_shortest, warn_of_skipped
+from .features import COUNTED, LabelledSplit, resize_image, resize_shortest, warn_of_skipped
+from .results import differences
 
 logger = logging.getLogger(__name__)
 
 ImageSize = int | tuple[int, int]
+# What summaries are known by: the weights and outputs of the encoder, the images and their sizes.
+STORE_COUNTED = (
+    *(f"encoder.{name}" for name in ("weights", "dtype", "summary", "features", "adaptor", "output")),
+    *(f"data.{name}" for name in COUNTED),
+    *("image_size", "step", "dtype", "block_images"),
+)
 # Processes that are done wait for the others; with streamed data they may be far apart.
 LONGEST_WAIT = timedelta(hours=12)
 
@@ -162,7 +169,7 @@ def store_summaries(
         "block_images": config.block_images,
     }
     settings = json.loads(json.dumps(settings))  # as the file gives it back: no tuples
-    _check_settings(folder, settings)
+    _check_settings(folder, settings, split)
     state.wait_for_everyone()  # all have looked before one writes
     parts = [part for part in range(split.num_shards) if not _is_finished(folder, part)]
     if parts:
@@ -304,17 +311,13 @@ def _ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterable, ahe
         yield running.popleft().result()
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _check_settings(folder: Path, settings: dict[str, Any], split: LabelledSplit) -> None:
     """ValueError unless the folder is free or holds a store of these settings."""
     if not (folder / "store.json").exists():
         return
-    before = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-    there, here = ({**values, **values["encoder"], **values["data"]} for values in (before, settings))
-    changed = [
-        f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
-        for name in {**there, **here}
-        if name not in ("encoder", "data") and there.get(name) != here.get(name)
-    ]
+    there = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+    there["data"] = split.recognized(there["data"])
+    changed = differences(there, settings, STORE_COUNTED)
     if changed:
         raise ValueError(
             f"{folder} holds summaries of something else; they differ in {', '.join(changed)}. Choose another "

@@ -1,6 +1,8 @@
 """A few images to look at, with their boxes where the data has some."""
 
+import glob
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +10,15 @@ from typing import Any
 
 from PIL import Image
 
+from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
 
 from .features import IMAGE_COLUMNS
+from .paths import expand_home
+from .split_files import find_split, load_builder
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass
@@ -47,13 +50,13 @@ def load_pictures(
         raise ValueError("There are no images to show: name an image, a folder or a dataset with --data.")
     if count < 1:
         raise ValueError(f"images is {count}; expected at least 1.")
-    path = Path(data).expanduser()
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
+    path = Path(expand_home(data))
+    if path.is_file() and _is_image(path):
         samples: Iterator[tuple[str, Any, list[list[float]]]] = iter([(path.name, str(path), [])])
-    elif path.is_dir() and (files := sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES)):
+    elif path.is_dir() and (files := sorted(filter(_is_image, path.iterdir()))):
         samples = ((file.name, str(file), []) for file in files)
     else:
-        samples = _dataset_samples(data, split, image_column)
+        samples = _dataset_samples(str(path) if path.exists() else data, split, image_column)
     pictures: list[Picture] = []
     for name, value, boxes in samples:
         try:
@@ -67,10 +70,20 @@ def load_pictures(
     return pictures
 
 
+def _is_image(path: Path) -> bool:
+    return kind_of(path.name) == "imagefolder" and not path.name.startswith(".")
+
+
 def _dataset_samples(data: str, split: str, image_column: str | None) -> Iterator[tuple[str, Any, list[list[float]]]]:
+    is_pattern = glob.has_magic(data) and not os.path.exists(expand_home(data))
+    found = find_split(data, "train" if is_pattern and kind_of(data) == "imagefolder" else split)
+    if found.kind == "imagefolder":
+        for file in filter(_is_image, map(Path, found.files)):
+            yield str(file.relative_to(found.folder)), str(file), []
+        return
     import datasets
 
-    stream = datasets.load_dataset(data, split=split, streaming=True)
+    stream = load_builder(found, None).as_streaming_dataset(split=split)
     columns = list(stream.features or next(iter(stream)))
     candidates = IMAGE_COLUMNS if image_column is None else (image_column,)
     column = next((one for one in candidates if one in columns), None)

@@ -14,6 +14,7 @@ from transformers_radio.teachers import load_sam
 
 from .encoder import VisionEncoder, load_encoder, split_spec, split_title
 from .features import resize_image
+from .paths import expand_home
 from .prompted_masks import StudentEncoder
 from .results import slug
 from .run import load_config
@@ -88,19 +89,20 @@ def visualize(
     config = load_config(VisualizeConfig, data, recipe, overrides)
     if config.basis not in BASES:
         raise ValueError(f"basis is {config.basis!r}; expected one of {', '.join(BASES)}.")
-    encoders = [_load(spec, config) for spec in models]
+    output = Path(expand_home(str(output)))
+    encoders = [_load(expand_home(spec), config) for spec in models]
     names = [encoder.name for encoder in encoders]
-    if len(set(names)) < len(names):
+    if len(set(map(slug, names))) < len(names):
         raise ValueError(f"Two models have one name, {', '.join(names)}: give them titles, as TITLE=MODEL.")
     pictures = (
         [] if kind == "positions" else load_pictures(config.data, config.images, config.split, config.image_column)
     )
     if kind != "all":
-        return KINDS[kind](encoders, pictures, config, Path(output))
+        return KINDS[kind](encoders, pictures, config, output)
     written: list[Path] = []
     for name, make in KINDS.items():
         try:
-            written += make(encoders, pictures, config, Path(output))
+            written += make(encoders, pictures, config, output)
         except (ValueError, OSError) as error:
             logger.warning("%s is left out: %s", name, error)
     return written

@@ -31,6 +31,7 @@ def load_text_tower(spec: str) -> nn.Module:
 
     Raises:
         ValueError: another type, or a checkpoint that does not fit.
+        OSError: a checkpoint that is not there. All name the setting `text`, by which another one is chosen.
     """
     towers = {"open_clip": load_text_encoder, "transformers": load_transformers_text_encoder}
     kind, colon, checkpoint = spec.partition(":")
@@ -39,7 +40,14 @@ def load_text_tower(spec: str) -> nn.Module:
             f"{spec!r} is no text tower; expected TYPE:CHECKPOINT with a type of {', '.join(towers)}, such as "
             "open_clip:ViT-H-14-378-quickgelu:dfn5b."
         )
-    return towers[kind](checkpoint)
+    try:
+        return towers[kind](checkpoint)
+    except (OSError, ValueError, RuntimeError) as error:
+        kind_of_error = OSError if isinstance(error, OSError) else ValueError
+        raise kind_of_error(
+            f"The text tower {spec} cannot be loaded ({' '.join(str(error).split())}). If it is the teacher that an "
+            "adaptor names and it has moved, say where it is with text=TYPE:CHECKPOINT."
+        ) from error
 
 
 @torch.no_grad()

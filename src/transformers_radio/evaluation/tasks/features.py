@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from transformers_radio.data.config import SourceConfig
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import Source
 
-from ..encoder import VisionEncoder, load_encoder
+from ..encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
 from ..feature_plot import features_figure
 from ..feature_statistics import (
     DEAD_SHARE,
@@ -34,11 +33,13 @@ from ..feature_statistics import (
 )
 from ..features import resize_image
 from ..labelled_files import SAMPLE_SEED, shuffled
+from ..paths import path_name
 from ..results import Result, done, result_path, work_folder
+from ..split_files import in_words_of_evaluation, own_split_name
 
 POSITIONS_NAMED = 10
-# Other names of the splits, as `datasets` knows them, by which the other tasks find theirs.
-SPLIT_NAMES = {"train": ("training",), "validation": ("val", "valid", "dev"), "test": ("testing", "eval")}
+# What a result is known by, of its settings.
+RESULT_COUNTED = (*ENCODER_COUNTED, "image_size", "images", "outlier_factor", "seed", "files")
 
 
 @dataclass
@@ -101,19 +102,15 @@ def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
 
 
 def _open(config: FeaturesConfig) -> Source:
-    folder = Path(config.data).expanduser()
-    names = (config.split, *SPLIT_NAMES.get(config.split, ()))
-    there = (name for name in names if (folder / name).is_dir() or any(folder.glob(f"{name}[!a-zA-Z0-9]*")))
-    split = next(there, config.split)
+    split = own_split_name(config.data, config.split)
     try:
         return Source(SourceConfig(config.data, split, config.config_name, config.image_column))
-    except (ValueError, FileNotFoundError) as error:  # in the words of a training recipe
-        message = re.sub(r"\bdata\.(split|image_column)\b", r"\1", str(error))
-        raise type(error)(re.sub(r"\bdata\.path\b", "data", message)) from error
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(in_words_of_evaluation(str(error))) from error
 
 
 def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: FeaturesConfig, output: Path) -> Result:
-    name = config.name or Path(config.data).name
+    name = config.name or path_name(config.data)
     path = result_path(output, encoder.name, "features", name)
     settings = {
         **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "batch_size")},
@@ -122,7 +119,7 @@ def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: F
         "seed": SAMPLE_SEED,
         "files": _digest(files),
     }
-    finished = done(path, settings, config.overwrite)
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite)
     if finished is not None:
         return finished
     features, grid = _encode(encoder, files, config.batch_size)
@@ -143,7 +140,7 @@ def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: F
     if norms.share > 0:
         metrics["High-norm patches at the border"] = 100 * norms.border_share
     metrics |= _noise(encoder, table, grid)
-    folder = work_folder(output, encoder.name, "features", name)
+    folder = work_folder(path)
     _write_statistics(norms, channels, folder / "statistics.json")
     features_figure(f"{encoder.name}, {encoder.image_size} px", norms, channels, table, path.with_suffix(".png"))
     return Result(

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
+from ..class_names import warn_of_other_classes
 from ..classification import (
     ClassificationConfig,
     clear_work,
@@ -13,11 +15,18 @@ from ..classification import (
     resolution,
     store_config,
 )
-from ..encoder import VisionEncoder
-from ..features import LabelledSplit
+from ..encoder import ENCODER_COUNTED, VisionEncoder
+from ..features import COUNTED, LabelledSplit
 from ..knn import knn_accuracy_of_stores
 from ..results import Result, done, result_path, work_folder
 from ..summary_store import start_processes, store_summaries
+
+# What a result is known by, of its settings.
+RESULT_COUNTED = (
+    *ENCODER_COUNTED,
+    *("output", "k", "temperature", "image_size", "store_dtype"),
+    *(f"{split}.{name}" for split in ("bank", "queries") for name in COUNTED),
+)
 
 
 @dataclass
@@ -49,6 +58,13 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     in_bank, asked = bank.labels_of_folders(), queries.labels_of_folders()
     if in_bank is not None and asked is not None:
         _check_classes(in_bank, asked, bank, config)
+    if bank.class_names is not None:
+        warn_of_other_classes(config.title, config.classes, config.data, len(bank.class_names))
+    images = bank.count()
+    if images is not None and images < config.k:
+        raise ValueError(
+            f"k is {config.k}; expected 1 to {images}, as many as there are images in the bank ({config.train_split})."
+        )
     encoders = load_encoders(models, config)
     for encoder in encoders:
         store_config(encoder, config).check()
@@ -59,7 +75,7 @@ def _measure(
     encoder: VisionEncoder, bank: LabelledSplit, queries: LabelledSplit, config: KnnConfig, output: Path
 ) -> Result:
     path = result_path(output, encoder.name, "knn", config.title)
-    folder = work_folder(output, encoder.name, "knn", config.title)
+    folder = work_folder(path)
     stored = store_config(encoder, config)
     of_model = {**encoder.settings(), "output": "summary"}
     settings = {
@@ -71,7 +87,15 @@ def _measure(
         "bank": bank.fingerprint(),
         "queries": queries.fingerprint(),
     }
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **there,
+            "bank": bank.recognized(there.get("bank")),
+            "queries": queries.recognized(there.get("queries")),
+        }
+
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite, before)
     if finished is not None:
         return finished
     clear_work(folder, config.overwrite)
@@ -83,6 +107,8 @@ def _measure(
         for split in (queries, bank)
     )
     in_bank = set(bank_store.labels.unique().tolist())
+    if bank.class_names is None and config.train_limit is None:
+        warn_of_other_classes(config.title, config.classes, config.data, len(in_bank))
     _check_classes(in_bank, set(query_store.labels.unique().tolist()), bank, config)
     num_classes = max(in_bank) + 1 if bank.num_classes is None else bank.num_classes
     memory = config.memory_gb * 1e9

@@ -1,6 +1,7 @@
 """`eval llava`: LLaVA-1.5 with a student as its vision tower, trained in its two phases and asked about images."""
 
 import gc
+import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,18 @@ from ..llava_train import (
     load_projector,
     train_phase,
 )
+from ..paths import fingerprint_checkpoint, path_name
 from ..results import Result, done, result_path, slug, work_folder
+
+PHASE_COUNTED = ("learning_rate", "batch_size", "epochs", "warmup", "max_length", "digest")
+QUESTIONS_COUNTED = ("scorer", "prompt", "max_new_tokens", "digest")
+# What the first phase is known by, the second, and a result.
+PRETRAIN_COUNTED = (
+    *("weights", "language_model_files", "image_size", "bf16", "seed"),
+    *(f"pretrain.{name}" for name in PHASE_COUNTED),
+)
+FINETUNE_COUNTED = (*PRETRAIN_COUNTED, *(f"finetune.{name}" for name in PHASE_COUNTED))
+RESULT_COUNTED = (*FINETUNE_COUNTED, "questions", "lmms_eval", "limit", "lmms_eval_tasks")
 
 
 @dataclass
@@ -80,7 +92,7 @@ def _check(config: LlavaConfig) -> _Data:
         raise ValueError("There is nothing to ask: name a file in questions, or a task in lmms_eval_tasks.")
     AutoConfig.from_pretrained(config.language_model)
     check_tokenizer(AutoTokenizer.from_pretrained(config.language_model), config.language_model)
-    root = Path(config.data).expanduser()
+    root = Path(config.data)
     for phase in (config.pretrain, config.finetune):
         check_batch_size(phase, config.hardware, PartialState().num_processes)
     pretrain, finetune = (
@@ -108,27 +120,39 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
         "model": spec,
         "weights": digest_weights(student),
         "language_model": config.language_model,
+        "language_model_files": fingerprint_checkpoint(config.language_model),
         "image_size": config.image_size,
         "pretrain": _phase_settings(config.pretrain, data.pretrain),
         "bf16": config.hardware.bf16,
         "seed": config.seed,
     }
     finetune = {**pretrain, "finetune": _phase_settings(config.finetune, data.finetune)}
-    asked = {key: {**asdict(one), "digest": data.questions[key][1]} for key, one in config.questions.items()}
+    asked = {key: _asked({**asdict(one), "digest": data.questions[key][1]}) for key, one in config.questions.items()}
     lmms = {"lmms_eval": version("lmms_eval"), "limit": config.lmms_eval_limit} if config.lmms_eval_tasks else {}
     settings = {**finetune, "questions": asked, **lmms, "lmms_eval_tasks": list(config.lmms_eval_tasks)}
     path = result_path(output, name, "llava", config.name)
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:
+        files = {"language_model_files": pretrain["language_model_files"]}
+        model = there.get("language_model", "")  # earlier versions knew it by its place alone
+        is_moved = not os.path.exists(model) and path_name(model) == path_name(config.language_model)
+        is_same = "language_model_files" not in there and (model == config.language_model or is_moved)
+        questions = there.get("questions", {})  # of a result by name, of a folder of answers its own
+        named = {key: _asked(one) for key, one in questions.items() if isinstance(one, dict)}
+        return {**there, **(files if is_same else {}), "questions": named or _asked(questions)}
+
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite, before)
     if finished is not None:
         return finished
 
-    work = work_folder(output, name, "llava", config.name)
-    claim_folder(work / "pretrain", pretrain, config.overwrite)
-    claim_folder(work / "finetune", finetune, config.overwrite)
+    work = work_folder(path)
+    claim_folder(work / "pretrain", pretrain, PRETRAIN_COUNTED, config.overwrite, before)
+    claim_folder(work / "finetune", finetune, FINETUNE_COUNTED, config.overwrite, before)
     for key in asked:
-        claim_folder(work / "answers" / slug(key), {**finetune, "questions": asked[key]}, config.overwrite)
+        own = {**finetune, "questions": asked[key]}
+        claim_folder(work / "answers" / slug(key), own, (*FINETUNE_COUNTED, "questions"), config.overwrite, before)
     if lmms:
-        claim_folder(work / "lmms", {**finetune, **lmms}, config.overwrite)
+        claim_folder(work / "lmms", {**finetune, **lmms}, (*FINETUNE_COUNTED, *lmms), config.overwrite, before)
     folder = _train(student, config, data, work)
 
     llava, processor = load_llava(str(folder), torch.bfloat16 if config.hardware.bf16 else torch.float32)
@@ -173,6 +197,11 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
 def _build(student: RadioModel, config: LlavaConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     set_seed(config.seed)  # of the projector's first weights
     return build_llava(student, config.language_model, config.image_size)
+
+
+def _asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings of questions those that answers and scores depend on."""
+    return {name: settings[name] for name in QUESTIONS_COUNTED if name in settings}
 
 
 def _phase_settings(phase: LlavaPhase, data: Conversations) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..class_names import OPENAI_IMAGENET, load_class_names, load_templates
-from ..encoder import Features, VisionEncoder, load_encoder, split_spec, split_title
+from ..class_names import OPENAI_IMAGENET, load_class_names, load_templates, warn_of_other_classes
+from ..encoder import ENCODER_COUNTED, Features, VisionEncoder, load_encoder, split_spec, split_title
 from ..feature_statistics import feature_cosine
-from ..features import extract_summaries
+from ..features import COUNTED, extract_summaries
 from ..knn import knn_accuracy
 from ..labelled_files import SAMPLE_SEED, LabelledFiles, ResizedBatches, sample_labelled_files
 from ..llava_train import claim_folder
+from ..paths import fingerprint_checkpoint, path_name
 from ..resolution_plot import Size, resolution_figure, size_name
 from ..results import Result, done, result_path, slug, work_folder
 from ..zero_shot import Template, load_text_tower, zero_shot_accuracy, zero_shot_classifier
@@ -37,6 +38,13 @@ ZERO_SHOT, KNN, KNN_REFERENCE = "Zero-shot", "k-NN", "k-NN, reference bank"
 SUMMARY_COSINE, FEATURE_COSINE = "Summary cosine", "Feature cosine"
 FEATURE_BATCH = 4  # images
 CLASSES_NAMED = 5  # in the protocol, of those without an image in the bank
+# What a result is known by, of its settings.
+RESULT_COUNTED = (
+    *ENCODER_COUNTED,
+    *("sizes", "reference", "flag_below", "bank_images", "images", "feature_images", "k", "temperature", "seed"),
+    *("words", "text"),
+    *(f"{split}.{name}" for split in ("bank", "queries") for name in COUNTED),
+)
 
 
 @dataclass
@@ -119,13 +127,15 @@ def run(models: list[str], config: ResolutionConfig, output: Path) -> list[Resul
     sizes = _check(config)
     device = Accelerator(mixed_precision="no").device
     encoders = [_load(spec, config, device) for spec in models]
-    name = config.name or Path(config.data).name
+    name = config.name or path_name(config.data)
     read = (config.config_name, config.image_column, config.label_column)
     queries = sample_labelled_files(config.data, config.split, *read, config.images)
     bank = sample_labelled_files(config.data, config.train_split, *read, config.bank_images)
     if len(bank.files) < config.k:
         raise ValueError(f"The bank has {len(bank.files)} images, fewer than k ({config.k}): raise bank_images.")
     words = _words(config, queries)
+    if queries.class_names is not None:
+        warn_of_other_classes(config.name, config.classes, config.data, len(queries.class_names))
     results = [_measure(encoder, sizes, bank, queries, words, config, name, output) for encoder in encoders]
     resolution_figure(results, output / f"resolution.{slug(name)}.png")
     return results
@@ -175,16 +185,23 @@ def _measure(
         **encoder.settings(),
         "reference": encoder.image_size,
         "words": words.digest(),
-        "bank": bank.fingerprint,
-        "queries": queries.fingerprint,
+        "text": fingerprint_checkpoint(config.text),
+        "bank": bank.split.fingerprint(),
+        "queries": queries.split.fingerprint(),
         "seed": SAMPLE_SEED,
     }
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:
+        text = settings["text"] if there.get("text") == config.text else there.get("text")
+        parts = {name: part.split.recognized(there.get(name)) for name, part in (("bank", bank), ("queries", queries))}
+        return {**there, "text": text, **parts}
+
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite, before)
     if finished is not None:
         return finished
     classifier, no_words = _classifier(encoder, words, config)
-    folder = work_folder(output, encoder.name, "resolution", name)
-    claim_folder(folder, settings, config.overwrite)
+    folder = work_folder(path)
+    claim_folder(folder, settings, RESULT_COUNTED, config.overwrite, before)
     left_out = {} if classifier is not None else {ZERO_SHOT: no_words}
     used: dict[Size, Size] = {size: _fitted(size, encoder.step) for size in sizes}
     measured: dict[Size, dict[str, float]] = {}
@@ -226,7 +243,7 @@ def _measure(
             "images": len(queries.files),
             "bank_images": len(bank.files),
             "feature_images": min(config.feature_images, len(queries.files)),
-            "skipped_images": sum(queries.skipped.values()) + sum(bank.skipped.values()),
+            "skipped_images": len(queries.unusable | bank.unusable),  # one of both splits is one
             "classes": len(set(queries.labels.tolist())),
             "classes_without_bank": len(missing),
             "sizes": len(measured),

@@ -16,6 +16,12 @@ from ..prompted_masks import SamEncoder, StudentEncoder
 from ..results import Result, done, result_path, work_folder
 from ..sam_coco import evaluate_sam_coco
 
+# What a result is known by, of its settings.
+RESULT_COUNTED = (
+    *("weights", "decoder_weights", "adaptor", "image_size", "window_size", "best_of_three"),
+    *("annotations_digest", "detections_digest", "images_digest"),
+)
+
 
 @dataclass
 class SamCocoTaskConfig:
@@ -45,7 +51,7 @@ def run(models: list[str], config: SamCocoTaskConfig, output: Path) -> list[Resu
         FileNotFoundError, ValueError: data, settings or a model that cannot be used; before the first image.
         ImportError: no library for COCO's masks.
     """
-    root = Path(config.data).expanduser()
+    root = Path(config.data)
     data = SamCocoConfig(
         images=str(root / config.split),
         annotations=str(root / "annotations" / f"instances_{config.split}.json"),
@@ -103,11 +109,16 @@ def _measure(
         "weights": digest_weights(encoder),
         "decoder_weights": digest_weights(sam.prompt_encoder, sam.mask_decoder),
         **files,
+        "image_size": encoder.image_size,
     }
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:  # null for SAM's own
+        return {**there, "image_size": there.get("image_size") or sam.image_encoder.img_size}
+
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite, before)
     if finished is not None:
         return finished
-    lines = work_folder(output, name, task, config.name) / "images.jsonl"
+    lines = work_folder(path) / "images.jsonl"
     if config.overwrite:
         lines.unlink(missing_ok=True)
     found = evaluate_sam_coco(encoder, sam, data, lines)

@@ -1,8 +1,9 @@
 """`eval segmentation`: the linear probe, or classes by words alone, on ADE20K, PASCAL VOC or a set of one's own."""
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,8 @@ from accelerate import Accelerator
 from transformers_radio.modeling import RadioModel
 
 from ..dense_zero_shot import PatchProjection, dense_zero_shot, projected_patches, summary_head_patches
-from ..encoder import VisionEncoder, load_encoder
+from ..encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
+from ..paths import fingerprint_checkpoint
 from ..results import Result, done, result_path, work_folder
 from ..segmentation import segmentation_probe
 from ..segmentation_config import SegmentationConfig
@@ -19,6 +21,23 @@ from ..segmentation_inference import Encoder
 from ..zero_shot import load_text_tower, openai_imagenet_templates, zero_shot_classifier
 
 METHODS = ("probe", "summary_head", "projection")
+# What a result is known by, of its settings; those of the probe without training are how an image is segmented.
+RESULT_COUNTED = (*ENCODER_COUNTED, "method", "classes", "reduce_labels", "ignore_index")
+INFERENCE = tuple(
+    f"probe.{name}"
+    for name in (
+        *("long_side", "short_side", "crop_size", "test_mode", "stride", "whole_fit", "size_divisor"),
+        "mixed_precision",
+    )
+)
+TRAINING = tuple(
+    f"probe.{name}"
+    for name in (
+        *("iterations", "batch_size", "learning_rate", "beta1", "beta2", "weight_decay", "warmup_iterations"),
+        *("warmup_ratio", "power", "scale_min", "scale_max", "max_class_share", "flip_probability"),
+        *("photometric_distortion", "seed"),
+    )
+)
 
 
 @dataclass
@@ -46,7 +65,7 @@ def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list
     if config.method not in METHODS:
         raise ValueError(f"method is {config.method!r}; expected one of {', '.join(METHODS)}.")
     names = ("train", "validation") if config.method == "probe" else ("validation",)
-    of_data = data_settings(config.data, *(SegmentationSplit(config.data, name) for name in names))
+    splits = [SegmentationSplit(config.data, name) for name in names]
     device = Accelerator(mixed_precision="no").device
     # A teacher sees squares of one size: the window's.
     encoders = [_load(spec, config, device) for spec in models]
@@ -56,7 +75,7 @@ def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list
             raise ValueError(f"{encoder.name} takes only squares of one size: use probe.test_mode=slide.")
         if config.method != "probe":
             _check_words(encoder, config)
-    return [_measure(encoder, of_data, config, output) for encoder in encoders]
+    return [_measure(encoder, splits, config, output) for encoder in encoders]
 
 
 def _load(spec: str, config: SegmentationTaskConfig, device: torch.device) -> VisionEncoder:
@@ -66,18 +85,29 @@ def _load(spec: str, config: SegmentationTaskConfig, device: torch.device) -> Vi
         raise ValueError(f"{spec} at probe.crop_size={config.probe.crop_size}: {error}") from error
 
 
-def _measure(encoder: VisionEncoder, of_data: dict, config: SegmentationTaskConfig, output: Path) -> Result:
+def _measure(
+    encoder: VisionEncoder, splits: list[SegmentationSplit], config: SegmentationTaskConfig, output: Path
+) -> Result:
     task = "segmentation" if config.method == "probe" else f"segmentation-{config.method}"
     path = result_path(output, encoder.name, task, config.data.name)
-    folder = work_folder(output, encoder.name, task, config.data.name)
+    folder = work_folder(path)
     settings = {
         **encoder.settings(),
         "method": config.method,
-        "probe": {k: v for k, v in asdict(config.probe).items() if k not in ("num_workers", "checkpoint_every")},
-        **of_data,
-        "text": config.text,
+        "probe": config.probe.settings(),
+        **data_settings(config.data, *splits),
+        "text": fingerprint_checkpoint(config.text),
     }
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:
+        text = settings["text"] if there.get("text") == config.text else there.get("text")
+        files = {f"{split.name} files": split.recognized(there.get(f"{split.name} files")) for split in splits}
+        probe = SegmentationConfig().settings() | there.get("probe", {})  # what is new has its default
+        return {**there, "text": text, "probe": probe, **files}
+
+    of_method = ("train files", *TRAINING) if config.method == "probe" else ("text",)
+    counted = (*RESULT_COUNTED, *of_method, "validation files", *INFERENCE)
+    finished = done(path, settings, counted, config.overwrite, before)
     if finished is not None:
         return finished
     if config.overwrite and folder.exists() and Accelerator(mixed_precision="no").is_main_process:

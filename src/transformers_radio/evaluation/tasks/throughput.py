@@ -14,7 +14,7 @@ from torch import nn
 from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import digest_weights, load_sam
 
-from ..encoder import VisionEncoder, load_encoder, split_spec
+from ..encoder import ENCODER_COUNTED, VisionEncoder, load_encoder, split_spec, split_title
 from ..forward_cost import FLOPS_RULE, count_flops, memory_rule, module_tensors, peak_memory
 from ..prompted_masks import SamEncoder, StudentEncoder, predict_masks
 from ..results import Result, done, result_path
@@ -23,6 +23,13 @@ from ..throughput import device_name, latencies, throughput_conditions
 
 # decoder -> classes it tells apart where the settings name no number: ADE20K's, ImageNet's
 DECODERS = {"none": 0, "linear": 150, "zero-shot": 1000, "sam": 0}
+
+# What a result is known by, of its settings.
+RESULT_COUNTED = (
+    *ENCODER_COUNTED,
+    *("image_size", "batch_sizes", "decoder", "classes", "repeats", "warmup", "interleaved", "sam"),
+    *("device", "torch", "FLOPs", "memory"),
+)
 
 
 @dataclass
@@ -66,9 +73,11 @@ def run(models: list[str], config: ThroughputConfig, output: Path) -> list[Resul
     side = sam.image_encoder.img_size if sam is not None and config.image_size is None else config.image_size
     encoders = [_load(spec, side, config, device) for spec in models]
     names = [encoder.name for encoder in encoders]
-    settings = [_settings(encoder, models, config, device, sam) for encoder in encoders]
+    settings = [_settings(encoder, names, config, device, sam) for encoder in encoders]
     paths = [result_path(output, encoder.name, "throughput", _data_name(encoder, config)) for encoder in encoders]
-    found = [done(path, own, config.overwrite) for path, own in zip(paths, settings, strict=True)]
+    found = [
+        done(path, own, RESULT_COUNTED, config.overwrite, _before) for path, own in zip(paths, settings, strict=True)
+    ]
     finished = [result for result in found if result is not None]
     if len(finished) == len(encoders):
         return finished  # else all of them again: their ratios are of one run
@@ -232,7 +241,7 @@ def _data_name(encoder: VisionEncoder, config: ThroughputConfig) -> str:
 
 
 def _settings(
-    encoder: VisionEncoder, models: list[str], config: ThroughputConfig, device: torch.device, sam: Any
+    encoder: VisionEncoder, names: list[str], config: ThroughputConfig, device: torch.device, sam: Any
 ) -> dict:
     return {
         **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "device", "sam")},
@@ -240,11 +249,16 @@ def _settings(
         "image_size": encoder.image_size,
         "device": device_name(device),
         "torch": torch.__version__,
-        "interleaved": models,
+        "interleaved": names,
         "sam": None if sam is None else digest_weights(sam),
         "FLOPs": FLOPS_RULE,
         "memory": memory_rule(device),
     }
+
+
+def _before(there: dict[str, Any]) -> dict[str, Any]:
+    """Earlier versions wrote where the models lay, and not their names."""
+    return {**there, "interleaved": [split_title(model)[0] for model in there.get("interleaved", [])]}
 
 
 def _protocol(encoder: VisionEncoder, images: torch.Tensor, config: ThroughputConfig, models: int) -> str:

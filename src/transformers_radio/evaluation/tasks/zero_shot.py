@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from transformers_radio.teachers import digest_weights
 
-from ..class_names import load_class_names, load_templates
+from ..class_names import load_class_names, load_templates, warn_of_other_classes
 from ..classification import (
     ClassificationConfig,
     clear_work,
@@ -24,13 +25,19 @@ from ..classification import (
     store_config,
 )
 from ..classification_metrics import ZeroShotAccuracy
-from ..encoder import VisionEncoder
-from ..features import LabelledSplit
+from ..encoder import ENCODER_COUNTED, VisionEncoder
+from ..features import COUNTED, LabelledSplit
 from ..results import Result, done, result_path, work_folder
 from ..summary_store import SummaryStore, start_processes, store_summaries
 from ..zero_shot import Template, check_classifier, load_text_tower, zero_shot_classifier
 
 ROWS = 8192  # summaries that are compared at once
+# What a result is known by, of its settings.
+RESULT_COUNTED = (
+    *ENCODER_COUNTED,
+    *("output", "classifier", "image_size", "store_dtype"),
+    *(f"images.{name}" for name in COUNTED),
+)
 
 
 @dataclass
@@ -92,7 +99,7 @@ def _measure(
     output: Path,
 ) -> Result:
     path = result_path(output, encoder.name, "zero-shot", config.title)
-    folder = work_folder(output, encoder.name, "zero-shot", config.title)
+    folder = work_folder(path)
     stored = store_config(encoder, config)
     of_model = {**encoder.settings(), "output": "language"}
     settings = {
@@ -103,12 +110,18 @@ def _measure(
         "store_dtype": config.store_dtype,
         "images": split.fingerprint(),
     }
-    finished = done(path, settings, config.overwrite)
+
+    def before(there: dict[str, Any]) -> dict[str, Any]:
+        return {**there, "images": split.recognized(there.get("images"))}
+
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite, before)
     if finished is not None:
         return finished
     clear_work(folder, config.overwrite)
     store = store_summaries(folder, encoder.language, of_model, split, stored, f"{encoder.name} {split.split}")
     num_classes = len(classifier.weights)
+    if config.classes is not None:
+        warn_of_other_classes(config.title, config.classes, config.data, len(store.labels.unique()))
     result = Result(
         "zero-shot",
         encoder.name,
