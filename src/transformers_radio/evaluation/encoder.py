@@ -163,6 +163,7 @@ def load_encoder(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     adaptor: str | None = None,
+    window_size: int | None = None,
 ) -> VisionEncoder:
     """Load a model to evaluate.
 
@@ -173,6 +174,8 @@ def load_encoder(
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
         adaptor: the student's adaptor that zero-shot reads; None for the one to a teacher with a text tower, where
             there is exactly one, or the one named "clip".
+        window_size: of a student's attention, in patches; None for its own default, 0 for global attention. Teachers
+            keep theirs.
 
     Raises:
         ValueError: an unknown type, dtype or adaptor, a size that the model does not take, weights that do not fit.
@@ -184,6 +187,8 @@ def load_encoder(
     kind, checkpoint = split_spec(source)
     if kind == "student":
         student = load_student(checkpoint, dtype)
+        if window_size is not None:
+            student.config.window_size = window_size  # its step and what `choices` says follow
         adaptor = _language_adaptor(student, adaptor, spec)
         side = student.preferred_resolution if image_size is None else image_size
         encoder = VisionEncoder(title, source, student, side, student.min_resolution_step, adaptor)
