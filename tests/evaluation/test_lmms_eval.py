@@ -37,7 +37,15 @@ SETS = {
         ]
     },
     ("lmms-lab-encoder/textvqa", None): {
-        "validation": [{"question_id": 1, "image": PICTURE, "question": "which colour?", "answers": PEOPLE, "ocr_tokens": ["STOP", "all way"]}]
+        "validation": [
+            {
+                "question_id": 1,
+                "image": PICTURE,
+                "question": "which colour?",
+                "answers": PEOPLE,
+                "ocr_tokens": ["STOP", "all way"],
+            }
+        ]
     },
     ("lmms-lab-encoder/VQAv2", None): {
         "validation": [{"question_id": 1, "image": PICTURE, "question": "How?", "answers": numbered(PEOPLE)}]

@@ -169,7 +169,8 @@ def load_encoder(
 
     Args:
         spec: a folder or Hub id (a student, a native transformers RADIO, or any vision model of transformers that is
-            a teacher), or TYPE:CHECKPOINT with one of the teachers' types; `TITLE=` before it names the row.
+            a teacher), or TYPE:CHECKPOINT with one of the teachers' types; `TITLE=` before it names the row, and
+            `@SIZE` behind it is its side in pixels where `image_size` is None.
         image_size: default side of the input in pixels; None for the model's own.
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
         adaptor: the student's adaptor that zero-shot reads; None for the one to a teacher with a text tower, where
@@ -185,6 +186,7 @@ def load_encoder(
         raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     title, source = split_title(spec)
     kind, checkpoint = split_spec(source)
+    image_size = _split_size(spec)[1] if image_size is None else image_size
     if kind == "student":
         student = load_student(checkpoint, dtype)
         if window_size is not None:
@@ -212,7 +214,11 @@ def load_student(checkpoint: str, dtype: str = "float32") -> RadioModel:
 
 
 def split_title(spec: str) -> tuple[str, str]:
-    """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name."""
+    """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name.
+
+    A size behind the model ("spec@224") is not part of either.
+    """
+    spec, _ = _split_size(spec)
     title, equals, source = spec.partition("=")
     if equals and title and source:
         return title, source
@@ -222,6 +228,14 @@ def split_title(spec: str) -> tuple[str, str]:
         path = path.with_suffix("")
     # runs/mine/student is "mine/student": the folder that a run leaves is always called so
     return "/".join(path.parts[-2:]) if path.name in ("student", "checkpoint") else path.name, spec
+
+
+def _split_size(spec: str) -> tuple[str, int | None]:
+    """("spec", 224) of "spec@224"; a folder or file of that name is no size."""
+    source, at, size = spec.rpartition("@")
+    if not at or not size.isdecimal() or Path(spec.partition("=")[2] or spec).exists():
+        return spec, None
+    return source, int(size)
 
 
 def split_spec(spec: str) -> tuple[str, str]:

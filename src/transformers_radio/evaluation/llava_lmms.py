@@ -32,7 +32,11 @@ LMMS_TASKS = {
 TEXTVQA_WITH_OCR = {
     "task": TEXTVQA,
     "lmms_eval_specific_kwargs": {
-        "default": {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase.", "ocr": True}
+        "default": {
+            "pre_prompt": "",
+            "post_prompt": "\nAnswer the question using a single word or phrase.",
+            "ocr": True,
+        }
     },
 }
 

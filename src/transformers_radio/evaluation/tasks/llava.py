@@ -44,7 +44,7 @@ class LlavaConfig:
     finetune: LlavaPhase = field(default_factory=LlavaPhase)  # the projector and the language model
     questions: dict[str, LlavaQuestions] = field(default_factory=dict)  # scored here; name -> file
     lmms_eval_tasks: list[str] = field(default_factory=list)  # scored by lmms-eval; see llava_lmms.LMMS_TASKS
-    # TextVQA's prompt holds the words that an OCR system read, as in LLaVA-1.5 and the paper; false: lmms-eval's default
+    # TextVQA's prompt holds the words that OCR found, as in LLaVA-1.5 and the paper; false is lmms-eval's default
     textvqa_ocr: bool = True
     lmms_eval_limit: int | None = None  # only so many questions of each, for a first try
     answer_batch_size: int = 16

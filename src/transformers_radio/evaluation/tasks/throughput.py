@@ -266,6 +266,7 @@ def _protocol(encoder: VisionEncoder, images: torch.Tensor, config: ThroughputCo
         "sam": "model alone, and with its SAM adaptor, SAM's neck and mask decoder for one box an image",
     }
     return (
-        f"{throughput_conditions(encoder.model, images)}{_windows(encoder, config)}; {decoders[config.decoder]}; median of {config.repeats} "
+        f"{throughput_conditions(encoder.model, images)}{_windows(encoder, config)}; {decoders[config.decoder]}; "
+        f"median of {config.repeats} "
         f"rounds after {config.warmup} to warm up, {models} model{'s' if models > 1 else ''} in turn in each"
     )
