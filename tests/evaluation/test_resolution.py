@@ -251,7 +251,7 @@ def test_the_picture_rings_what_is_flagged(tmp_path):
     metrics = {"k-NN @ 64": 80.0, "k-NN @ 128": 2.0, "k-NN @ 64x128": 70.0, "Summary cosine @ 64": 1.0}
     plain = Result("resolution", "m", "d", metrics, "", {"reference": 64, "flagged": {}})
     flagged = Result("resolution", "m", "d", metrics, "", {"reference": 64, "flagged": {"128": ["k-NN"]}})
-    rings = [red_pixels(resolution_figure([one], tmp_path / "picture.png")) for one in (plain, flagged)]
+    rings = [red_pixels(resolution_figure([one], tmp_path / "picture.png")[0]) for one in (plain, flagged)]
     assert rings[0] == 0 and rings[1] > 20
     assert curves(plain) == {
         "k-NN": {(64, 64): 80.0, (128, 128): 2.0, (64, 128): 70.0},

@@ -85,7 +85,7 @@ def named_models(path: str | Path, chosen: list[str]) -> list[str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file of models {path}.")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
