@@ -1,73 +1,60 @@
-"""The linear segmentation probe with its encoder in float32 and in bf16: is it the same mIoU?
+"""Linear segmentation probes on an encoder in float32 and in bf16: is it the same mIoU?
 
-On the quickstart's made images, with its DINOv2 and CLIP as encoders and the pipeline of `eval segmentation`. Head,
-loss and optimizer are float32 in both. Seconds are process time, training and test together.
+On the quickstart's made images, with its DINOv2 and CLIP as encoders and its own short probe. The encoder runs under
+autocast, as with `probe.mixed_precision=bf16`; head, loss and optimizer are float32 in both.
 
-    python benchmarks/probe_precision.py [OUTPUT] [--iterations 400] [--seeds 0 1 2]
+    python benchmarks/probe_precision.py [OUTPUT] [--seeds 0 1 2]
 """
 
 import argparse
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
 
-from transformers_radio.evaluation.encoder import VisionEncoder, load_encoder
-from transformers_radio.evaluation.segmentation import segmentation_probe
-from transformers_radio.evaluation.segmentation_config import SegmentationConfig
-from transformers_radio.evaluation.segmentation_data import SegmentationData, SplitSource
+from transformers_radio.evaluation.encoder import Features, VisionEncoder, load_encoder
+from transformers_radio.evaluation.segmentation_light import probe_miou
+from transformers_radio.quickstart.measure import PROBE_IMAGES, SCORED_IMAGES, resize_images
 from transformers_radio.quickstart.run import RECIPE
+from transformers_radio.quickstart.teacher_data import load_split
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe
 
 
-def measure(encoder: VisionEncoder, data: SegmentationData, seed: int, precision: str, options) -> tuple[float, float]:
-    """mIoU in percent and seconds."""
-    side = encoder.image_size
-    config = SegmentationConfig(
-        iterations=options.iterations,
-        warmup_iterations=options.iterations // 10,
-        long_side=4 * side,
-        short_side=side,
-        crop_size=side,
-        stride=2 * side // 3,
-        size_divisor=encoder.step,
-        seed=seed,
-        num_workers=0,
-        mixed_precision=precision,
-    )
-    folder = options.output / f"{encoder.name}-{precision}-{seed}-{options.iterations}"
-    start = time.process_time()
-    report = segmentation_probe(encoder.features, encoder.name, data, config, folder)
-    return report["mIoU"], time.process_time() - start
+def encode(encoder: VisionEncoder, bf16: bool, images: torch.Tensor) -> Features:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        features, grid = encoder.features(resize_images(images, encoder.image_size).clamp(0, 1))
+    return features.float(), grid
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/probe_precision"))
-    parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    world = make_world(options.output / "world", train=2000, validation=400)
-    splits = {
-        split: [SplitSource(split=split, image_column="jpg", mask_column="semantic.png")]
-        for split in ("train", "validation")
-    }
-    data = SegmentationData("made images", str(world.directory), ["background", *world.classes], splits)
-    device = Accelerator(mixed_precision="no").device
-    print("| encoder | precision | mIoU | seconds |\n|---|---|---:|---:|")
+    world = make_world(options.output / "world", train=2000, validation=SCORED_IMAGES)
+    train = load_split(world.directory, "train", PROBE_IMAGES)
+    validation = load_split(world.directory, "validation", SCORED_IMAGES)
+    teachers = load_recipe(RECIPE).teachers
+    print("| encoder | float32 | bf16 | difference, seed by seed |\n|---|---:|---:|---:|")
     for name in ("dinov2", "clip"):
-        teacher = load_recipe(RECIPE).teachers[name]
-        encoder = load_encoder(f"{name}={teacher.type}:{teacher.checkpoint}", None, "float32", device)
-        for precision in ("no", "bf16"):
-            scores, seconds = zip(
-                *(measure(encoder, data, seed, precision, options) for seed in options.seeds), strict=True
-            )
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            label = "float32" if precision == "no" else precision
-            mean = statistics.mean(scores)
-            print(f"| {name} | {label} | {mean:.2f} ± {spread:.2f} | {statistics.mean(seconds):.0f} |", flush=True)
+        encoder = load_encoder(f"{name}={teachers[name].type}:{teachers[name].checkpoint}")
+        scores = {
+            bf16: [
+                probe_miou(
+                    partial(encode, encoder, bf16),
+                    *(train.images, train.semantic, validation.images, validation.semantic),
+                    num_classes=1 + len(world.classes),
+                    seed=seed,
+                )
+                for seed in options.seeds
+            ]
+            for bf16 in (False, True)
+        }
+        means = [f"{statistics.mean(values):.2f}" for values in scores.values()]
+        differences = [f"{half - full:+.2f}" for full, half in zip(*scores.values(), strict=True)]
+        print(f"| {name} | {' | '.join(means)} | {', '.join(differences)} |", flush=True)
 
 
 if __name__ == "__main__":
