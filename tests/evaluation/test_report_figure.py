@@ -53,7 +53,9 @@ def labels(axes):
 def test_every_model_of_table_1_is_named_once_and_no_name_hides_another_or_a_point(figures, tmp_path):
     students = ["E-RADIO-L", "RADIO-H/16"]
     path, vectors = quality_throughput_figure(paper_table(), students, tmp_path / "a.png")
-    assert vectors.name == "a.pdf" and vectors.read_bytes().startswith(b"%PDF") and b"/Type3" not in vectors.read_bytes()
+    assert (
+        vectors.name == "a.pdf" and vectors.read_bytes().startswith(b"%PDF") and b"/Type3" not in vectors.read_bytes()
+    )
     (figure,) = figures
     figure.savefig(tmp_path / "again.png", dpi=figure.dpi)  # boxes below are of a figure that has been drawn
     assert Image.open(path).size == Image.open(tmp_path / "again.png").size

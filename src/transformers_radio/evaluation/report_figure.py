@@ -113,9 +113,7 @@ def _points(table: Table, metric: str) -> list[_Point]:
     return points
 
 
-def _draw_panel(
-    axes: Axes, metric: str, points: Sequence[_Point], students: Collection[str], table: Table
-) -> None:
+def _draw_panel(axes: Axes, metric: str, points: Sequence[_Point], students: Collection[str], table: Table) -> None:
     for point in points:
         axes.plot([point.speed], [point.value], clip_on=False, **(STUDENT if point.model in students else TEACHER))
     unit = table.units.get(metric, "%")

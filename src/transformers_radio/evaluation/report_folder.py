@@ -136,8 +136,8 @@ def write_report(
     """Write the report of all the results in and below the folders; return its table and the files.
 
     report.md and report.json hold the table (`Table.from_json` reads it), report.png and report.pdf quality against
-    throughput (not written where no two models have both), and MODEL.model-index.yaml, one a student, its metrics as a Hub model card's
-    `model-index`.
+    throughput (not written where no two models have both), and MODEL.model-index.yaml, one per student, its metrics as
+    a Hub model card's `model-index`.
 
     Args:
         folders: outputs of `transformers-radio eval`.

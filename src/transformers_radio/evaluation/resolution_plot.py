@@ -23,7 +23,13 @@ from .figure_style import (
 from .results import Result
 
 Size = tuple[int, int]  # height, width
-FLAG: dict[str, Any] = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "red", "linestyle": "none"}
+FLAG: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 12,
+    "markerfacecolor": "none",
+    "color": "red",
+    "linestyle": "none",
+}
 CLOSEST_TICKS = 1.05  # sizes nearer to each other have one name on the axis
 
 

@@ -63,8 +63,9 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
 def attention_figure(
     images: torch.Tensor, attention: torch.Tensor, path: str | Path, titles: Sequence[str], subtitle: str
 ) -> Path:
-    """Write a PNG: a row per image; the input, then its attention maps patch by patch, each scaled to its own brightest
-    patches.
+    """Write a PNG: a row per image; the input, then its attention maps patch by patch.
+
+    Each map is scaled to its own brightest patches.
 
     Args:
         images: (N, 3, H, W), uint8 or float in [0, 1].

@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
-from .prompted_masks import Encoder, SamEncoder, mask_overlap, predict_masks
 from .figure_style import OBJECT_COLORS
+from .prompted_masks import Encoder, SamEncoder, mask_overlap, predict_masks
 from .visualize_panels import Column, photographs, write_panels
 
 MASK_SHARE = 0.6  # of the mask's colour over the image
