@@ -47,7 +47,9 @@ def features_figure(
     dead = int(channels.dead.sum())
     by_channel.set_title(f"largest channel: {channels.largest}; dead channels: {dead}", size=LABEL_SIZE)
     by_channel.margins(y=0.2)  # room for the legend
-    by_channel.legend(fontsize=LEGEND_SIZE, markerscale=2, frameon=False, ncols=2, loc="upper center")
+    by_channel.legend(
+        fontsize=LEGEND_SIZE, markerscale=2, frameon=False, ncols=2, loc="upper center", handletextpad=0.1
+    )
 
     if table is None:
         positions.text(0.5, 0.5, "no position table", ha="center", va="center", size=LABEL_SIZE)

@@ -30,6 +30,10 @@ FLAG: dict[str, Any] = {
     "color": "red",
     "linestyle": "none",
 }
+UNCLIPPED: dict[str, Any] = {
+    "clip_on": False,
+    "in_layout": False,
+}  # whole marks at the edges, without room of their own
 CLOSEST_TICKS = 1.05  # sizes nearer to each other have one name on the axis
 
 
@@ -100,7 +104,7 @@ def _legend(results: Sequence[Result], of_models: Sequence[dict[str, dict[Size, 
 
 def _style(index: int) -> dict[str, Any]:
     color, marker = LINE_COLORS[index % len(LINE_COLORS)], LINE_MARKERS[index % len(LINE_MARKERS)]
-    return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5, "clip_on": False}
+    return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5, **UNCLIPPED}
 
 
 def _draw_curve(axes: Axes, result: Result, measure: str, values: dict[Size, float], index: int) -> None:
@@ -112,7 +116,7 @@ def _draw_curve(axes: Axes, result: Result, measure: str, values: dict[Size, flo
     axes.plot([s[0] for s in square], [values[s] for s in square], **style)
     style |= {"marker": "D", "linestyle": "none", "markerfacecolor": "none"}
     axes.plot([_place(s) for s in others], [values[s] for s in others], **style)
-    axes.plot([_place(s) for s in marked], [values[s] for s in marked], clip_on=False, **FLAG)
+    axes.plot([_place(s) for s in marked], [values[s] for s in marked], **FLAG, **UNCLIPPED)
     axes.axvline(_place(parse_size(str(result.settings["reference"]))), color=style["color"], ls=":", lw=1)
 
 
