@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/probe_precision"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    world = make_world(options.output / "world", train=2000, validation=SCORED_IMAGES)
+    world = make_world(options.output / "world", train=PROBE_IMAGES, validation=SCORED_IMAGES)
     train = load_split(world.directory, "train", PROBE_IMAGES)
     validation = load_split(world.directory, "validation", SCORED_IMAGES)
     teachers = load_recipe(RECIPE).teachers
