@@ -47,11 +47,18 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(help="The task's settings as key=value.")] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Folder or Hub id, or TYPE:CHECKPOINT of a teacher; TITLE=... before it. May be repeated."),
+        typer.Option(
+            help="Folder or Hub id, or TYPE:CHECKPOINT of a teacher; TITLE= before it, @SIZE (pixels) after it. "
+            "May be repeated."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Folder, or anything datasets.load_dataset opens.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Settings as YAML, see recipes/evaluation/.")] = None,
     output: Annotated[Path, typer.Option(help="Results are OUTPUT/<model>/<task>.<data>.json.")] = Path("runs/eval"),
+    models: Annotated[
+        Path | None,
+        typer.Option(help="YAML of TITLE: MODEL, see recipes/evaluation/table1.yaml; --model then chooses by TITLE."),
+    ] = None,
 ) -> None:
     """Measure one thing for one or more models: students, teachers, or vision models of transformers."""
     from accelerate import PartialState
@@ -59,7 +66,7 @@ def evaluate(
 
     from transformers_radio.evaluation.run import run_task
 
-    results = run_task(task, model or [], data, recipe, output, overrides)
+    results = run_task(task, model or [], data, recipe, output, overrides, models)
     if not PartialState().is_main_process:
         return
     console = Console()

@@ -43,7 +43,7 @@ def lmms_eval(monkeypatch):
     def simple_evaluate(model, tasks, task_manager, limit, batch_size, log_samples, cli_args):
         seen.calls.append((tasks, limit, batch_size, cli_args.output_path))
         results = {}
-        for task in tasks:
+        for task in (one["task"] if isinstance(one, dict) else one for one in tasks):
             model.task_dict[task] = {"test": DOCUMENTS}
             requests = [
                 SimpleNamespace(
@@ -98,6 +98,15 @@ def test_requests_are_answered_and_metrics_named(built, lmms_eval, tmp_path, mon
     monkeypatch.setattr(llava_lmms, "generate", refuse)
     assert evaluate_lmms(llava, processor, ["gqa", "pope_pop"], tmp_path, batch_size=2) == metrics
     assert lmms_eval.answers[2:] == lmms_eval.answers[:2]
+
+
+@pytest.mark.parametrize(("ocr", "column"), [(True, "TextVQA (OCR tokens)"), (False, "TextVQA (no OCR tokens)")])
+def test_textvqa_is_named_by_its_prompt(built, lmms_eval, tmp_path, ocr, column):
+    metrics = evaluate_lmms(*built, ["textvqa_val", "gqa"], tmp_path, batch_size=4, limit=1, textvqa_ocr=ocr)
+    assert metrics == {column: 25.0, "GQA": 25.0}
+    (((textvqa, gqa), *_),) = lmms_eval.calls
+    asked_with = textvqa["lmms_eval_specific_kwargs"]["default"]["ocr"] if ocr else textvqa
+    assert (asked_with, gqa) == (True if ocr else "textvqa_val", "gqa")
 
 
 def test_a_metric_that_is_not_there_is_an_error(built, lmms_eval, tmp_path, monkeypatch):

@@ -37,7 +37,15 @@ SETS = {
         ]
     },
     ("lmms-lab-encoder/textvqa", None): {
-        "validation": [{"question_id": 1, "image": PICTURE, "question": "which colour?", "answers": PEOPLE}]
+        "validation": [
+            {
+                "question_id": 1,
+                "image": PICTURE,
+                "question": "which colour?",
+                "answers": PEOPLE,
+                "ocr_tokens": ["STOP", "all way"],
+            }
+        ]
     },
     ("lmms-lab-encoder/VQAv2", None): {
         "validation": [{"question_id": 1, "image": PICTURE, "question": "How?", "answers": numbered(PEOPLE)}]
@@ -58,7 +66,7 @@ SETS = {
 REPLIES = {
     f"Is it red?{SHORT}": "Yes.",
     f"What is it?{SHORT}": "a circle",
-    f"Which colour?{SHORT}": "Red.",
+    f"Which colour?\nReference OCR token: STOP, all way{SHORT}": "Red.",  # as LLaVA-1.5 asks it
     f"How?{SHORT}": "the red",
     f"Is there a dog?{SHORT}": "Yes",
     f"Is there a cat?{SHORT}": "yes",
@@ -70,7 +78,7 @@ REPLIES = {
 # What these replies are worth, counted by hand
 EXPECTED = {
     "GQA": 50.0,
-    "TextVQA": 60.0,
+    "TextVQA (OCR tokens)": 60.0,
     "VQAv2": 60.0,
     "POPE accuracy": 100 * 2 / 3,
     "POPE F1": 100 * 2 / 3,  # precision 1/2, recall 1
@@ -119,6 +127,16 @@ def test_its_five_tasks_score_our_answers(built, hub, tmp_path, monkeypatch):
     assert again == metrics and len(asked) == len(REPLIES)
     # what its scorers write themselves goes to our folder, not to the one that the command was given in
     assert list((tmp_path / "work").rglob("textvqa_submission_*.json")) and not list(Path.cwd().iterdir())
+
+
+def test_textvqa_without_ocr_tokens(built, hub, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(llava_lmms, "generate", lambda *args: asked.extend(args[3]) or ["red"] * len(args[3]))
+    metrics = evaluate_lmms(*built, ["textvqa_val"], tmp_path, batch_size=2, textvqa_ocr=False)
+    assert metrics == {"TextVQA (no OCR tokens)": pytest.approx(60.0)} and asked == [f"Which colour?{SHORT}"]
+    # the folder's answers are of their prompts: with OCR tokens it is asked again
+    assert list(evaluate_lmms(*built, ["textvqa_val"], tmp_path, batch_size=2)) == ["TextVQA (OCR tokens)"]
+    assert len(asked) == 2
 
 
 def test_a_model_answers_it(built, hub, tmp_path):

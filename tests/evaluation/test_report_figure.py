@@ -36,8 +36,13 @@ def paper_table():
 @pytest.fixture
 def figures(monkeypatch):
     seen = []
-    save = report_figure.save_png
-    monkeypatch.setattr(report_figure, "save_png", lambda figure, path: seen.append(figure) or save(figure, path))
+    save = report_figure.save_figure
+
+    def keep(figure, path):
+        seen.extend([figure] if path.suffix == ".png" else [])
+        return save(figure, path)
+
+    monkeypatch.setattr(report_figure, "save_figure", keep)
     return seen
 
 
@@ -47,11 +52,15 @@ def labels(axes):
 
 def test_every_model_of_table_1_is_named_once_and_no_name_hides_another_or_a_point(figures, tmp_path):
     students = ["E-RADIO-L", "RADIO-H/16"]
-    path = quality_throughput_figure(paper_table(), students, tmp_path / "a.png")
+    path, vectors = quality_throughput_figure(paper_table(), students, tmp_path / "a.png")
+    assert (
+        vectors.name == "a.pdf" and vectors.read_bytes().startswith(b"%PDF") and b"/Type3" not in vectors.read_bytes()
+    )
     (figure,) = figures
     figure.savefig(tmp_path / "again.png", dpi=figure.dpi)  # boxes below are of a figure that has been drawn
     assert Image.open(path).size == Image.open(tmp_path / "again.png").size
-    assert [axes.get_title() for axes in figure.axes] == ["Zero-shot", "k-NN", "ADE20K", "VOC"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Zero-shot (%)", "k-NN (%)", "ADE20K (%)", "VOC (%)"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"Throughput (images/s)"}
     for number, axes in enumerate(figure.axes):
         values = {model: value[number] for model, _, *value in PAPER if value[number] is not None}
         named = labels(axes)
@@ -74,8 +83,8 @@ def test_every_model_of_table_1_is_named_once_and_no_name_hides_another_or_a_poi
 def test_points_stand_where_their_values_are(tmp_path):
     rows = [Row("a", throughput=20, metrics={"k-NN": 50.0}), Row("b", throughput=30, metrics={"k-NN": 80.0})]
     rows += [Row("c", throughput=40, metrics={"k-NN": 60.0}), Row("slow", metrics={"k-NN": 99.0})]
-    path = quality_throughput_figure(Table("t", rows), ["b"], tmp_path / "a.png")
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)[80:]  # below title and legend
+    path, _ = quality_throughput_figure(Table("t", rows), ["b"], tmp_path / "a.png")
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)[80:]  # below the legend
     student = np.abs(pixels - np.round(np.multiply(to_rgb(STUDENT["color"]), 255))).sum(axis=2) < 30
     teacher = np.abs(pixels - np.round(np.multiply(to_rgb(TEACHER["color"]), 255))).sum(axis=2) < 30
     (b_y, b_x), columns = np.argwhere(student).mean(axis=0), np.argwhere(teacher)
@@ -89,18 +98,45 @@ def test_points_stand_where_their_values_are(tmp_path):
 def test_a_metric_where_less_is_better_points_upwards_too_and_a_wide_range_is_logarithmic(figures, tmp_path):
     speeds = (1, 10, 100)
     rows = [Row(f"m{s}", throughput=s, metrics={"loss": 1.0 / s, "k-NN": 50.0 + s}) for s in speeds]
-    quality_throughput_figure(Table("t", rows, lower_is_better=["loss"]), [], tmp_path / "a.png")
+    table = Table("t", rows, lower_is_better=["loss"], units={"loss": ""})
+    quality_throughput_figure(table, [], tmp_path / "a.png")
     loss, knn = figures[0].axes
-    assert loss.get_title() == "loss (lower is better)" and knn.get_title() == "k-NN"
+    assert loss.get_ylabel() == "loss (lower is better)" and knn.get_ylabel() == "k-NN (%)"
     for axes in (loss, knn):
         places = [axes.transData.transform(line.get_xydata()[0]) for line in axes.get_lines()]
         assert places[0][1] < places[1][1] < places[2][1]  # the fastest is the best in both
         assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0])
 
 
-def test_without_a_pair_of_values_there_is_no_file_and_unknown_students_are_named(tmp_path):
-    table = Table("t", [Row("a", throughput=3.0), Row("b", metrics={"k-NN": 5.0})])
-    assert quality_throughput_figure(table, [], tmp_path / "a.png") is None
+def test_small_differences_look_small(figures, tmp_path):
+    """54.1 and 54.7 % are 6 % of the axis apart, and 200 and 240 images/s are 200 and 240 parts from its left end."""
+    rows = [
+        Row("a", throughput=200, metrics={"k-NN": 54.1, "high": 99.9, "RMSE": 0.50}),
+        Row("b", throughput=240, metrics={"k-NN": 54.7, "high": 99.8, "RMSE": 0.51}),
+    ]
+    quality_throughput_figure(Table("t", rows, units={"RMSE": "m"}), ["a"], tmp_path / "a.png")
+    knn, high, rmse = figures[0].axes
+    assert knn.get_ylim() == pytest.approx((49.4, 59.4)) and knn.get_xlim()[0] == 0
+    assert high.get_ylim() == pytest.approx((90, 100))  # nothing is above 100 percent
+    low, top = rmse.get_ylim()
+    assert rmse.get_ylabel() == "RMSE (m)" and top - low == pytest.approx(0.51 / 4) and low < 0.5 < 0.51 < top
+
+
+def test_a_metric_stands_over_the_throughput_at_its_own_resolution_or_nowhere(figures, tmp_path):
+    rows = [
+        Row("a", throughput=200, metrics={"k-NN": 50.0, "masks": 60.0}, speeds={"masks": 30.0}),
+        Row("b", throughput=100, metrics={"k-NN": 40.0, "masks": 70.0}, speeds={"masks": 25.0}),
+        Row("c", throughput=150, metrics={"k-NN": 45.0, "masks": 65.0}, speeds={"masks": None}),
+    ]
+    quality_throughput_figure(Table("t", rows), [], tmp_path / "a.png")
+    knn, masks = figures[0].axes
+    assert [line.get_xdata()[0] for line in knn.get_lines()] == [200, 100, 150]
+    assert [line.get_xdata()[0] for line in masks.get_lines()] == [30, 25]
+
+
+def test_without_two_models_to_compare_there_is_no_file_and_unknown_students_are_named(tmp_path):
+    table = Table("t", [Row("a", throughput=3.0, metrics={"k-NN": 4.0}), Row("b", metrics={"k-NN": 5.0})])
+    assert quality_throughput_figure(table, [], tmp_path / "a.png") == []
     with pytest.raises(ValueError, match="no c; it has .'a', 'b'."):
         quality_throughput_figure(table, ["c"], tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -138,6 +138,7 @@ def test_of_several_throughputs_the_row_has_the_one_at_its_resolution_without_a_
     save(tmp_path, "throughput", "CLIP", "336x336", {"Throughput": 5.0}, 336, {**CLIP, "decoder": "linear"})
     table, _ = report_table(read_results([tmp_path]))
     assert table.rows[0].throughput == 5.0 and "Throughput of CLIP at 336 px" in table.notes[-1]
+    assert table.rows[0].speeds == {"k-NN": None}
     save(tmp_path, "throughput", "CLIP", "448x448", {"Throughput": 3.0}, 448, {**CLIP, "decoder": "linear"})
     table, _ = report_table(read_results([tmp_path]))
     assert table.rows[0].throughput is None
@@ -151,6 +152,18 @@ def test_of_several_throughputs_the_row_has_the_one_at_its_resolution_without_a_
         ValueError, match=r"224x224-cuda.json and .*224x224.json, and its row, at 224 px, has room for"
     ):
         report_table(read_results([tmp_path]))
+
+
+def test_each_metric_has_the_speed_at_its_own_resolution(tmp_path):
+    """The picture draws masks of 128 pixels over images/s at 128 pixels, not over those of the row's 64."""
+    save(tmp_path, "knn", "mine", "birds", {"k-NN": 50.0}, 64, STUDENT)
+    save(tmp_path, "sam-coco", "mine", "COCO", {"SAM COCO": 70.0}, 128, STUDENT)
+    save(tmp_path, "segmentation", "mine", "ADE20K", {"mIoU": 40.0}, 512, STUDENT)
+    for side, speed, decoder in ((64, 12.0, "none"), (128, 3.0, "none"), (128, 2.9, "sam")):
+        settings = {**STUDENT, "decoder": decoder}
+        save(tmp_path, "throughput", "mine", f"{side}, {decoder}", {"Throughput": speed}, side, settings)
+    (row,) = report_table(read_results([tmp_path]))[0].rows
+    assert row.throughput == 12.0 and row.speeds == {"SAM COCO": 3.0, "ADE20K": None}
 
 
 def test_a_model_without_a_column_has_no_row(tmp_path):
@@ -183,7 +196,13 @@ def test_the_notes_have_seeds_counts_and_the_outputs_of_each_model(tmp_path):
 def test_files_of_the_report(tmp_path):
     save_all(tmp_path)
     table, files = write_report([tmp_path])
-    assert [path.name for path in files] == ["report.md", "report.json", "report.png", "mine.model-index.yaml"]
+    assert [path.name for path in files] == [
+        "report.md",
+        "report.json",
+        "report.png",
+        "report.pdf",
+        "mine.model-index.yaml",
+    ]
     assert (tmp_path / "report.md").read_text() == table.to_markdown()
     assert Table.from_json((tmp_path / "report.json").read_text()) == table
     before = {path: path.read_bytes() for path in files}

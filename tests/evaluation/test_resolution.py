@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from transformers_radio.evaluation import resolution_plot
 from transformers_radio.evaluation.features import extract_summaries
 from transformers_radio.evaluation.labelled_files import sample_labelled_files
 from transformers_radio.evaluation.resolution_plot import curves, parse_size, resolution_figure, size_name
@@ -247,12 +248,22 @@ def red_pixels(path):
     return int(((pixels[..., 0] > 240) & (pixels[..., 1:] < 40).all(-1)).sum())
 
 
-def test_the_picture_rings_what_is_flagged(tmp_path):
+def test_the_picture_rings_what_is_flagged(tmp_path, monkeypatch):
+    figures = []
+    save = resolution_plot.save_figure
+    monkeypatch.setattr(
+        resolution_plot, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path)
+    )
     metrics = {"k-NN @ 64": 80.0, "k-NN @ 128": 2.0, "k-NN @ 64x128": 70.0, "Summary cosine @ 64": 1.0}
     plain = Result("resolution", "m", "d", metrics, "", {"reference": 64, "flagged": {}})
     flagged = Result("resolution", "m", "d", metrics, "", {"reference": 64, "flagged": {"128": ["k-NN"]}})
-    rings = [red_pixels(resolution_figure([one], tmp_path / "picture.png")) for one in (plain, flagged)]
+    rings = [red_pixels(resolution_figure([one], tmp_path / "picture.png")[0]) for one in (plain, flagged)]
     assert rings[0] == 0 and rings[1] > 20
+    for axes in figures[0].axes:  # two side by side, with labels around them
+        assert axes.get_position().width > 0.35 and axes.get_position().height > 0.5
+    knn, cosine = figures[0].axes
+    assert (knn.get_ylabel(), cosine.get_ylabel()) == ("k-NN (%)", "Summary cosine")
+    assert knn.get_xlabel() == "Input size (pixels)" and knn.get_ylim()[0] == 0
     assert curves(plain) == {
         "k-NN": {(64, 64): 80.0, (128, 128): 2.0, (64, 128): 70.0},
         "Summary cosine": {(64, 64): 1.0},

@@ -1,5 +1,6 @@
-"""What `eval` refuses for every task before the task begins."""
+"""What `eval` refuses for every task before the task begins, and where it has its models from."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,9 @@ import pytest
 from tiny_sam import make_student
 
 from transformers_radio.evaluation import run as run_module
-from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, run_task
+from transformers_radio.evaluation.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
+from transformers_radio.teachers.known import known_teacher
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "evaluation"
 SETTINGS = {
@@ -60,3 +63,59 @@ def test_more_processes_than_a_task_can_use_are_refused(task, student, tmp_path,
     else:
         start(task, [str(student)], tmp_path)
     assert begun == ([] if task in ONE_PROCESS else [task])
+
+
+# Million parameters and resolution in the paper's Table 1
+TABLE_1 = {
+    "OpenCLIP-H/14": (632, 224),
+    "MetaCLIP-H/14": (632, 224),
+    "SigLIP-L/14": (428, 384),
+    "DFN-CLIP-H/14": (633, 378),
+    "OpenAI-CLIP-L/14": (305, 336),
+    "DINOv2-g/14-reg": (1137, 224),
+    "SAM-H/16": (637, 1024),
+}
+
+
+def test_the_baselines_of_table_1_are_the_papers():
+    path = RECIPES / "table1.yaml"
+    models = named_models(path, [])
+    assert [split_title(model)[0] for model in models] == list(TABLE_1)
+    for model in models:
+        title, spec = split_title(model)
+        side = int(model.rpartition("@")[2])
+        teacher = known_teacher(*split_spec(spec), side)
+        params = sum(parameter.numel() for parameter in teacher.parameters())
+        assert (params / 1e6, side) == (pytest.approx(TABLE_1[title][0], abs=0.8), TABLE_1[title][1]), title
+    # the commands of its header name what is in it
+    named = re.findall(r"--model (\S+[/.]\S+)", path.read_text())
+    assert set(named) - {"runs/mine/student", "..."} == set(TABLE_1)
+
+
+def test_models_come_from_a_file_all_or_chosen_and_others_beside_them(student, tmp_path, begun, monkeypatch):
+    file = tmp_path / "models.yaml"
+    file.write_text(f"mine: {student}@32\nA/B: timm:vit\n")
+    module = import_module("transformers_radio.evaluation.tasks.throughput")
+    monkeypatch.setattr(module, "run", lambda models, *_: begun.append(models))
+    for chosen in ([], ["A/B", "x=runs/y"]):
+        run_task("throughput", chosen, output=tmp_path, models_file=file)
+    assert begun == [[f"mine={student}@32", "A/B=timm:vit"], ["A/B=timm:vit", "x=runs/y"]]
+    for text, message in (("- a\n", "holds no models"), ("a: [b\n", "cannot be read"), ("a: {b: c}\n", "holds no")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"models.yaml {message}"):
+            run_task("throughput", [], output=tmp_path, models_file=file)
+    with pytest.raises(FileNotFoundError, match="no file of models .*absent.yaml"):
+        run_task("throughput", [], output=tmp_path, models_file=tmp_path / "absent.yaml")
+
+
+def test_a_size_behind_a_model_is_its_side_where_none_is_asked_for(student):
+    own = load_encoder(str(student)).image_size
+    assert own != 32
+    encoder = load_encoder(f"a={student}@32")
+    assert (encoder.name, encoder.spec, encoder.image_size) == ("a", str(student), 32)
+    assert load_encoder(f"{student}@32", 48).image_size == 48
+    with pytest.raises(ValueError, match="multiples of 8, not 30 x 30"):
+        load_encoder(f"{student}@30")
+    # a folder of such a name is a folder
+    (student.parent / "b@16").symlink_to(student)
+    assert load_encoder(f"a={student.parent / 'b@16'}").image_size == own

@@ -167,6 +167,10 @@ def test_the_real_sets_are_wired():
     assert ade.data.classes[0] == "wall" and ade.data.classes[12] == "person" and ade.data.classes[-1] == "flag"
     assert ade.probe.iterations == 80_000 and ade.data.path == "/there"
     voc = load_segmentation_task(RECIPES / "voc2012.yaml")
+    assert ade.probe.mixed_precision == voc.probe.mixed_precision == "bf16"
+    assert voc.probe.test_protocol == "512 pixels, sliding window 512, stride 341; encoder in bf16"
+    exact = load_segmentation_task(RECIPES / "voc2012.yaml", ["probe.mixed_precision=no"])  # which YAML reads as false
+    assert exact.probe.mixed_precision == "no" and "bf16" not in exact.probe.test_protocol
     assert len(voc.data.classes) == 21 and voc.data.classes[15] == "person" and not voc.data.reduce_labels
     assert voc.probe.iterations == 160_000 and (voc.probe.crop_size, voc.probe.stride) == (512, 341)
     for task in (ade, voc):

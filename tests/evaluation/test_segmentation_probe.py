@@ -1,10 +1,11 @@
 """The probe against PyTorch's own modules and schedulers; killed, continued, and on two processes."""
 
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -91,16 +92,19 @@ def finished(folder, tmp_path_factory):
     return output, probe(folder, output)
 
 
-def start(folder, output, delay=0.0, rank=0, world=1, port=0, **changes):
-    """The probe in another process. All are forked from one server, which imports everything once."""
+def start(folder, output, dies_at=None, rank=0, world=1, port=0, **changes):
+    """The probe in another process. All are forked from one server, which imports everything once.
+
+    dies_at: which call of the encoder is a kill -9; the first two ask for the features' width.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run, args=(folder, output, delay, rank, world, port, changes))
+    process = context.Process(target=_run, args=(folder, output, dies_at, rank, world, port, changes))
     process.start()
     return process
 
 
-def _run(folder, output, delay, rank, world, port, changes):
+def _run(folder, output, dies_at, rank, world, port, changes):
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     if world > 1:
         place = {
@@ -112,11 +116,14 @@ def _run(folder, output, delay, rank, world, port, changes):
         }
         os.environ.update({name: str(value) for name, value in place.items()})
 
-    def slow(images):  # leaves time for a kill
-        time.sleep(delay)
+    calls = itertools.count(1)
+
+    def mortal(images):
+        if next(calls) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return encode(images)
 
-    segmentation_probe(slow, "colours of patches", describe(folder), config(**changes), output)
+    segmentation_probe(mortal, "colours of patches", describe(folder), config(**changes), output)
 
 
 def weights(output):
@@ -260,15 +267,11 @@ def test_a_finished_probe_is_left_alone_and_another_is_refused(finished, folder)
 
 def test_killed_probes_end_with_the_same_bits(finished, folder, tmp_path):
     output = tmp_path / "killed"
-    for wanted in (4, 12):
-        process = start(folder, output, delay=0.1, num_workers=1)
-        deadline = time.monotonic() + 200
-        while _iteration(output) < wanted:
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.kill()
+    for done in (5, 13):  # iterations; a checkpoint is written after every second one
+        process = start(folder, output, dies_at=2 + done + 1 - _iteration(output), num_workers=1)
         process.join()
-    assert 12 <= _iteration(output) < 40 and not (output / "result.json").exists()
+        assert process.exitcode == -signal.SIGKILL and _iteration(output) == done - 1
+    assert not (output / "result.json").exists()
     report = probe(folder, output)
     same = {name: torch.equal(value, weights(output)[name]) for name, value in weights(finished[0]).items()}
     assert set(same.values()) == {True}, same

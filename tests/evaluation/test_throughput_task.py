@@ -88,6 +88,29 @@ def test_a_linear_head_adds_its_own_work(student, tmp_path):
     assert result.data.endswith("linear decoder")
 
 
+def test_windows_save_what_their_attention_does_not_compute(student, tmp_path):
+    """64 patches and 4 other tokens. Of 4 blocks 2 stay global; in the others 4 windows of 16 patches attend."""
+
+    def measure(**changes):
+        own = settings(image_size=64, batch_sizes="[1]", **changes)
+        return run_task("throughput", [f"m={student}"], None, None, tmp_path, own)[0]
+
+    default, everywhere, windowed = measure(), measure(window_size=0), measure(window_size=4)
+    flops = [result.metrics["GFLOPs an image"] * 1e9 for result in (default, everywhere, windowed)]
+    assert flops[0] == flops[1]  # this student's default is global attention
+    attention = 2 * 2 * 32  # two products of width 32
+    bypassing = 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)  # the other tokens skip windowed blocks
+    saved = 2 * (attention * (68**2 - 4 * 16**2) + bypassing)
+    assert flops[1] - flops[2] == pytest.approx(saved)
+    assert windowed.data.endswith(", windows of 4 patches") and "windows of 4 patches; model" in windowed.protocol
+    assert "windows of 4 patches" in windowed.settings["features"] and everywhere.data.endswith(", global attention")
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+    with pytest.raises(ValueError, match="multiples of 24, not 64 x 64: use 72 x 72"):
+        measure(window_size=3)
+    with pytest.raises(ValueError, match="window_size is -1; expected patches"):
+        measure(window_size=-1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sams_decoder_behind_a_student_and_sam(student, sam_file, tmp_path, dtype):
     models = [student, f"segment_anything:{sam_file}"]

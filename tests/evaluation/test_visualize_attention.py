@@ -85,7 +85,7 @@ def test_figure_is_bright_where_the_attention_is(tmp_path):
     attention[0, 0, 0, 0] = attention[0, 1, 3, 3] = 0.5
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     path = attention_figure(image, attention, tmp_path / "a.png", ["left", "right"], "block 1")
-    pixels = np.asarray(Image.open(path).convert("L")).astype(int)  # 160 dpi: panels of 256, from 86 down
-    first, second = pixels[87:341, 286:538], pixels[87:341, 551:803]
+    pixels = np.asarray(Image.open(path).convert("L")).astype(int)  # 160 dpi: panels of 256, from 112 down
+    first, second = pixels[113:367, 286:538], pixels[113:367, 551:803]
     assert first[:48, :48].mean() > 5 * first[128:, 128:].mean()
     assert second[-48:, -48:].mean() > 5 * second[:128, :128].mean()

@@ -21,7 +21,7 @@ def test_rows_are_as_high_as_their_images_and_titles_stand_beside_them(tmp_path)
     columns = [photographs([grey, tall]), Column("m", "s", [WHITE * 0.2, WHITE * 0.6])]
     path = write_panels(columns, tmp_path / "a.png", row_titles=["wide", "tall"], panel_inches=1.0, dpi=100)
     pixels = read(path)
-    # 0.12 margins, 0.26 row titles, 0.42 header, 0.06 gaps; rows of 0.5 and 1 inch, columns of 1 inch
+    # 0.12 margins, 0.26 row titles, 0.26 titles, 0.16 subtitles, 0.06 gaps; rows of 0.5 and 1 inch, columns of 1 inch
     assert pixels.shape == (24 + 42 + 50 + 6 + 100, 38 + 12 + 206, 3)
     for (top, bottom), values in (((56, 102), (128, 51)), ((112, 208), (60, 153))):
         assert np.abs(pixels[top:bottom, 40:136] - values[0]).max() <= 1
@@ -62,18 +62,30 @@ def test_heat_goes_from_the_darkest_to_the_brightest_colour():
     torch.testing.assert_close(heat(values, 4.0, 4.0)[0], dark.float().expand(2, 3), atol=1e-6, rtol=0)
 
 
-def test_heat_over_an_image_is_resized_like_pillow_and_keeps_the_image_visible():
+def test_heat_over_an_image_fills_each_patch_and_keeps_the_image_visible():
     values = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
     image = torch.zeros(3, 32, 32)
     image[:, :, 16:] = 1
     shown = heat(values, 0.0, 1.0, image)
-    resized = np.asarray(Image.fromarray(values.numpy()).resize((32, 32), Image.Resampling.BILINEAR))
-    colours = matplotlib.colormaps["inferno"](resized)[..., :3]
+    patches = np.asarray(Image.fromarray(values.numpy()).resize((32, 32), Image.Resampling.NEAREST))
+    colours = matplotlib.colormaps["inferno"](patches)[..., :3]
     share = (shown[5, 20] - shown[5, 4]).mean() - (colours[5, 20] - colours[5, 4]).mean()  # of white against black
     assert 0.2 < share < 0.8
     expected = (1 - 0.35) * colours + 0.35 * image.permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(shown, expected, atol=0.02)
+    np.testing.assert_allclose(shown, expected, atol=1e-6)
     assert torch.equal(shown, heat(values, 0.0, 1.0, (image * 255).to(torch.uint8)))
+
+
+def test_a_second_line_of_a_subtitle_makes_room_for_itself(tmp_path):
+    one = [Column("a", "first", [BLACK]), Column("b", "", [BLACK])]
+    two = [Column("a", "first\nsecond", [BLACK]), Column("b", "first", [BLACK])]
+    short, tall = (
+        read(write_panels(columns, tmp_path / f"{number}.png", panel_inches=1.0, dpi=100))
+        for number, columns in enumerate((one, two))
+    )
+    assert len(tall) - len(short) == 16  # 0.16 inches
+    ink = [(tall[:66, left : left + 100] < 200).any(axis=(1, 2)) for left in (12, 118)]
+    assert ink[0][45:60].any() and not ink[1][45:60].any()  # the second line is of the first column only
 
 
 def test_columns_of_different_lengths_are_refused(tmp_path):

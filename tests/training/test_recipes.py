@@ -109,7 +109,7 @@ def check_the_papers_student(counted, text):
 
 def test_the_rows_of_the_ablations_load():
     tables = [path for path in RECIPES if path.parent.name == "ablations"]
-    assert [path.stem for path in tables] == ["table2", "table3", "table4"]
+    assert [path.stem for path in tables] == ["table2", "table3", "table4", "table5"]
     loaded = {path.stem: {row: load_recipe(path, keys) for row, keys in header(path)[2].items()} for path in tables}
     assert list(loaded["table2"]) == ["ImageNet-1K", "ImageNet-21K", "LAION-400M", "DataComp-1B"]
     assert len({recipe.data.path for recipe in loaded["table2"].values()}) == 4
@@ -117,6 +117,7 @@ def test_the_rows_of_the_ablations_load():
     assert weights == {"None": [0, 0], "CLIP": [1, 0], "DINOv2": [0, 1], "Both": [1, 1]}
     schemes = [recipe.loss.balancing for recipe in loaded["table4"].values()]
     assert schemes == ["naive", "uncertainty", "adaloss", "amtml_kd"]
+    assert [recipe.student.summary for recipe in loaded["table5"].values()] == ["cls", "cls_per_teacher", "mean"]
 
 
 def test_every_term_of_the_papers_second_stage_weighs_the_same():

@@ -30,6 +30,9 @@ class SamCocoConfig:
     window_size: of the student, in patches; None for its default, 0 for global attention.
     best_of_three: take the mask with the highest predicted IoU out of SAM's three, instead of the single mask.
     prompts_per_chunk: boxes that are decoded at once; memory grows with it, the result does not.
+    crowds: with true boxes, whether crowd regions are prompted for and scored like objects. In COCO's mask AP they
+        always are what COCO makes of them.
+    dtype: of the image encoder's products, as autocast computes them; prompts and decoder stay in float32.
     """
 
     images: str
@@ -41,6 +44,8 @@ class SamCocoConfig:
     window_size: int | None = None
     best_of_three: bool = False
     prompts_per_chunk: int = 64
+    crowds: bool = False
+    dtype: str = "float32"
 
 
 @dataclass
@@ -79,15 +84,16 @@ class PromptedImage:
 
 
 def load_annotations(config: SamCocoConfig) -> tuple[list[PromptedImage], int]:
-    """All images with annotated objects, in the order of their ids, and the number of crowd regions left out.
+    """All images with annotated objects, in the order of their ids, and the number of crowd regions left out (none
+    with `config.crowds`).
 
     Raises:
         FileNotFoundError: the annotations or an image file are missing.
         ValueError: the file is no COCO annotation file of instances, or an annotation has no image in it.
     """
     images, entries, _ = _read_annotations(config)
-    crowds = sum(bool(entry.get("iscrowd", 0)) for entry in entries)
-    kept = [entry for entry in entries if not entry.get("iscrowd", 0)]
+    kept = [entry for entry in entries if config.crowds or not entry.get("iscrowd", 0)]
+    crowds = len(entries) - len(kept)
     if not kept:
         raise ValueError(f"{config.annotations} has no object to prompt for ({crowds} crowd regions are left out).")
     return _group(config, images, kept, "Annotation"), crowds

@@ -206,16 +206,20 @@ def load_encoder(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     adaptor: str | None = None,
+    window_size: int | None = None,
 ) -> VisionEncoder:
     """Load a model to evaluate.
 
     Args:
         spec: a folder or Hub id (a student, a native transformers RADIO, or any vision model of transformers that is
-            a teacher), or TYPE:CHECKPOINT with one of the teachers' types; `TITLE=` before it names the row.
+            a teacher), or TYPE:CHECKPOINT with one of the teachers' types; `TITLE=` before it names the row, and
+            `@SIZE` behind it is its side in pixels where `image_size` is None.
         image_size: default side of the input in pixels; None for the model's own.
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
         adaptor: the student's adaptor that zero-shot reads; None for the one to a teacher with a text tower, where
             there is exactly one, or the one named "clip".
+        window_size: of a student's attention, in patches; None for its own default, 0 for global attention. Teachers
+            keep theirs.
 
     Raises:
         ValueError: an unknown type, dtype or adaptor, a size that the model does not take, weights that do not fit.
@@ -225,8 +229,11 @@ def load_encoder(
         raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     title, source = split_title(expand_home(spec))
     kind, checkpoint = split_spec(source)
+    image_size = _split_size(spec)[1] if image_size is None else image_size
     if kind == "student":
         student = load_student(checkpoint, dtype)
+        if window_size is not None:
+            student.config.window_size = window_size  # its step and what `choices` says follow
         adaptor = _language_adaptor(student, adaptor, spec)
         side = student.preferred_resolution if image_size is None else image_size
         encoder = VisionEncoder(title, source, student, side, student.min_resolution_step, adaptor)
@@ -250,7 +257,11 @@ def load_student(checkpoint: str, dtype: str = "float32") -> RadioModel:
 
 
 def split_title(spec: str) -> tuple[str, str]:
-    """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name."""
+    """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name.
+
+    A size behind the model ("spec@224") is not part of either.
+    """
+    spec, _ = _split_size(spec)
     title, equals, source = spec.partition("=")
     if equals and title and source and not os.path.exists(spec):
         return title, source
@@ -261,6 +272,14 @@ def split_title(spec: str) -> tuple[str, str]:
     parts = [part for part in path.parts[-2:] if part != ".."]
     # runs/mine/student is "mine/student": the folder that a run leaves is always called so
     return "/".join(parts) if path.name in ("student", "checkpoint") else path_name(path), spec
+
+
+def _split_size(spec: str) -> tuple[str, int | None]:
+    """("spec", 224) of "spec@224"; a folder or file of that name is no size."""
+    source, at, size = spec.rpartition("@")
+    if not at or not size.isdecimal() or Path(spec.partition("=")[2] or spec).exists():
+        return spec, None
+    return source, int(size)
 
 
 def split_spec(spec: str) -> tuple[str, str]:

@@ -15,14 +15,36 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from .llava_answers import AnswerLog, batches, generate
 from .llava_data import encode_image
 
-# lmms-eval's task -> its metric -> our column; the paper's Table 1, and ScienceQA
+TEXTVQA = "textvqa_val"
+# lmms-eval's task -> its metric -> our column; the paper's Table 1, and ScienceQA. TextVQA's column also names its
+# prompt, see `lmms_columns`.
 LMMS_TASKS = {
     "gqa": {"exact_match": "GQA"},
-    "textvqa_val": {"exact_match": "TextVQA"},
+    TEXTVQA: {"exact_match": "TextVQA"},
     "pope_pop": {"pope_accuracy": "POPE accuracy", "pope_f1_score": "POPE F1"},
     "vqav2_val": {"exact_match": "VQAv2"},
     "scienceqa_img": {"exact_match": "ScienceQA"},
 }
+
+
+# TextVQA as LLaVA-1.5 asks it: the words that an OCR system read in the image stand below the question. lmms-eval
+# leaves them out by default, which makes the task harder.
+TEXTVQA_WITH_OCR = {
+    "task": TEXTVQA,
+    "lmms_eval_specific_kwargs": {
+        "default": {
+            "pre_prompt": "",
+            "post_prompt": "\nAnswer the question using a single word or phrase.",
+            "ocr": True,
+        }
+    },
+}
+
+
+def lmms_columns(task: str, textvqa_ocr: bool = True) -> dict[str, str]:
+    """lmms-eval's metric -> our column, such as "GQA", "TextVQA (OCR tokens)" or "TextVQA (no OCR tokens)"."""
+    prompt = "" if task != TEXTVQA else " (OCR tokens)" if textvqa_ocr else " (no OCR tokens)"
+    return {metric: column + prompt for metric, column in LMMS_TASKS[task].items()}
 
 
 def check_lmms_eval(tasks: list[str]) -> None:
@@ -53,12 +75,15 @@ def evaluate_lmms(
     folder: Path,
     batch_size: int,
     limit: int | None = None,
+    textvqa_ocr: bool = True,
 ) -> dict[str, float]:
-    """Percentages by column of `LMMS_TASKS`; an empty dict on all processes but the first.
+    """Percentages by column, see `lmms_columns`; an empty dict on all processes but the first.
 
     Args:
         folder: keeps the answers, so that a killed evaluation goes on where it was, and lmms-eval's own files.
         limit: only so many questions of each task, for a first try.
+        textvqa_ocr: whether TextVQA's prompt holds the OCR tokens, as in LLaVA-1.5 and the paper; False is
+            lmms-eval's own default.
 
     Raises:
         RuntimeError: lmms-eval gave no value for a metric.
@@ -101,7 +126,7 @@ def evaluate_lmms(
 
     results = simple_evaluate(
         model=RadioLlava(),
-        tasks=list(tasks),
+        tasks=[dict(TEXTVQA_WITH_OCR) if task == TEXTVQA and textvqa_ocr else task for task in tasks],
         task_manager=TaskManager(model_name="llava_hf"),  # its questions are worded as for LLaVA-1.5
         limit=limit,
         batch_size=batch_size,
@@ -113,7 +138,7 @@ def evaluate_lmms(
         return {}
     metrics = {}
     for task in tasks:
-        for metric, column in LMMS_TASKS[task].items():
+        for metric, column in lmms_columns(task, textvqa_ocr).items():
             found = [value for key, value in results["results"][task].items() if key.split(",")[0] == metric]
             if len(found) != 1 or not isinstance(found[0], int | float):
                 raise RuntimeError(f"lmms-eval gave {found} as {metric} of {task}; expected one number in [0, 1].")

@@ -13,13 +13,17 @@ MISSING = "–"
 @dataclass
 class Row:
     """One model. `params` is a count, `resolution` a side or (height, width) in pixels, `throughput` images/s, and
-    `metrics` column -> value. None means not measured."""
+    `metrics` column -> value. None means not measured.
+
+    `speeds` has the images/s of those metrics that were measured at another resolution than `throughput`: at theirs.
+    """
 
     model: str
     params: int | None = None
     resolution: int | tuple[int, int] | None = None
     throughput: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
+    speeds: dict[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in {"Throughput": self.throughput, **self.metrics}.items():
@@ -30,12 +34,14 @@ class Row:
 @dataclass
 class Table:
     """Rows with their title and notes. The best value of a column is bold, where there is one to compare it with;
-    larger is better except in the columns named in `lower_is_better`."""
+    larger is better except in the columns named in `lower_is_better`. Metrics are percentages unless `units` says
+    otherwise."""
 
     title: str
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     lower_is_better: list[str] = field(default_factory=list)
+    units: dict[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:

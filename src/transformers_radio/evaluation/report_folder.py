@@ -123,6 +123,8 @@ def report_table(measured: Sequence[Measured], title: str = "Students and teache
                 dict.fromkeys(names) | {cell.column: cell.value for cell in own},
             )
         )
+        at_theirs = {cell.column: _throughput_at(timed, cell.one.result.resolution) for cell in own}
+        rows[-1].speeds = {column: value for column, value in at_theirs.items() if value != rows[-1].throughput}
         speeds += [] if speed is None else [_Cell("Throughput", speed, rows[-1].throughput or 0.0)]
     everything = [*cells, *speeds]
     notes = [*_protocols(everything), *_choices(cells), *_other_resolutions(everything, rows), *empty]
@@ -134,9 +136,9 @@ def write_report(
 ) -> tuple[Table, list[Path]]:
     """Write the report of all the results in and below the folders; return its table and the files.
 
-    report.md and report.json hold the table (`Table.from_json` reads it), report.png quality against throughput (not
-    written where nothing has both), and MODEL.model-index.yaml, one a student, its metrics as a Hub model card's
-    `model-index`.
+    report.md and report.json hold the table (`Table.from_json` reads it), report.png and report.pdf quality against
+    throughput (not written where no two models have both), and MODEL.model-index.yaml, one per student, its metrics as
+    a Hub model card's `model-index`.
 
     Args:
         folders: outputs of `transformers-radio eval`.
@@ -154,8 +156,7 @@ def write_report(
     output = Path(expand_home(str(folders[0] if output is None else output)))
     output.mkdir(parents=True, exist_ok=True)
     files = [_write(output / "report.md", table.to_markdown()), _write(output / "report.json", table.to_json())]
-    picture = quality_throughput_figure(table, students, output / "report.png")
-    files += [] if picture is None else [picture]
+    files += quality_throughput_figure(table, students, output / "report.png")
     for student in students:
         results = [one.result for one in measured if one.result.model == student]
         text = model_index(student, results)
@@ -270,6 +271,13 @@ def _throughput(timed: Sequence[Measured], resolution: int | list[int] | None) -
             f"its row, at {resolution} px, has room for one: leave the others out of the folders."
         )
     return fitting[0] if fitting else None
+
+
+def _throughput_at(timed: Sequence[Measured], resolution: int | list[int] | None) -> float | None:
+    """Images/s of the model alone at just this resolution; None where there is no such figure, or more than one."""
+    fitting = [one for one in timed if one.result.resolution == resolution]
+    fitting = [one for one in fitting if one.result.settings.get("decoder", "none") == "none"] or fitting
+    return fitting[0].result.metrics["Throughput"] if len(fitting) == 1 else None
 
 
 def _protocols(cells: Sequence[_Cell]) -> list[str]:

@@ -1,17 +1,39 @@
 """The curves of `eval resolution` as a picture: a panel for each measure, a line for each model."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
+from .figure_style import (
+    GRAY,
+    LEGEND_SIZE,
+    LINE_COLORS,
+    LINE_MARKERS,
+    PANEL,
+    TICK_SIZE,
+    new_figure,
+    panel_grid,
+    save_figure,
+    style_axes,
+)
 from .results import Result
 
 Size = tuple[int, int]  # height, width
-PANELS_A_ROW = 3
+FLAG: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 12,
+    "markerfacecolor": "none",
+    "color": "red",
+    "linestyle": "none",
+}
+UNCLIPPED: dict[str, Any] = {
+    "clip_on": False,
+    "in_layout": False,
+}  # whole marks at the edges, without room of their own
 CLOSEST_TICKS = 1.05  # sizes nearer to each other have one name on the axis
 
 
@@ -35,14 +57,14 @@ def curves(result: Result) -> dict[str, dict[Size, float]]:
     return found
 
 
-def resolution_figure(results: Sequence[Result], path: Path, dpi: int = 150) -> Path:
-    """Write a PNG: a panel for each measure; lines join the square sizes, and diamonds are the others.
+def resolution_figure(results: Sequence[Result], path: Path) -> list[Path]:
+    """Write a PNG and, beside it, the same as a PDF: a panel for each measure.
 
-    A size has its place by the side of the square with as many pixels. The reference has a dotted line, and red rings
-    mark what the result flags.
+    A line joins the square sizes of a model, and open diamonds are its others. A size stands at the side of the square
+    with as many pixels. Each reference has a dotted line, and rings mark what the results flag.
 
     Args:
-        path: replaced in one step, so that a reader never meets half a file.
+        path: of the PNG.
 
     Raises:
         ValueError: no result has a measure at a size.
@@ -51,39 +73,62 @@ def resolution_figure(results: Sequence[Result], path: Path, dpi: int = 150) -> 
     measures = list(dict.fromkeys(measure for one in of_models for measure in one))
     if not measures:
         raise ValueError("There is no curve to draw: no result has metrics such as 'k-NN @ 432'.")
-    columns = min(len(measures), PANELS_A_ROW)
-    rows = -(-len(measures) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.3 * rows + 0.5), dpi=dpi, facecolor="white", layout="constrained")
+    rows, columns = panel_grid(len(measures))
+    figure = new_figure(PANEL[0] * columns, PANEL[1] * rows + 0.3)
     for number, measure in enumerate(measures):
         axes = figure.add_subplot(rows, columns, number + 1)
-        sizes = sorted({size for one in of_models for size in one.get(measure, {})}, key=_place)
+        style_axes(axes, "Input size (pixels)", measure if "cosine" in measure else f"{measure} (%)")
         for index, (result, one) in enumerate(zip(results, of_models, strict=True)):
-            values, colour = one.get(measure, {}), f"C{index}"
-            square = sorted(size for size in values if size[0] == size[1])
-            axes.plot([s[0] for s in square], [values[s] for s in square], "o-", color=colour, label=result.model)
-            others = [size for size in values if size[0] != size[1]]
-            axes.plot([_place(s) for s in others], [values[s] for s in others], "D", mfc="none", color=colour)
-            marked = [parse_size(size) for size, what in result.settings.get("flagged", {}).items() if measure in what]
-            axes.plot([_place(s) for s in marked], [values[s] for s in marked], "o", ms=12, mfc="none", color="red")
-            axes.axvline(_place(parse_size(str(result.settings["reference"]))), color=colour, ls=":", lw=1)
-        axes.set_xscale("log")
-        named = sizes[:1]
-        for size in sizes:
-            if _place(size) > CLOSEST_TICKS * _place(named[-1]):
-                named.append(size)
-        axes.set_xticks([_place(s) for s in named], [size_name(s) for s in named], rotation=60, size=7)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("input (px)", size=8)
-        axes.set_title(measure if "cosine" in measure else f"{measure} (%)", size=10)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.grid(alpha=0.3)
-        if number == 0:
-            axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
-    return path
+            if measure in one:
+                _draw_curve(axes, result, measure, one[measure], index)
+        _size_axis(axes, sorted({size for one in of_models for size in one.get(measure, {})}, key=_place))
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        axes.set_ylim(1.06 * min(low, 0.0), 1.06 * max(high, 0.0) or 1.0)
+    handles = _legend(results, of_models)
+    per_row = 3 * columns if len(handles) > 3 * columns else len(handles)
+    style: dict[str, Any] = {"frameon": False, "fontsize": LEGEND_SIZE}
+    figure.legend(handles=handles, loc="outside upper center", ncols=per_row, **style)
+    return [save_figure(figure, path), save_figure(figure, path.with_suffix(".pdf"))]
+
+
+def _legend(results: Sequence[Result], of_models: Sequence[dict[str, dict[Size, float]]]) -> list[Line2D]:
+    """The models, and of the marks those that are drawn."""
+    handles = [Line2D([], [], label=result.model, **_style(index)) for index, result in enumerate(results)]
+    handles.append(Line2D([], [], color=GRAY, ls=":", lw=1, label="reference size"))
+    if any(size[0] != size[1] for one in of_models for values in one.values() for size in values):
+        handles.append(Line2D([], [], color=GRAY, marker="D", mfc="none", ls="none", label="not square"))
+    if any(result.settings.get("flagged") for result in results):
+        handles.append(Line2D([], [], **FLAG, label="far below the reference"))
+    return handles
+
+
+def _style(index: int) -> dict[str, Any]:
+    color, marker = LINE_COLORS[index % len(LINE_COLORS)], LINE_MARKERS[index % len(LINE_MARKERS)]
+    return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5, **UNCLIPPED}
+
+
+def _draw_curve(axes: Axes, result: Result, measure: str, values: dict[Size, float], index: int) -> None:
+    style = _style(index)
+    square = sorted(size for size in values if size[0] == size[1])
+    others = [size for size in values if size[0] != size[1]]
+    flagged = result.settings.get("flagged", {})
+    marked = [parse_size(size) for size, what in flagged.items() if measure in what]
+    axes.plot([s[0] for s in square], [values[s] for s in square], **style)
+    style |= {"marker": "D", "linestyle": "none", "markerfacecolor": "none"}
+    axes.plot([_place(s) for s in others], [values[s] for s in others], **style)
+    axes.plot([_place(s) for s in marked], [values[s] for s in marked], **FLAG, **UNCLIPPED)
+    axes.axvline(_place(parse_size(str(result.settings["reference"]))), color=style["color"], ls=":", lw=1)
+
+
+def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
+    """Logarithmic, with the sizes themselves for ticks, as far as they have room."""
+    named = list(sizes[:1])
+    for size in sizes:
+        if _place(size) > CLOSEST_TICKS * _place(named[-1]):
+            named.append(size)
+    axes.set_xscale("log")
+    axes.set_xticks([_place(s) for s in named], [size_name(s) for s in named], rotation=60, size=TICK_SIZE)
+    axes.set_xticks([], minor=True)
 
 
 def _place(size: Size) -> float:

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .encoder import split_title
 from .paths import expand_home
@@ -39,6 +40,7 @@ def run_task(
     recipe: str | Path | None = None,
     output: str | Path = "runs/eval",
     overrides: list[str] | None = None,
+    models_file: str | Path | None = None,
 ) -> list[Result]:
     """Measure; what is finished in `output` with the same settings is not done again.
 
@@ -49,13 +51,17 @@ def run_task(
         recipe: a YAML file of settings, such as those in recipes/evaluation/.
         output: OUTPUT/<model>/<task>.<data>.json holds a result.
         overrides: `key=value`, over the recipe's.
+        models_file: a YAML file of models by title, such as recipes/evaluation/table1.yaml: `models` may name its
+            titles, and without `models` all of them are measured.
 
     Raises:
+        FileNotFoundError: there is no `models_file`.
         ValueError: an unknown task or setting, a missing one, two models of one name, more processes than the task
             can use, or what the task itself refuses.
     """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}: use one of {', '.join(TASKS)}.")
+    models = models if models_file is None else named_models(models_file, models)
     if not models:
         raise ValueError("There is no model to evaluate: name at least one with --model.")
     models, output = [expand_home(model) for model in models], Path(expand_home(str(output)))
@@ -71,6 +77,28 @@ def run_task(
     if len(set(names)) < len(names):  # they would share their files
         raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     return module.run(models, config, output)
+
+
+def named_models(path: str | Path, chosen: list[str]) -> list[str]:
+    """The models of a YAML file of `TITLE: MODEL` as TITLE=MODEL: all of them, or the `chosen` titles.
+
+    What is chosen and is not a title in the file is a model itself, so that others can be measured beside these.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file of models {path}.")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise ValueError(
+            f"{path} holds no models; expected lines of TITLE: MODEL, as in recipes/evaluation/table1.yaml."
+        )
+    return [f"{name}={content[name]}" if name in content else name for name in chosen or content]
 
 
 def load_config(schema: type, data: str | None, recipe: str | Path | None, overrides: list[str] | None) -> Any:

@@ -1,7 +1,8 @@
 """SAM-COCO: masks for box prompts with the student in place of SAM's image encoder (paper, Section 3.1, Table 1).
 
 The paper does not say how masks are prompted and scored. Its number for SAM-H (77.18) fits the metric of the
-evaluation that it names, EfficientViT-SAM's: ground-truth boxes, mean mask IoU x 100 over annotations.
+evaluation that it names, EfficientViT-SAM's: ground-truth boxes, mean mask IoU x 100 over all annotations, crowd
+regions among them (`crowds`).
 """
 
 import json
@@ -12,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from transformers_radio.teachers import digest_weights
+from transformers_radio.teachers.base import DTYPES
 
 from .coco_data import (
     PromptedImage,
@@ -53,6 +55,8 @@ def evaluate_sam_coco(
     """
     if config.prompts_per_chunk < 1:
         raise ValueError(f"prompts_per_chunk is {config.prompts_per_chunk}; expected at least 1.")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}.")
     mask_library()
     crowds = 0
     if config.detections is None:
@@ -99,7 +103,10 @@ def _prompt_image(
         record |= {"detections": []}
     if not entries:
         return record
-    embedding = encoder(image.read()[None].to(sam.device))  # (1, C, g, g)
+    pixels = image.read()[None].to(sam.device)
+    with torch.autocast(sam.device.type, DTYPES[config.dtype], enabled=config.dtype != "float32"):
+        embedding = encoder(pixels)  # (1, C, g, g)
+    embedding = embedding.float()  # the decoder is float32
     for start in range(0, len(entries), config.prompts_per_chunk):
         chunk = slice(start, start + config.prompts_per_chunk)
         predictions, _ = predict_masks(sam, embedding, boxes[chunk], image.size, config.best_of_three)
@@ -138,6 +145,8 @@ def _settings(
         "image_size": encoder.image_size,
         "window_size": encoder.window_size,
         "best_of_three": config.best_of_three,
+        "crowds": config.crowds,
+        "dtype": config.dtype,
     }
 
 

@@ -43,8 +43,12 @@ class SegmentationConfig:
 
     seed: int = 0
     num_workers: int = 2
-    mixed_precision: str = "no"  # no | bf16 | fp16, of the encoder; the head and the loss are float32
+    mixed_precision: str = "no"  # no | bf16 | fp16: autocast of the encoder; the head and the loss are float32
     checkpoint_every: int = 1000  # iterations
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision == "False":  # YAML reads a bare no as false
+            self.mixed_precision = "no"
 
     @property
     def warmup(self) -> int:
@@ -101,8 +105,9 @@ class SegmentationConfig:
 
     @property
     def test_protocol(self) -> str:
-        """Such as "512 pixels, sliding window 512, stride 341"."""
+        """Such as "512 pixels, sliding window 512, stride 341; encoder in bf16"."""
+        precision = "" if self.mixed_precision == "no" else f"; encoder in {self.mixed_precision}"
         if self.test_mode == "slide":
-            return f"{self.short_side} pixels, sliding window {self.crop_size}, stride {self.stride}"
+            return f"{self.short_side} pixels, sliding window {self.crop_size}, stride {self.stride}{precision}"
         fitted = "padded" if self.whole_fit == "pad" else "resized"
-        return f"{self.short_side} pixels, whole image {fitted} to multiples of {self.size_divisor}"
+        return f"{self.short_side} pixels, whole image {fitted} to multiples of {self.size_divisor}{precision}"

@@ -63,13 +63,16 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
 def attention_figure(
     images: torch.Tensor, attention: torch.Tensor, path: str | Path, titles: Sequence[str], subtitle: str
 ) -> Path:
-    """Write a PNG: a row per image; the input, then its attention maps, each scaled to its own brightest patches.
+    """Write a PNG: a row per image; the input, then its attention maps patch by patch.
+
+    Each map is scaled to its own brightest patches.
 
     Args:
         images: (N, 3, H, W), uint8 or float in [0, 1].
         attention: (N, maps, h, w).
         titles: of the maps.
-        subtitle: below all of them, such as "block 12".
+        subtitle: below each of them, such as "block 12 of 12"; a second line has the share of the attention that is
+            on patches, and their grid.
     """
     shown = [photographs(list(images))]
     for number, title in enumerate(titles):
@@ -78,5 +81,6 @@ def attention_figure(
             heat(one, 0.0, one.quantile(BRIGHTEST).item(), image) for one, image in zip(maps, images, strict=True)
         ]
         share = maps.sum(dim=(1, 2)).mean().item()
-        shown.append(Column(title, f"{subtitle}, {share:.0%} on patches", panels, smooth=True))
+        grid = f"{maps.shape[2]} × {maps.shape[1]} patches"
+        shown.append(Column(title, f"{subtitle}\n{share:.0%} on {grid}", panels, smooth=True))
     return write_panels(shown, path)

@@ -63,9 +63,9 @@ def text_similarity(
 
 
 def heat_map_figure(images: torch.Tensor, similarity: torch.Tensor, prompts: Sequence[str], path: str | Path) -> Path:
-    """Write a PNG: a row per image; the input, then the similarity to each prompt over it.
+    """Write a PNG: a row per image; the input, then the similarity to each prompt over it, patch by patch.
 
-    A prompt's colours span its lowest to its highest similarity in all the images, which stand above its column, so
+    A prompt's colors span its lowest to its highest similarity in all the images, which stand above its column, so
     that an image without the thing stays dark.
 
     Args:
@@ -77,5 +77,6 @@ def heat_map_figure(images: torch.Tensor, similarity: torch.Tensor, prompts: Seq
         maps = similarity[:, number]
         low, high = (value.item() for value in maps.aminmax())
         panels = [heat(one, low, high, image) for one, image in zip(maps, images, strict=True)]
-        shown.append(Column(prompt, f"cosine {low:.2f} to {high:.2f}", panels, smooth=True))
+        grid = f"{maps.shape[2]} × {maps.shape[1]} patches"
+        shown.append(Column(prompt, f"cosine {low:.2f} to {high:.2f}\n{grid}", panels, smooth=True))
     return write_panels(shown, path)

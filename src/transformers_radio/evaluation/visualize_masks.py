@@ -11,8 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
+from .figure_style import OBJECT_COLORS
 from .prompted_masks import Encoder, SamEncoder, mask_overlap, predict_masks
-from .visualize_panels import OBJECT_COLOURS, Column, photographs, write_panels
+from .visualize_panels import Column, photographs, write_panels
 
 MASK_SHARE = 0.6  # of the mask's colour over the image
 
@@ -91,4 +92,4 @@ def _overlay(image: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def _colours(count: int) -> list[str]:
-    return [OBJECT_COLOURS[number % len(OBJECT_COLOURS)] for number in range(count)]
+    return [OBJECT_COLORS[number % len(OBJECT_COLORS)] for number in range(count)]

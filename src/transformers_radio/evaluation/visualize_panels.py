@@ -1,6 +1,5 @@
 """The layout that all pictures share: columns of panels under their titles, one row an image, written as a PNG."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,13 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
-# Okabe and Ito's colours, which stay apart for the colour-blind
-OBJECT_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-HEAT_SHARE = 0.65  # of the colour in a heat map that lies over an image
-MARGIN, GAP, HEADER, ROW_TITLE = 0.12, 0.06, 0.42, 0.26  # inches
+from .figure_style import GRAY, new_figure, save_figure
+
+HEAT_SHARE = 0.65  # of the color in a heat map that lies over an image
+MARGIN, GAP, TITLE, SUBTITLE, ROW_TITLE = 0.12, 0.06, 0.26, 0.16, 0.26  # inches; a subtitle's is of each of its lines
 TITLE_SIZE, SMALLEST_TITLE = 10, 6  # points
 
 
@@ -26,7 +23,7 @@ TITLE_SIZE, SMALLEST_TITLE = 10, 6  # points
 class Column:
     """A column of a picture.
 
-    title, subtitle: above it.
+    title, subtitle: above it; a subtitle may have several lines.
     panels: one a row, (h, w, 3), float in [0, 1] or uint8; stretched over the panel's place.
     smooth: for photographs. Patches keep their edges.
     draw: called with a panel's axes, in units of its pixels, and its row, to draw over it.
@@ -47,22 +44,22 @@ def photographs(images: Sequence[torch.Tensor], title: str = "Input") -> Column:
 
 
 def heat(values: torch.Tensor, low: float, high: float, image: torch.Tensor | None = None) -> torch.Tensor:
-    """Colours, dark to bright (inferno, which the colour-blind read alike): float32 (h, w, 3) in [0, 1].
+    """Colors, dark to bright (inferno, which the color-blind read alike): float32 (h, w, 3) in [0, 1].
 
     Args:
         values: (h, w).
-        low, high: the values of the darkest and the brightest colour. Where they are equal, all is dark.
-        image: (3, H, W), uint8 or float in [0, 1]: the values are resized to it (bilinear) and lie over its grey
-            levels; the result is then (H, W, 3).
+        low, high: the values of the darkest and the brightest color. Where they are equal, all is dark.
+        image: (3, H, W), uint8 or float in [0, 1]: each value fills the place of its patch over the image's gray
+            levels, with hard edges, as the map has no more detail than its grid; the result is then (H, W, 3).
     """
     values = ((values.float().cpu() - low) / max(high - low, 1e-9)).clamp(0, 1)
     if image is not None:
-        values = F.interpolate(values[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
-    colours = torch.from_numpy(matplotlib.colormaps["inferno"](values.numpy())[..., :3]).float()
+        values = F.interpolate(values[None, None], size=image.shape[1:], mode="nearest-exact")[0, 0]
+    colors = torch.from_numpy(matplotlib.colormaps["inferno"](values.numpy())[..., :3]).float()
     if image is None:
-        return colours
-    grey = (image.float() / 255 if image.dtype == torch.uint8 else image).mean(dim=0).cpu()  # (H, W)
-    return HEAT_SHARE * colours + (1 - HEAT_SHARE) * grey[..., None]
+        return colors
+    gray = (image.float() / 255 if image.dtype == torch.uint8 else image).mean(dim=0).cpu()  # (H, W)
+    return HEAT_SHARE * colors + (1 - HEAT_SHARE) * gray[..., None]
 
 
 def write_panels(
@@ -73,8 +70,6 @@ def write_panels(
     dpi: int = 160,
 ) -> Path:
     """Write the columns side by side as a PNG; all panels are `panel_inches` wide, a row as high as its first asks.
-
-    The file is replaced in one step, so that a reader never meets half a file.
 
     Raises:
         ValueError: no column or row, or columns of different lengths.
@@ -87,19 +82,23 @@ def write_panels(
     heights = [panel_inches * panel.shape[0] / panel.shape[1] for panel in columns[0].panels]
     first = MARGIN + (ROW_TITLE if row_titles else 0)
     width = first + MARGIN + len(columns) * (panel_inches + GAP) - GAP
-    height = 2 * MARGIN + HEADER + sum(heights) + (len(heights) - 1) * GAP
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    lines = max(column.subtitle.count("\n") for column in columns) + 1
+    header = TITLE + lines * SUBTITLE
+    height = 2 * MARGIN + header + sum(heights) + (len(heights) - 1) * GAP
+    figure = new_figure(width, height, dpi, layout=None)
     titles, title_size = _fit([column.title for column in columns], panel_inches)
-    subtitles, subtitle_size = _fit([column.subtitle for column in columns], panel_inches, largest=7, weight="normal")
+    texts = [line for column in columns for line in _lines(column.subtitle, lines)]
+    subtitles, subtitle_size = _fit(texts, panel_inches, largest=7, weight="normal")
     for number, column in enumerate(columns):
         left = first + number * (panel_inches + GAP)
         middle = (left + panel_inches / 2) / width
         common: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
         at = middle, 1 - (MARGIN + 0.1) / height
         figure.text(*at, titles[number], size=title_size, weight="bold", **common)
-        at = middle, 1 - (MARGIN + 0.28) / height
-        figure.text(*at, subtitles[number], size=subtitle_size, color="0.4", **common)
-        top = height - MARGIN - HEADER
+        for line, text in enumerate(subtitles[number * lines : (number + 1) * lines]):
+            at = middle, 1 - (MARGIN + 0.28 + line * SUBTITLE * 0.8) / height
+            figure.text(*at, text, size=subtitle_size, color=GRAY, **common)
+        top = height - MARGIN - header
         for row, panel in enumerate(column.panels):
             bottom = top - heights[row]
             axes = figure.add_axes((left / width, bottom / height, panel_inches / width, heights[row] / height))
@@ -114,17 +113,13 @@ def write_panels(
                 place = ((MARGIN + ROW_TITLE / 2) / width, (bottom + heights[row] / 2) / height)
                 figure.text(*place, title, rotation=90, size=size, weight="bold", **common)
             top = bottom - GAP
-    return save_png(figure, path)
+    return save_figure(figure, path)
 
 
-def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as a PNG, replaced in one step; the folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
-    return path
+def _lines(text: str, count: int) -> list[str]:
+    """The lines of a text, filled up with empty ones."""
+    lines = text.split("\n")
+    return lines + [""] * (count - len(lines))
 
 
 def _fit(

@@ -18,7 +18,7 @@ from transformers_radio.teachers import digest_weights
 from ..encoder import count_parameters, load_student, split_spec, split_title
 from ..llava_answers import LlavaQuestions, Question, answer_questions, read_questions
 from ..llava_data import Conversations, read_conversations
-from ..llava_lmms import check_lmms_eval, evaluate_lmms
+from ..llava_lmms import TEXTVQA, check_lmms_eval, evaluate_lmms
 from ..llava_model import build_llava, check_image_size, check_tokenizer, load_llava
 from ..llava_scorers import score
 from ..llava_train import (
@@ -56,6 +56,8 @@ class LlavaConfig:
     finetune: LlavaPhase = field(default_factory=LlavaPhase)  # the projector and the language model
     questions: dict[str, LlavaQuestions] = field(default_factory=dict)  # scored here; name -> file
     lmms_eval_tasks: list[str] = field(default_factory=list)  # scored by lmms-eval; see llava_lmms.LMMS_TASKS
+    # TextVQA's prompt holds the words that OCR found, as in LLaVA-1.5 and the paper; false is lmms-eval's default
+    textvqa_ocr: bool = True
     lmms_eval_limit: int | None = None  # only so many questions of each, for a first try
     answer_batch_size: int = 16
     max_skipped_share: float = 0.01  # of images that are missing or cannot be read
@@ -130,6 +132,8 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
     asked = {key: _asked({**asdict(one), "digest": data.questions[key][1]}) for key, one in config.questions.items()}
     lmms = {"lmms_eval": version("lmms_eval"), "limit": config.lmms_eval_limit} if config.lmms_eval_tasks else {}
     settings = {**finetune, "questions": asked, **lmms, "lmms_eval_tasks": list(config.lmms_eval_tasks)}
+    if TEXTVQA in config.lmms_eval_tasks:
+        settings["textvqa_ocr"] = config.textvqa_ocr
     path = result_path(output, name, "llava", config.name)
 
     def before(there: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +176,7 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
             work / "lmms",
             config.answer_batch_size,
             config.lmms_eval_limit,
+            config.textvqa_ocr,
         )
     counts = {f"{key} questions": len(data.questions[key][0]) for key in config.questions}
     for phase, conversations in (("pretrain", data.pretrain), ("finetune", data.finetune)):
@@ -185,13 +190,20 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
         config.name,
         metrics,
         f"LLaVA-1.5 with {language_model}, projector and then language model trained, tower frozen; longest side "
-        f"{config.image_size} px, aspect kept, patch tokens of the last layer; greedy answers",
+        f"{config.image_size} px, aspect kept, patch tokens of the last layer; greedy answers{_prompts(config)}",
         settings,
         counts,
         count_parameters(student) - count_parameters(student.adaptors),
         config.image_size,
     )
     return result.write(path) if PartialState().is_main_process else result
+
+
+def _prompts(config: LlavaConfig) -> str:
+    """What a question's prompt held beside the question, for the protocol line."""
+    if TEXTVQA not in config.lmms_eval_tasks:
+        return ""
+    return f"; TextVQA {'with' if config.textvqa_ocr else 'without'} OCR tokens in the prompt"
 
 
 def _build(student: RadioModel, config: LlavaConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

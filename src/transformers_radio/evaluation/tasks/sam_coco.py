@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from omegaconf import MISSING
 
 from transformers_radio.teachers import digest_weights, load_sam
+from transformers_radio.teachers.base import DTYPES
 
 from ..coco_data import SamCocoConfig, file_digests, load_annotations, load_detections, mask_library
 from ..encoder import count_parameters, load_student, split_spec, split_title
@@ -38,6 +39,8 @@ class SamCocoTaskConfig:
     image_size: int | None = None  # of the student's input; null: SAM's own (1024)
     window_size: int | None = None  # null: the student's default; 0: global; 16: windows of 16 x 16 patches
     best_of_three: bool = False  # the best of SAM's three masks, instead of the single one
+    crowds: bool = False  # score crowd regions like objects, as the paper's harness does; not with detections
+    dtype: str = "float32"  # of the image encoder, by autocast: bfloat16 on GPUs; the decoder stays in float32
     prompts_per_chunk: int = 64
     overwrite: bool = False
 
@@ -62,7 +65,11 @@ def run(models: list[str], config: SamCocoTaskConfig, output: Path) -> list[Resu
         window_size=config.window_size,
         best_of_three=config.best_of_three,
         prompts_per_chunk=config.prompts_per_chunk,
+        crowds=config.crowds,
+        dtype=config.dtype,
     )
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}.")
     for path in (data.annotations, config.detections, config.sam):
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path}; check data, split, detections and sam.")
@@ -125,7 +132,10 @@ def _measure(
     whole: dict[str, int] = {
         key: int(found[key]) for key in ("images", "annotations", "crowd", "empty", "detections") if key in found
     }
-    prompts = "true boxes, mean mask IoU" if config.detections is None else "boxes of a detector, COCO mask AP"
+    scored = "crowd regions included" if config.crowds else "without crowd regions"
+    prompts = f"true boxes, mean mask IoU over annotations, {scored}"
+    if config.detections is not None:
+        prompts = "boxes of a detector, COCO mask AP"
     masks = "best of three masks by predicted IoU" if config.best_of_three else "single mask"
     if isinstance(encoder, StudentEncoder):
         windows = {None: "its default windows", 0: "global attention"}.get(
@@ -137,13 +147,14 @@ def _measure(
     else:
         who = f"SAM at {encoder.image_size} px"
         params = count_parameters(encoder.image_encoder)
+    precision = "" if config.dtype == "float32" else f", its encoder in {config.dtype}"
     names = {"mean_mask_iou": "SAM COCO"}
     return Result(
         "sam-coco",
         name,
         config.name,
         {names.get(key, f"mask {key}"): value for key, value in found.items() if key not in whole},
-        f"{prompts}, {masks}; {who}",
+        f"{prompts}, {masks}; {who}{precision}",
         settings,
         whole,
         params,

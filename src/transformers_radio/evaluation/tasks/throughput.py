@@ -37,6 +37,7 @@ class ThroughputConfig:
     """Settings of the task. Its images are random: speed does not depend on what they show."""
 
     image_size: int | None = None  # side in pixels; null: each model's own, with decoder=sam that of SAM
+    window_size: int | None = None  # of students, in patches; null: their default; 0: global attention
     batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
     dtype: str = "float32"
     device: str | None = None  # such as "cpu" or "cuda:1"; null: the first GPU if there is one
@@ -141,6 +142,8 @@ def _check(config: ThroughputConfig) -> None:
         raise ValueError(f"batch_sizes is {config.batch_sizes}; expected different numbers of images, at least 1.")
     if 1 not in config.batch_sizes:
         raise ValueError(f"batch_sizes is {config.batch_sizes}; put 1 into it, the latency of a single image.")
+    if config.window_size is not None and config.window_size < 0:
+        raise ValueError(f"window_size is {config.window_size}; expected patches, or 0 for global attention.")
     if config.repeats < 1 or config.warmup < 0:
         raise ValueError(f"repeats is {config.repeats} and warmup {config.warmup}; expected at least 1 and 0.")
     if config.classes is not None and config.classes < 1:
@@ -151,7 +154,7 @@ def _check(config: ThroughputConfig) -> None:
 
 def _load(spec: str, side: int | None, config: ThroughputConfig, device: torch.device) -> VisionEncoder:
     language = config.adaptor if config.decoder == "zero-shot" else None
-    encoder = load_encoder(spec, side, config.dtype, device, language)
+    encoder = load_encoder(spec, side, config.dtype, device, language, config.window_size)
     if config.decoder == "zero-shot":
         encoder.text_tower()  # raises where there is none
     return encoder
@@ -237,14 +240,22 @@ def _data_name(encoder: VisionEncoder, config: ThroughputConfig) -> str:
     side = encoder.image_size
     device = device_name(next(encoder.model.parameters()).device)
     decoder = "" if config.decoder == "none" else f", {config.decoder} decoder"
-    return f"{side}x{side}, {config.dtype}, {device}{decoder}"
+    return f"{side}x{side}, {config.dtype}, {device}{_windows(encoder, config)}{decoder}"
+
+
+def _windows(encoder: VisionEncoder, config: ThroughputConfig) -> str:
+    """What the settings ask for, for a student; nothing where they ask for nothing."""
+    if config.window_size is None or not encoder.is_student:
+        return ""
+    return f", windows of {config.window_size} patches" if config.window_size else ", global attention"
 
 
 def _settings(
     encoder: VisionEncoder, names: list[str], config: ThroughputConfig, device: torch.device, sam: Any
 ) -> dict:
+    left_out = {"overwrite", "device", "sam"} | ({"window_size"} if config.window_size is None else set())
     return {
-        **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "device", "sam")},
+        **{key: value for key, value in asdict(config).items() if key not in left_out},
         **encoder.settings(),
         "image_size": encoder.image_size,
         "device": device_name(device),
@@ -269,6 +280,7 @@ def _protocol(encoder: VisionEncoder, images: torch.Tensor, config: ThroughputCo
         "sam": "model alone, and with its SAM adaptor, SAM's neck and mask decoder for one box an image",
     }
     return (
-        f"{throughput_conditions(encoder.model, images)}; {decoders[config.decoder]}; median of {config.repeats} "
+        f"{throughput_conditions(encoder.model, images)}{_windows(encoder, config)}; {decoders[config.decoder]}; "
+        f"median of {config.repeats} "
         f"rounds after {config.warmup} to warm up, {models} model{'s' if models > 1 else ''} in turn in each"
     )
