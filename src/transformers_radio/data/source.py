@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import SourceConfig
+from .errors import SourceError
 from .files import TAR, find_files
 from .images import EXTENSIONS
 from .retry import Retry, is_temporary
@@ -28,10 +29,6 @@ FILES_PER_FOLDER_SHARD = 1000
 SAMPLES_LOOKED_AT = 20
 # The ids of datasets that this process has opened before. Every stage of a run opens its data anew.
 _opened_on_hub: set[str] = set()
-
-
-class SourceError(RuntimeError):
-    """The source cannot be read on, or too many of its images cannot be used; the message says what and the fix."""
 
 
 class Source:

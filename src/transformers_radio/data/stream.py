@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .config import DataConfig
+from .errors import SourceError
 from .images import SkippedImage, load_crops
 from .lanes import (
     MAX_OFFENDERS,
@@ -41,7 +42,7 @@ from .lanes import (
     slot_bytes,
     unchanged,
 )
-from .source import Source, SourceError
+from .source import Source
 
 logger = logging.getLogger(__name__)
 

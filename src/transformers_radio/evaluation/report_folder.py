@@ -10,7 +10,6 @@ from pathlib import Path
 from transformers_radio.teachers import TEACHERS
 
 from .report import Row, Table
-from .report_figure import quality_throughput_figure
 from .results import Result, slug
 
 # Tasks in the order of Table 1's columns; of their metrics those that have a column. Empty: all but those of a
@@ -146,6 +145,8 @@ def write_report(
     """
     measured = read_results(folders)
     table, students = report_table(measured, title)
+    from .report_figure import quality_throughput_figure  # Matplotlib and torch: after what can be wrong with folders
+
     output = Path(folders[0] if output is None else output)
     output.mkdir(parents=True, exist_ok=True)
     files = [_write(output / "report.md", table.to_markdown()), _write(output / "report.json", table.to_json())]
