@@ -105,7 +105,7 @@ def report(
 
     table, files = write_report(folders, output, title)
     console = Console()
-    console.print(table.to_rich())
+    console.print(table.to_rich(console.width))
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
 
 

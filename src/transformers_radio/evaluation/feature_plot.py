@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from .feature_statistics import ChannelStatistics, PatchNorms
 from .visualize import pca_rgb
@@ -20,6 +18,9 @@ def features_figure(
         table: positions (h, w, D) in the colours of three principal components, or None.
         path: replaced in one step, so that a reader never meets half a file.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8.4, 7.2), dpi=dpi, facecolor="white", layout="constrained")
     figure.suptitle(title, size=11)
     histogram, places, by_channel, positions = figure.subplots(2, 2).flatten()

@@ -5,9 +5,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from .results import Result
 
 Size = tuple[int, int]  # height, width
@@ -47,6 +44,9 @@ def resolution_figure(results: Sequence[Result], path: Path, dpi: int = 150) -> 
     Raises:
         ValueError: no result has a measure at a size.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     of_models = [curves(result) for result in results]
     measures = list(dict.fromkeys(measure for one in of_models for measure in one))
     if not measures:

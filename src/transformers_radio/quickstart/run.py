@@ -50,7 +50,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
         temporary.write_text(table.to_json(), encoding="utf-8")
         os.replace(temporary, table_path)
     console = Console()
-    console.print(table.to_rich())
+    console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
     return table
 

@@ -23,7 +23,6 @@ from ..classification import (
     resolution,
     store_config,
 )
-from ..classification_metrics import ZeroShotAccuracy
 from ..encoder import VisionEncoder
 from ..features import LabelledSplit
 from ..results import Result, done, result_path, work_folder
@@ -137,6 +136,8 @@ def _accuracy(store: SummaryStore, weights: torch.Tensor, split: LabelledSplit) 
             f"A label of {split.source} ({split.split}) is {store.labels.max()}, but there are {len(weights)} class "
             "names: give one name a class."
         )
+    from ..classification_metrics import ZeroShotAccuracy  # the library evaluate takes seconds to load
+
     metric = ZeroShotAccuracy(weights.to(PartialState().device))
     for summaries, labels in store.chunks(ROWS):
         metric.add_batch(predictions=summaries.to(metric.classifier.device), references=labels)
