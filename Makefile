@@ -4,6 +4,7 @@ VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help quickstart seeds ablations teachers test test-slow test-lmms quality bench clean
 .DEFAULT_GOAL := help
