@@ -178,7 +178,7 @@ if __name__ == "__main__":
 """
     script = folder.parent / f"killed_{method}.py"
     script.write_text(code)
-    run = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=600)
     workers = [int(pid) for pid in run.stdout.split()]
     assert len(workers) == 2, run.stderr
     deadline = time.monotonic() + 20

@@ -1,0 +1,68 @@
+"""Training processes that fork from one in which torch and transformers are loaded: loading them takes seconds."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["transformers_radio.training.train"])
+
+
+def _train(arguments, environment, output):
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    import torch
+
+    torch.set_num_threads(1)
+    from transformers_radio.training.__main__ import main
+
+    sys.exit(main(arguments))
+
+
+class Forked:
+    """`python -m transformers_radio.training ARGUMENTS`, with the methods of a `subprocess.Popen`."""
+
+    def __init__(self, arguments, **environment):
+        handle, self.output = tempfile.mkstemp()
+        os.close(handle)
+        self.process = context.Process(target=_train, args=([*map(str, arguments)], environment, self.output))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=600):
+        """(stdout and stderr together, None) at the end; what hangs is killed and has the exit code of that."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            self.process.join()
+        return Path(self.output).read_text(), None
+
+
+def fork_group(processes, arguments, **environment):
+    """The processes of a group, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Forked(arguments, **{name: str(value) for name, value in group.items()}, RANK=str(rank), LOCAL_RANK=str(rank),
+               ACCELERATE_USE_CPU="true", **environment)
+        for rank in range(processes)
+    ]  # fmt: skip
