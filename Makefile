@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -29,11 +30,11 @@ ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over th
 teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
 	$(BIN)/python -m transformers_radio.quickstart.train_teachers --output runs/teachers
 
-test: $(VENV)/installed  ## Run the tests, in as many processes as there are cores (under 20 minutes on 2)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/installed  ## Run the tests in TEST_PROCESSES at once (under 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/installed  ## Run the long tests too
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not lmms"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not lmms"
 
 $(LMMS_VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(LMMS_VENV)

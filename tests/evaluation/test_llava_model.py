@@ -162,7 +162,13 @@ def test_a_saved_llava_is_the_same(built, tmp_path):
         "tokens = llava.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs['input_ids'].shape[1]:]\n"
         "print('ANSWER', processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(), sep='|', end='|')\n"
     )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.run(
         [sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, capture_output=True, text=True
     )

@@ -33,7 +33,14 @@ def student_folder(tmp_path_factory):
 
 
 def environment(tmp_path, **extra):
-    return {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", **extra}
+    return {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **extra,
+    }
 
 
 def uper_net(student_folder) -> UperNetForSemanticSegmentation:

@@ -231,7 +231,13 @@ def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path):
         f"torch.save(processor(image, return_tensors='pt').pixel_values, {str(tmp_path / 'out.pt')!r})\n"
         f"processor.save_pretrained({str(tmp_path / 'again')!r})\n"
     )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
     assert (tmp_path / "again" / "image_processing_radio.py").exists()

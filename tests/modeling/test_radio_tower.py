@@ -201,7 +201,13 @@ def test_the_whole_llava_is_the_same_after_saving(tmp_path, student_folder):
         "model = LlavaForConditionalGeneration.from_pretrained('llava').eval()\n"
         "torch.save(model(input_ids=input_ids, pixel_values=pixel_values).logits, 'out.pt')\n"
     )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits)
 
@@ -240,7 +246,13 @@ def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path, student
         "tower = AutoModel.from_pretrained('tower', trust_remote_code=True).eval()\n"
         "torch.save(tower(torch.load('in.pt')).last_hidden_state, 'out.pt')\n"
     )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), tower(pixel_values).last_hidden_state)
 

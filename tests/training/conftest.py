@@ -67,6 +67,6 @@ def start_training():
     """Starts `python -m transformers_radio.training`; the caller waits, signals or kills."""
 
     def start(recipe, *overrides):
-        return Forked([recipe, *overrides], CUDA_VISIBLE_DEVICES="")
+        return Forked(recipe, *overrides, CUDA_VISIBLE_DEVICES="")
 
     return start

@@ -9,28 +9,32 @@ import tempfile
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["transformers_radio.training.train"])
 
 
-def _train(arguments, environment, output):
+def train(*arguments):
+    """`python -m transformers_radio.training ARGUMENTS`"""
+    from transformers_radio.training.__main__ import main
+
+    return main([*arguments])
+
+
+def _run(target, arguments, environment, output):
     os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
     import torch
 
     torch.set_num_threads(1)
-    from transformers_radio.training.__main__ import main
-
-    sys.exit(main(arguments))
+    sys.exit(target(*arguments))
 
 
 class Forked:
-    """`python -m transformers_radio.training ARGUMENTS`, with the methods of a `subprocess.Popen`."""
+    """`target(*arguments)` in a process of its own, whose exit code it returns; has a `subprocess.Popen`'s methods."""
 
-    def __init__(self, arguments, **environment):
+    def __init__(self, *arguments, target=train, **environment):
         handle, self.output = tempfile.mkstemp()
         os.close(handle)
-        self.process = context.Process(target=_train, args=([*map(str, arguments)], environment, self.output))
+        self.process = context.Process(target=_run, args=(target, [*map(str, arguments)], environment, self.output))
         self.process.start()
 
     @property
@@ -55,14 +59,16 @@ class Forked:
         return Path(self.output).read_text(), None
 
 
-def fork_group(processes, arguments, **environment):
+def fork_group(processes, *arguments, target=train, **environment):
     """The processes of a group, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group |= {"ACCELERATE_USE_CPU": "true", **environment}
     return [
-        Forked(arguments, **{name: str(value) for name, value in group.items()}, RANK=str(rank), LOCAL_RANK=str(rank),
-               ACCELERATE_USE_CPU="true", **environment)
+        Forked(
+            *arguments, target=target, **{k: str(v) for k, v in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        )
         for rank in range(processes)
-    ]  # fmt: skip
+    ]

@@ -64,9 +64,9 @@ def children(process):
     return [int(number) for number in listed.stdout.split()]
 
 
-def run(processes, *arguments, **environment):
+def run(processes, *arguments, **options):
     """All to the end, without a launcher; a deadlock is a failure, and leaves no processes behind."""
-    group = fork_group(processes, arguments, **environment)
+    group = fork_group(processes, *arguments, **options)
     outputs = [process.communicate()[0] for process in group]
     assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
     return outputs[0]
@@ -190,7 +190,7 @@ def test_a_dead_process_stops_all_and_the_same_command_goes_on_to_the_bit(make_r
         while process.poll() is None and not set(checkpoints.glob("step-*[0-9]")) - before:
             time.sleep(0.01)
 
-    group = fork_group(2, [recipe, *options])
+    group = fork_group(2, recipe, *options)
     wait_for_new_checkpoint(group[0])
     for process in group:  # the one that writes, and then the other, as a launcher does
         process.kill()
