@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help quickstart seeds ablations teachers test test-slow test-lmms quality bench clean
 .DEFAULT_GOAL := help
@@ -28,11 +30,11 @@ ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over th
 teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
 	$(BIN)/python -m transformers_radio.quickstart.train_teachers --output runs/teachers
 
-test: $(VENV)/installed  ## Run the tests (under 20 minutes on 2 cores)
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## Run the tests in TEST_PROCESSES at once (under 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/installed  ## Run the long tests too
-	$(BIN)/python -m pytest -m "not lmms"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not lmms"
 
 $(LMMS_VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(LMMS_VENV)

@@ -22,6 +22,7 @@ DEV = [
     *QUICKSTART,
     *EVALUATION,
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "mypy>=1.14",
     "import-linter>=2.1",

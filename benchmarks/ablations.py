@@ -14,6 +14,8 @@ import os
 import statistics
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
+
 from transformers_radio.evaluation.encoder import load_encoder
 from transformers_radio.quickstart.measure import Yardstick, measure
 from transformers_radio.quickstart.run import RECIPE

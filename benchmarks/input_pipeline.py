@@ -17,6 +17,8 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
+
 import numpy as np
 import skimage.data
 import torch

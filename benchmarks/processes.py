@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
+
 from omegaconf import OmegaConf
 
 from transformers_radio.quickstart.run import RECIPE

@@ -3,10 +3,13 @@
 The images and the teachers are the same for all; the seed changes the start, the order of the images, and the crops.
 """
 
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
 from transformers_radio.evaluation.report import Row, Table
 from transformers_radio.quickstart.run import run_quickstart

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
 import torch  # noqa: E402
 from input_pipeline import make_photos

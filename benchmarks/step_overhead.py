@@ -6,10 +6,13 @@ alternate in one process and the medians are compared, so that a machine that sl
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
 import torch
 from torch.nn import functional as F

@@ -1,11 +1,30 @@
 """The command line: parses, calls, prints. Training knobs are recipe fields (`key=value`), never flags."""
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+from transformers_radio.data import SourceError
+
+
+class Commands(TyperGroup):
+    """Ctrl-C is one line; also while libraries are imported."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), see the folder recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe fields as key=value, e.g. stages.main.steps=100.")]
@@ -33,10 +52,15 @@ def plan(
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
 ) -> None:
     """Show teachers, dims, resolutions, parameters, FLOPs, memory, samples seen; GPU-hours. Downloads nothing."""
-    from transformers_radio.training.plan import print_plan
+    from transformers_radio.training.gpus import find_gpu
     from transformers_radio.training.recipe import load_recipe
 
-    print_plan(load_recipe(recipe, overrides), processes, gpu, utilisation)
+    if gpu is not None:
+        find_gpu(gpu)
+    loaded = load_recipe(recipe, overrides)
+    from transformers_radio.training.plan import print_plan  # torch comes with it: what is mistyped has been named
+
+    print_plan(loaded, processes, gpu, utilisation)
 
 
 @app.command("eval")
@@ -61,12 +85,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure one thing for one or more models: students, teachers, or vision models of transformers."""
-    from accelerate import PartialState
-    from rich.console import Console
-
     from transformers_radio.evaluation.run import run_task
 
     results = run_task(task, model or [], data, recipe, output, overrides, models)
+    from accelerate import PartialState
+    from rich.console import Console
+
     if not PartialState().is_main_process:
         return
     console = Console()
@@ -88,7 +112,7 @@ def report(
 
     table, files = write_report(folders, output, title)
     console = Console()
-    console.print(table.to_rich())
+    console.print(table.to_rich(console.width))
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
 
 
@@ -104,7 +128,10 @@ def visualize(
     output: Annotated[Path, typer.Option(help="Folder of the PNG files.")] = Path("runs/visualize"),
 ) -> None:
     """Pictures of what models see: features, attention, position tables, words, masks."""
-    from transformers_radio.evaluation.visualize_run import visualize
+    from transformers_radio.evaluation.run import check_pictures
+
+    check_pictures(kind, model or [], recipe, overrides)
+    from transformers_radio.evaluation.visualize_run import visualize  # torch comes with it
 
     for path in visualize(kind, model or [], data, recipe, output, overrides):
         typer.echo(path)
@@ -126,9 +153,11 @@ def quickstart(
 
 def main() -> None:
     """User errors are one line; anything else keeps its traceback."""
+    # Read when torch is loaded. Else its threads spin for a core after every small product, also while others use it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, SourceError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

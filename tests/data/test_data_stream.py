@@ -156,7 +156,7 @@ if __name__ == "__main__":
 """
     script = folder.parent / "killed.py"
     script.write_text(code)
-    run = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=600)
     workers = [int(pid) for pid in run.stdout.split()]
     assert len(workers) == 1, run.stderr
     wait_for_the_end_of(workers)

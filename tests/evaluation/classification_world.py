@@ -76,9 +76,6 @@ def write_tar(folder, split: str, made: list[tuple[np.ndarray, int]]):
 def start_process(target, *arguments, rank: int = 0, world: int = 1, port: int = 0):
     """`target(*arguments)` in a process of its own, one of `world` that Accelerate joins over gloo."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["transformers_radio.evaluation.tasks.zero_shot"]
-    )  # imported once for all processes
     process = context.Process(target=_enter, args=(target, arguments, rank, world, port))
     process.start()
     return process

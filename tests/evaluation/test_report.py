@@ -53,10 +53,37 @@ def test_json_reads_back_as_the_same_table(table):
 
 def test_terminal_shows_every_cell_and_treats_brackets_as_text(table):
     console = Console(file=io.StringIO(), width=120)
-    console.print(table.to_rich())
+    console.print(table.to_rich(console.width))
     text = console.file.getvalue()
     for cell in ("student [tiny]", "CLIP | B", "432×768", "77.19", "FD loss", "–", "batch 8"):
         assert cell in text
+
+
+PAPER = ["Zero-shot", "k-NN", "ADE20k", "VOC", "GQA", "TextVQA", "VQAv2", "POPE F1", "SAM COCO"]  # Table 1
+
+
+@pytest.mark.parametrize("width", [80, 50, 30])
+@pytest.mark.parametrize("metrics", [["Zero-shot", "k-NN", "mIoU", "Masks"], PAPER], ids=["quickstart", "paper"])
+def test_a_narrow_terminal_cuts_neither_headings_nor_cells(metrics, width):
+    names = ["DFN CLIP-H/14", "RADIO student", "runs-mine-student-of-a-name-longer-than-any-narrow-terminal"]
+    rows = [
+        Row(name, 632_000_000, (432, 768), 1556.25, {metric: 10 + number for number, metric in enumerate(metrics)})
+        for name in names
+    ]
+    table = Table("Students and teachers", rows, ["a note"])
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table.to_rich(width))
+    lines = console.file.getvalue().splitlines()
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width and "…" not in text and "a note" in text
+    words = [word for line in lines for word in line.split()]
+    values = [f"{value:.2f}" for value in rows[0].metrics.values()]
+    for column, value in zip(table.columns, ["", "632", "432×768", "1556", *values], strict=True):
+        assert set(column.split()) <= set(words)
+        assert not value or words.count(value) == len(rows)
+    assert names[2] in "".join(line.split()[0] for line in lines if line[:1].strip())  # folded
+    if width == 80 and metrics != PAPER:
+        assert text.count("Model") == 1  # in a single table
 
 
 def test_a_value_that_is_no_number_is_refused():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_sam import make_student
 
-from transformers_radio.evaluation import run as run_module
+from transformers_radio.evaluation import summary_store
 from transformers_radio.evaluation.encoder import load_encoder, split_spec, split_title
 from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
 from transformers_radio.teachers.known import known_teacher
@@ -56,7 +56,7 @@ def test_models_that_would_share_their_files_are_refused(task, student, tmp_path
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_more_processes_than_a_task_can_use_are_refused(task, student, tmp_path, begun, monkeypatch):
-    monkeypatch.setattr(run_module, "start_processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(summary_store, "start_processes", lambda: SimpleNamespace(num_processes=2))
     if task in ONE_PROCESS:
         with pytest.raises(ValueError, match=f"eval {task} runs in one process, but 2 were started"):
             start(task, [str(student)], tmp_path)

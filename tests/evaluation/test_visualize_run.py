@@ -13,6 +13,7 @@ from tiny_sam import picture
 
 from transformers_radio.evaluation import visualize_run
 from transformers_radio.evaluation.encoder import load_encoder
+from transformers_radio.evaluation.run import PICTURES
 from transformers_radio.evaluation.visualize_features import common_columns
 from transformers_radio.evaluation.visualize_images import load_pictures
 from transformers_radio.evaluation.visualize_run import visualize
@@ -220,3 +221,7 @@ def test_each_model_sees_its_own_size_of_the_centre(student, folder, tmp_path, m
     centre = Image.fromarray(picture((60, 90), 0)).crop((15, 0, 75, 60)).resize((64, 64), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(centre)).permute(2, 0, 1) / 255
     torch.testing.assert_close(seen["mine"][0].cpu(), expected, atol=0.02, rtol=0)
+
+
+def test_the_kinds_that_are_told_before_torch_is_loaded_are_those_there_are():
+    assert tuple(visualize_run.KINDS) == PICTURES

@@ -281,7 +281,13 @@ def test_loads_as_remote_code_in_a_process_without_our_package(tmp_path, student
         "    model = auto.from_pretrained(name, trust_remote_code=True).eval()\n"
         "    torch.save(model(pixel_values).logits, name + '.pt')\n"
     )
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
     for name, logits in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits)

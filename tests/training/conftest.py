@@ -1,11 +1,9 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 
 # As in the processes that the tests start: bits are equal only for the same number of threads.
@@ -66,16 +64,9 @@ def make_recipe(tmp_path, image_folder, monkeypatch):
 
 @pytest.fixture
 def start_training():
-    """Starts `python -m transformers_radio.training` as users do; the caller waits, signals or kills."""
+    """Starts `python -m transformers_radio.training`; the caller waits, signals or kills."""
 
-    def start(recipe, *overrides, launcher=()):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, *launcher, "-m", "transformers_radio.training", str(recipe), *overrides]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(recipe, *overrides):
+        return Forked(recipe, *overrides, CUDA_VISIBLE_DEVICES="")
 
     return start

@@ -146,11 +146,11 @@ def sharded_average():
     assert emas[1].averages["0.weight"].placements == average.placements
 
 
-def test_the_average_of_sharded_weights_is_that_of_plain_ones():
-    run(2, module="test_ema")
-
-
-if __name__ == "__main__":
+def in_group():
     sharded_average()
     gc.collect()  # sharded models hold on to the group, whose threads would outlive the interpreter: an abort
     dist.destroy_process_group()
+
+
+def test_the_average_of_sharded_weights_is_that_of_plain_ones():
+    run(2, target=in_group)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from forked import fork_group
 from safetensors.torch import load_file
 
 from transformers_radio.training import load_recipe, placement, train
@@ -44,17 +45,16 @@ FSDP = {
 }
 
 
-def start(processes, *arguments, module="transformers_radio.training", **environment):
-    """`python -m module` under torchrun; for training the arguments are a recipe and its overrides."""
+def start(processes, *arguments):
+    """`python -m transformers_radio.training RECIPE [key=value ...]` under torchrun."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
-        **environment,
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "transformers_radio.training", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -65,17 +65,11 @@ def children(process):
 
 
 def run(processes, *arguments, **options):
-    """To the end; a deadlock is a failure, and leaves no processes behind."""
-    process = start(processes, *arguments, **options)
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        for child in children(process):
-            os.kill(child, signal.SIGKILL)
-        process.kill()
-        pytest.fail(f"{processes} processes hang: {process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, output[-5000:]
-    return output
+    """All to the end, without a launcher; a deadlock is a failure, and leaves no processes behind."""
+    group = fork_group(processes, *arguments, **options)
+    outputs = [process.communicate()[0] for process in group]
+    assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
+    return outputs[0]
 
 
 def weights(folder):
@@ -189,18 +183,23 @@ def test_a_checkpoint_goes_on_with_other_processes_and_another_engine(alone, mak
 def test_a_dead_process_stops_all_and_the_same_command_goes_on_to_the_bit(make_recipe, tmp_path):
     options = ["stages.main.steps=60", "checkpoints.every_steps=5", "data.lanes=2"]
     run(2, make_recipe("reference"), *options)
-    recipe = make_recipe("killed")
-    kills = 0
-    while kills < 2:
-        checkpoints = tmp_path / "killed" / "checkpoints"
+    recipe, checkpoints = make_recipe("killed"), tmp_path / "killed" / "checkpoints"
+
+    def wait_for_new_checkpoint(process):
         before = set(checkpoints.glob("step-*[0-9]"))
-        process = start(2, recipe, *options)
         while process.poll() is None and not set(checkpoints.glob("step-*[0-9]")) - before:
             time.sleep(0.01)
-        os.kill(children(process)[kills], signal.SIGKILL)  # one of the two
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode != 0, output
-        kills += 1
+
+    group = fork_group(2, recipe, *options)
+    wait_for_new_checkpoint(group[0])
+    for process in group:  # the one that writes, and then the other, as a launcher does
+        process.kill()
+        process.communicate()
+    launcher = start(2, recipe, *options)
+    wait_for_new_checkpoint(launcher)
+    os.kill(children(launcher)[1], signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=600)
+    assert launcher.returncode != 0, output
     run(2, recipe, *options)
     left, right = weights(tmp_path / "reference" / "student"), weights(tmp_path / "killed" / "student")
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
@@ -267,7 +266,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(make_recipe,
     while process.poll() is None and not ((stopped / "metrics.jsonl").exists() and metrics(stopped)):
         time.sleep(0.01)
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output  # the launcher's own, whatever its processes end with
     assert "stopped by a signal at step" in output, output
     (checkpoint,) = (stopped / "checkpoints").iterdir()

@@ -1,9 +1,10 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from transformers_radio.training.partition import micro_batch
 from transformers_radio.training.recipe import StudentRecipe, expand_paths, load_recipe, save_recipe
+from transformers_radio.training.validate import STUDENT_CONFIG_FIELDS, STUDENT_SIZES
 
 MINIMAL = """
 output_dir: {output}
@@ -118,3 +119,14 @@ def test_package_paths_resolve(recipe_file):
 def test_no_mixed_precision_may_be_written_plainly(recipe_file):
     """YAML reads a bare no as false."""
     assert load_recipe(recipe_file, ["mixed_precision=no"]).mixed_precision == "no"
+
+
+def test_the_sizes_and_fields_told_without_loading_the_configuration_are_its_own():
+    from transformers import PreTrainedConfig
+
+    from transformers_radio import RadioConfig
+
+    assert set(STUDENT_SIZES) == set(RadioConfig.sizes())
+    own = {field.name for field in fields(RadioConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    followed = {"adaptors", "summary_type", "num_cls_tokens", "summary_idxs", "preferred_resolution"}
+    assert own - followed <= set(STUDENT_CONFIG_FIELDS) and not followed & set(STUDENT_CONFIG_FIELDS)

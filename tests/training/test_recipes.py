@@ -13,7 +13,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from test_processes import FSDP
 
 from transformers_radio.training import load_recipe, plan
-from transformers_radio.training.cluster import find_gpu, stage_time
+from transformers_radio.training.cluster import stage_time
+from transformers_radio.training.gpus import find_gpu
 from transformers_radio.training.partition import stage_groups
 
 FOLDER = Path(__file__).parents[2] / "recipes"

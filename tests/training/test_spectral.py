@@ -333,11 +333,11 @@ def sharded_training():
         assert torch.allclose(whole, expected[key], rtol=1e-4, atol=1e-5), (key, (whole - expected[key]).abs().max())
 
 
-def test_sharded_over_two_processes_it_trains_as_in_one():
-    run(2, module="test_spectral")
-
-
-if __name__ == "__main__":
+def in_group():
     sharded_training()
     gc.collect()  # sharded models hold on to the group, whose threads would outlive the interpreter: an abort
     dist.destroy_process_group()
+
+
+def test_sharded_over_two_processes_it_trains_as_in_one():
+    run(2, target=in_group)

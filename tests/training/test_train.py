@@ -89,7 +89,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, finished, make_reci
     process = start_training(recipe)
     _wait_for_step(tmp_path / "stopped", 2, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert "Traceback" not in output, output
     if process.returncode != 0:  # else it was quicker than the signal
         assert process.returncode == 128 + number and "run the same command again" in output
@@ -217,7 +217,7 @@ def test_workers_and_skip_share_may_change_between_starts(make_recipe, start_tra
     process = start_training(recipe)
     _wait_for_step(tmp_path / "moved", 2, process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate()
     train(load_recipe(recipe, ["data.num_workers=1", "data.max_skipped_share=0.5"]))
     assert_same_weights(finished, tmp_path / "moved")
 
@@ -328,7 +328,7 @@ def test_the_students_image_processor_gives_what_it_was_trained_on(finished):
         ("stages.main.resolution=33", "multiples of 8 up to 64, the nearest is 32"),
         ("stages.main.resolution=128", "multiples of 8 up to 64, the nearest is 64"),
         ("teachers.clip.checkpoint=tiny_teachers:Nobody", "teachers.clip .* has no 'Nobody'"),
-        ("teachers.clip.type=clipp", "teachers.clip .*clipp"),
+        ("teachers.clip.type=clipp", "teachers.clip.type is .clipp."),
         ("teachers.sam.feature_weight=0", "teachers.sam teaches nothing"),
         ("data.path=/nowhere/at/all", "/nowhere/at/all"),
         ("stages.main.micro_batch_size=3", "make it a multiple of 3"),
@@ -371,7 +371,8 @@ def test_ten_kills_at_random_moments_change_nothing(make_recipe, start_training,
     options = ["stages.main.steps=400", "checkpoints.every_steps=7", "data.num_workers=1"]
     reference = start_training(make_recipe("reference"), *options)
     started = time.monotonic()
-    assert reference.wait(timeout=300) == 0, reference.stdout.read()
+    output, _ = reference.communicate()
+    assert reference.returncode == 0, output
     duration = time.monotonic() - started
     recipe = make_recipe("killed")
     rng = random.Random(0)
@@ -386,7 +387,7 @@ def test_ten_kills_at_random_moments_change_nothing(make_recipe, start_training,
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate()
         resumed += "continuing" in output
         if process.returncode == 0:
             break
@@ -416,7 +417,11 @@ def test_tensorboard_shows_every_step_once_after_a_kill(make_recipe, start_train
     _wait_for_step(tmp_path / "killed", 9, process)
     process.kill()
     process.communicate()
-    time.sleep(1.1)  # TensorBoard orders its files by the second they were opened in
+    for path in (tmp_path / "killed" / "tracker").rglob("events.out.tfevents.*"):
+        # TensorBoard orders its files by the second they were opened in: this one a minute ago.
+        kind, _, rest = path.name.partition("tfevents.")
+        second, _, where = rest.partition(".")
+        path.rename(path.with_name(f"{kind}tfevents.{int(second) - 60}.{where}"))
     train(load_recipe(recipe, options))
     events = EventAccumulator(str(tmp_path / "killed" / "tracker"))
     events.Reload()

@@ -1,13 +1,12 @@
 """Runs with everything that the recipe offers: they learn, resume to the bit, and leave a plain student."""
 
+import importlib
 import json
-import os
 import re
+import resource
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -218,31 +217,29 @@ def test_data_that_cannot_be_dealt_out_as_before_is_refused_unless_told(make_rec
     assert result.step == 12 and "begins again" in caplog.text
 
 
-LIMITED = """
-import importlib, resource, sys
-module = importlib.import_module("transformers_radio.training.train")
-save = module.save_checkpoint
-def limited(*arguments):
-    if any(isinstance(one, dict) and one.get("step") == 6 for one in arguments):
-        # Like a disk that fills up: no file can grow further.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return save(*arguments)
-module.save_checkpoint = limited
-from transformers_radio.training.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
+def train_until_the_disk_is_full(recipe):
+    module = importlib.import_module("transformers_radio.training.train")
+    save = module.save_checkpoint
+
+    def limited(*arguments):
+        if any(isinstance(one, dict) and one.get("step") == 6 for one in arguments):
+            # Like a disk that fills up: no file can grow further.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return save(*arguments)
+
+    module.save_checkpoint = limited
+    return forked.train(recipe)
 
 
 def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(make_recipe, tmp_path):
     train(load_recipe(make_recipe("whole")))
     recipe = make_recipe("full")
-    command = [sys.executable, "-c", LIMITED, str(recipe)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    stopped = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr[-3000:]
+    stopped = forked.Forked(recipe, target=train_until_the_disk_is_full)
+    output, _ = stopped.communicate()
+    assert stopped.returncode == 1 and "Traceback" not in output, output[-3000:]
     folder = tmp_path / "full" / "checkpoints"
-    assert f"the checkpoint {folder / 'step-00000006'} could not be written" in stopped.stderr
-    assert re.search(rf"{folder} has [\d,]+ bytes free.*make room on the disk", stopped.stderr)
+    assert f"the checkpoint {folder / 'step-00000006'} could not be written" in output
+    assert re.search(rf"{folder} has [\d,]+ bytes free.*make room on the disk", output)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
     train(load_recipe(recipe))
     left, right = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "full"))

@@ -1,22 +1,39 @@
 """Streaming images: one source or a mixture, one shared random crop, one tensor per resolution, exact resume."""
 
-from .config import DataConfig, SourceConfig
-from .count import count_images
-from .images import decode_rgb, random_crop
-from .listing import keep_files, list_files
-from .source import SourceError
-from .stream import Batch, ImageStream, merge_states
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "ImageStream",
-    "SourceConfig",
-    "SourceError",
-    "count_images",
-    "decode_rgb",
-    "keep_files",
-    "list_files",
-    "merge_states",
-    "random_crop",
-]
+if TYPE_CHECKING:
+    from .config import DataConfig as DataConfig
+    from .config import SourceConfig as SourceConfig
+    from .count import count_images as count_images
+    from .errors import SourceError as SourceError
+    from .images import decode_rgb as decode_rgb
+    from .images import random_crop as random_crop
+    from .listing import keep_files as keep_files
+    from .listing import list_files as list_files
+    from .stream import Batch as Batch
+    from .stream import ImageStream as ImageStream
+    from .stream import merge_states as merge_states
+
+_MODULES = {
+    "Batch": "stream",
+    "DataConfig": "config",
+    "ImageStream": "stream",
+    "SourceConfig": "config",
+    "SourceError": "errors",
+    "count_images": "count",
+    "decode_rgb": "images",
+    "keep_files": "listing",
+    "list_files": "listing",
+    "merge_states": "stream",
+    "random_crop": "images",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    # torch is imported with the first name that needs it, so that a recipe's mistakes are named before
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .config import DataConfig
+from .errors import SourceError
 from .images import SkippedImage, load_crops
-from .source import Source, SourceError
+from .source import Source
 
 # Images that are named in messages and in the state, per lane.
 MAX_OFFENDERS = 5

@@ -14,6 +14,7 @@ from typing import Any
 
 from .columns import ColumnError, choose_from_table
 from .config import SourceConfig
+from .errors import SourceError
 from .listing import Found, disable_retries_of_datasets, explained, find_source, load_builder, patiently, where_of
 from .parquet import count_rows, find_column, read_parquet, times_read
 from .remote import is_url, open_stream, size_of, without_query
@@ -27,10 +28,6 @@ FILES_PER_FOLDER_SHARD = 1000
 EVERY_RECORD = range(sys.maxsize)
 # Longer text is no path of a file.
 LONGEST_PATH = 4096
-
-
-class SourceError(RuntimeError):
-    """The source cannot be read on, or too many of its images cannot be used; the message says what and the fix."""
 
 
 class Source:

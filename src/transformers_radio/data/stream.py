@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from .columns import hint_of_base64, is_base64
 from .config import DataConfig
+from .errors import SourceError
 from .images import SkippedImage, load_crops
 from .lanes import (
     MAX_OFFENDERS,
@@ -43,7 +44,7 @@ from .lanes import (
     slot_bytes,
     unchanged,
 )
-from .source import Source, SourceError
+from .source import Source
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 
+import rich.box
+import rich.console
 import rich.table
+from rich.cells import cell_len
 from rich.text import Text
 
 MISSING = "–"
@@ -83,15 +86,41 @@ class Table:
         fields["rows"] = [Row(**row) for row in fields["rows"]]
         return cls(**fields)
 
-    def to_rich(self) -> rich.table.Table:
-        """For `rich.console.Console().print`."""
-        table = rich.table.Table(title=Text(self.title), caption_justify="left")
-        table.caption = Text("\n".join(self.notes)) if self.notes else None
-        for number, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if number else "left")
-        for row in self.cells():
-            table.add_row(*(Text(text, style="bold green" if best else "") for text, best in row))
-        return table
+    def to_rich(self, width: int = 80) -> rich.console.Group:
+        """For `rich.console.Console().print`, at most `width` characters wide.
+
+        Headings wrap between their words; columns without room follow below, in further tables with the models again.
+        """
+        cells = self.cells()
+        columns = [[name, *(row[number][0] for row in cells)] for number, name in enumerate(self.columns)]
+        widths = [max(map(cell_len, one)) for one in columns]
+        if _total(widths, [*range(len(widths))]) > width:
+            widths = [min(width // 3, max(cell_len(word) for text in one for word in text.split())) for one in columns]
+            widths[0] = min(widths[0], width // 5)  # the models' names fold before there is a second table
+        parts: list[list[int]] = [[]]  # the columns of each table, besides the models'
+        for number in range(1, len(columns)):
+            if _total(widths, [0, *parts[-1], number]) > width and parts[-1]:
+                parts.append([])
+            parts[-1].append(number)
+        shown: list[rich.table.Table | Text] = []
+        for part in parts:
+            table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+            room = width - _total(widths, [0, *part]) + widths[0]
+            models = max(widths[0], min(room, max(map(cell_len, columns[0]))))
+            table.add_column(Text(self.columns[0]), width=models, overflow="fold")
+            for number in part:
+                table.add_column(Text(self.columns[number]), justify="right", width=widths[number], overflow="fold")
+            for row in cells:
+                table.add_row(*(Text(row[n][0], style="bold green" if row[n][1] else "") for n in (0, *part)))
+            shown += [table, Text()]
+        assert isinstance(shown[0], rich.table.Table)
+        shown[0].title = Text(self.title)
+        return rich.console.Group(*shown, Text("\n".join(self.notes)))
+
+
+def _total(widths: list[int], columns: list[int]) -> int:
+    """The width of a table of these columns: two spaces between them."""
+    return sum(widths[number] for number in columns) + 2 * (len(columns) - 1)
 
 
 def _params(row: Row) -> str:

@@ -11,7 +11,6 @@ from transformers_radio.teachers import TEACHERS
 
 from .paths import expand_home
 from .report import Row, Table
-from .report_figure import quality_throughput_figure
 from .results import Result, slug
 
 # Tasks in the order of Table 1's columns; of their metrics those that have a column. Empty: all but those of a
@@ -153,6 +152,8 @@ def write_report(
         raise ValueError(
             f"Two of {', '.join(students)} would have one file beside the table: give one another title (TITLE=MODEL)."
         )
+    from .report_figure import quality_throughput_figure  # Matplotlib and torch: after what can be wrong with folders
+
     output = Path(expand_home(str(folders[0] if output is None else output)))
     output.mkdir(parents=True, exist_ok=True)
     files = [_write(output / "report.md", table.to_markdown()), _write(output / "report.json", table.to_json())]

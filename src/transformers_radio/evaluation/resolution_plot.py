@@ -69,6 +69,7 @@ def resolution_figure(results: Sequence[Result], path: Path) -> list[Path]:
     Raises:
         ValueError: no result has a measure at a size.
     """
+
     of_models = [curves(result) for result in results]
     measures = list(dict.fromkeys(measure for one in of_models for measure in one))
     if not measures:

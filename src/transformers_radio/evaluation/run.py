@@ -13,10 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .encoder import split_title
+from .hub_names import check_model
 from .paths import expand_home
 from .results import Result, slug
-from .summary_store import start_processes
 
 # task -> its module and its settings
 TASKS = {
@@ -31,6 +30,7 @@ TASKS = {
 }
 # Their work is not spread over processes: each would do all of it, and write the same files.
 ONE_PROCESS = ("sam-coco", "throughput", "resolution", "features")
+PICTURES = ("features", "attention", "positions", "heat-map", "masks")  # of `transformers-radio visualize`
 
 
 def run_task(
@@ -65,6 +65,12 @@ def run_task(
     if not models:
         raise ValueError("There is no model to evaluate: name at least one with --model.")
     models, output = [expand_home(model) for model in models], Path(expand_home(str(output)))
+    _check_form(recipe, overrides)
+    for model in models:
+        check_model(model)
+    from .encoder import split_title  # torch comes with these: what is mistyped has been named
+    from .summary_store import start_processes
+
     module_name, config_name = TASKS[task]
     module = importlib.import_module(f"transformers_radio.evaluation.tasks.{module_name}")
     config = load_config(getattr(module, config_name), data, recipe, overrides)
@@ -99,6 +105,29 @@ def named_models(path: str | Path, chosen: list[str]) -> list[str]:
             f"{path} holds no models; expected lines of TITLE: MODEL, as in recipes/evaluation/table1.yaml."
         )
     return [f"{name}={content[name]}" if name in content else name for name in chosen or content]
+
+
+def check_pictures(kind: str, models: list[str], recipe: str | Path | None, overrides: list[str] | None) -> None:
+    """Of `transformers-radio visualize`, before torch is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: an unknown kind or type of model, no model, a file or model that is not there.
+    """
+    if kind not in (*PICTURES, "all"):
+        raise ValueError(f"There is no picture {kind!r}: use one of {', '.join(PICTURES)}, or all.")
+    if not models:
+        raise ValueError("There is no model to show: name at least one with --model.")
+    _check_form(recipe, overrides)
+    for model in models:
+        check_model(model)
+
+
+def _check_form(recipe: str | Path | None, overrides: list[str] | None) -> None:
+    if recipe is not None and not Path(recipe).is_file():
+        raise FileNotFoundError(f"There is no recipe {recipe}; recipes are YAML files, see recipes/evaluation/.")
+    for override in overrides or []:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is not of the form key=value, such as k=20.")
 
 
 def load_config(schema: type, data: str | None, recipe: str | Path | None, overrides: list[str] | None) -> Any:

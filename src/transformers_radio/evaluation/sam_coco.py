@@ -25,7 +25,6 @@ from .coco_data import (
     load_detections,
     mask_library,
 )
-from .mask_average_precision import MaskAveragePrecision, average_precision_library
 from .prompted_masks import SamEncoder, StudentEncoder, mask_overlap, predict_masks
 
 
@@ -62,6 +61,8 @@ def evaluate_sam_coco(
     if config.detections is None:
         images, crowds = load_annotations(config)
     else:
+        from .mask_average_precision import average_precision_library  # the library evaluate takes seconds to load
+
         average_precision_library()
         images = load_detections(config)
     records, file = open_results(Path(results), _settings(encoder, sam, config, images))
@@ -129,6 +130,8 @@ def _average_precision(config: SamCocoConfig, records: list[dict[str, Any]]) -> 
     for entry in content["annotations"]:
         truths[entry["image_id"]]["annotations"].append(entry)
     detections = {record["image_id"]: record["detections"] for record in records}
+    from .mask_average_precision import MaskAveragePrecision
+
     metric = MaskAveragePrecision()
     for number, truth in truths.items():
         metric.add(prediction=detections.get(number, []), reference=truth)

@@ -17,7 +17,7 @@ from .features import resize_image
 from .paths import expand_home
 from .prompted_masks import StudentEncoder
 from .results import slug
-from .run import load_config
+from .run import check_pictures, load_config
 from .visualize import teacher_student_figure
 from .visualize_attention import attention_figure, summary_attention
 from .visualize_features import common_columns, own_columns
@@ -82,10 +82,7 @@ def visualize(
     Raises:
         ValueError, OSError: an unknown kind or setting, models or data that cannot be used or do not suit the kind.
     """
-    if kind != "all" and kind not in KINDS:
-        raise ValueError(f"There is no picture {kind!r}: use one of {', '.join(KINDS)}, or all.")
-    if not models:
-        raise ValueError("There is no model to show: name at least one with --model.")
+    check_pictures(kind, models, recipe, overrides)
     config = load_config(VisualizeConfig, data, recipe, overrides)
     if config.basis not in BASES:
         raise ValueError(f"basis is {config.basis!r}; expected one of {', '.join(BASES)}.")

@@ -111,7 +111,9 @@ def encode_split(encoder: VisionEncoder, images: torch.Tensor, mapped: int, desc
     Args:
         images: uint8 (N, 3, H, W).
     """
-    summaries, languages, maps = [], [], []
+    summaries: list[torch.Tensor] = []
+    languages: list[torch.Tensor] = []
+    maps: list[torch.Tensor] = []
     for batch in tqdm(resize_images(images, encoder.image_size).split(BATCH_SIZE), desc=description, unit="batch"):
         encoded = encoder.encode(batch.float() / 255)
         summaries.append(encoded.summary)

@@ -3,19 +3,15 @@
 import os
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
+from transformers_radio.training import Recipe, load_recipe
 
-from transformers_radio.evaluation.encoder import VisionEncoder, load_encoder
-from transformers_radio.evaluation.features import load_labelled_images
-from transformers_radio.evaluation.report import Row, Table
-from transformers_radio.evaluation.throughput import throughput, throughput_conditions
-from transformers_radio.evaluation.visualize import teacher_student_figure
-from transformers_radio.training import Recipe, load_recipe, train
-
-from .measure import Yardstick, measure, resize_images
 from .world import make_world
+
+if TYPE_CHECKING:  # torch comes with it
+    from transformers_radio.evaluation import Table
+    from transformers_radio.evaluation.encoder import VisionEncoder
 
 RECIPE = Path(str(resources.files("transformers_radio.quickstart") / "recipe.yaml"))
 TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
@@ -23,15 +19,21 @@ STUDENT = "RADIO student"
 PICTURED = 6
 
 
-def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | None:
+def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table | None":
     """Does what is not done yet in `output` and returns the table; None when a signal stopped the training.
 
     Writes output/world (made images) and output/run: the recipe, checkpoints and metrics, student/ (the model that
     AutoModel loads), table.md, table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
     output = output.expanduser()
+    settings = [f"output_dir={output / 'run'}", f"data.path={output / 'world'}", *(overrides or [])]
+    recipe = load_recipe(RECIPE, settings)
     world = make_world(output / "world")
-    recipe = load_recipe(RECIPE, [f"output_dir={output / 'run'}", f"data.path={world.directory}", *(overrides or [])])
+    from rich.console import Console  # what is mistyped has been named
+
+    from transformers_radio.evaluation import Table
+    from transformers_radio.training import train
+
     result = train(recipe)
     if result.student_dir is None:
         return None
@@ -49,13 +51,15 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> Table | 
         temporary.write_text(table.to_json(), encoding="utf-8")
         os.replace(temporary, table_path)
     console = Console()
-    console.print(table.to_rich())
+    console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
     return table
 
 
-def load_encoders(recipe: Recipe, student_dir: Path) -> list[VisionEncoder]:
+def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
     """The rows of the table: the recipe's teachers, then the student; all in float32, whatever they taught in."""
+    from transformers_radio.evaluation.encoder import load_encoder
+
     teachers = [
         load_encoder(f"{TITLES.get(name, name)}={spec.type}:{spec.checkpoint}", spec.image_size)
         for name, spec in recipe.teachers.items()
@@ -63,8 +67,14 @@ def load_encoders(recipe: Recipe, student_dir: Path) -> list[VisionEncoder]:
     return [*teachers, load_encoder(f"{STUDENT}={student_dir}", adaptor="clip")]
 
 
-def evaluate(encoders: list[VisionEncoder], world: Path, recipe: Recipe) -> Table:
+def evaluate(encoders: "list[VisionEncoder]", world: Path, recipe: Recipe) -> "Table":
     """A row a model: what `measure` gives, and throughput, interleaved in one run."""
+    import torch
+
+    from transformers_radio.evaluation import Row, Table, throughput, throughput_conditions
+
+    from .measure import Yardstick, measure
+
     yardstick = Yardstick(world, recipe)
     inputs = {encoder.name: torch.rand(32, 3, encoder.image_size, encoder.image_size) for encoder in encoders}
     speed = throughput({encoder.name: encoder.model for encoder in encoders}, inputs, repeats=8)
@@ -83,8 +93,14 @@ def evaluate(encoders: list[VisionEncoder], world: Path, recipe: Recipe) -> Tabl
     )
 
 
-def picture(encoders: list[VisionEncoder], world: Path, path: Path) -> None:
+def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
     """Input, PCA of each teacher's features, PCA of the student's, for a few validation images."""
+    import torch
+
+    from transformers_radio.evaluation import load_labelled_images, teacher_student_figure
+
+    from .measure import resize_images
+
     images = load_labelled_images(world, "validation", 128, limit=PICTURED).images
     columns = {}
     with torch.no_grad():

@@ -8,14 +8,16 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import IterableDataset, load_dataset
 from PIL import Image
 from tqdm import tqdm
 
 from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 __all__ = ["CLASS_NAMES", "MATERIALS", "SHAPES", "World", "make_world", "read_split"]
 
@@ -161,7 +163,7 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
     return world
 
 
-def read_split(directory: Path, split: str, columns: Sequence[str] | None = None) -> IterableDataset:
+def read_split(directory: Path, split: str, columns: Sequence[str] | None = None) -> "IterableDataset":
     """Stream the samples of one split, in order.
 
     Args:
@@ -178,5 +180,7 @@ def read_split(directory: Path, split: str, columns: Sequence[str] | None = None
     shards = sorted(str(path) for path in Path(directory).glob(f"{split}-{SHARD_NUMBER}.tar"))
     if not shards:
         raise FileNotFoundError(f"no {split}-*.tar in {directory}; make the world with make_world(directory)")
+    from datasets import load_dataset
+
     dataset = load_dataset("webdataset", data_files={split: shards}, split=split, streaming=True)
     return dataset.select_columns(list(columns)) if columns else dataset

@@ -1,40 +1,47 @@
 """Frozen teachers, one file a family, one contract: `build_teacher(...)(images in [0, 1]) -> TeacherOutput`."""
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers_radio.teachers.base import Teacher, TeacherOutput, check_options, digest_weights
-from transformers_radio.teachers.checkpoints import portable_checkpoint, resolve_checkpoint
-from transformers_radio.teachers.open_clip import OpenClipTeacher, load_text_encoder
-from transformers_radio.teachers.python import python_teacher
-from transformers_radio.teachers.segment_anything import SegmentAnythingTeacher, load_sam
-from transformers_radio.teachers.timm import TimmTeacher
-from transformers_radio.teachers.transformers import transformers_teacher
+if TYPE_CHECKING:
+    from .base import Teacher as Teacher
+    from .base import TeacherOutput as TeacherOutput
+    from .base import digest_weights as digest_weights
+    from .checkpoints import portable_checkpoint as portable_checkpoint
+    from .checkpoints import resolve_checkpoint as resolve_checkpoint
+    from .open_clip import load_text_encoder as load_text_encoder
+    from .segment_anything import load_sam as load_sam
 
-__all__ = [
-    "TEACHERS",
-    "Teacher",
-    "TeacherOutput",
-    "build_teacher",
-    "digest_weights",
-    "load_sam",
-    "load_text_encoder",
-    "portable_checkpoint",
-    "resolve_checkpoint",
-]
-
-TEACHERS: dict[str, Callable[..., Teacher]] = {
-    "open_clip": OpenClipTeacher,
-    "transformers": transformers_teacher,
-    "segment_anything": SegmentAnythingTeacher,
-    "timm": TimmTeacher,
-    "python": python_teacher,
+# type -> the module in this package, and what it has to make one
+TEACHERS = {
+    "open_clip": ("open_clip", "OpenClipTeacher"),
+    "transformers": ("transformers", "transformers_teacher"),
+    "segment_anything": ("segment_anything", "SegmentAnythingTeacher"),
+    "timm": ("timm", "TimmTeacher"),
+    "python": ("python", "python_teacher"),
 }
+_MODULES = {
+    "Teacher": "base",
+    "TeacherOutput": "base",
+    "digest_weights": "base",
+    "load_sam": "segment_anything",
+    "load_text_encoder": "open_clip",
+    "portable_checkpoint": "checkpoints",
+    "resolve_checkpoint": "checkpoints",
+}
+__all__ = ["TEACHERS", "build_teacher", *_MODULES]
+
+
+def __getattr__(name: str):
+    # torch is imported with the first name that needs it, so that a mistyped teacher is named before
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def build_teacher(
     type: str, checkpoint: str, image_size: int | None = None, dtype: str = "float32", **options: Any
-) -> Teacher:
+) -> "Teacher":
     """A frozen teacher, on the CPU; its libraries are imported here and not before.
 
     Args:
@@ -50,10 +57,15 @@ def build_teacher(
         ValueError: for an unknown type or option, an impossible image_size, or weights that do not fit.
         ImportError: when the type's library is not installed; names the pip extra.
     """
+    from .base import check_options
+    from .checkpoints import resolve_checkpoint
+
     if type not in TEACHERS:
         raise ValueError(f"teacher type {type!r} is unknown: use one of {', '.join(TEACHERS)}")
+    module, name = TEACHERS[type]
+    make = getattr(import_module(f".{module}", __name__), name)
     if type not in ("transformers", "python"):  # these two check the options of the class that they choose
-        check_options(f"the {type} teacher", TEACHERS[type], options)
+        check_options(f"the {type} teacher", make, options)
     if type != "python":  # whose checkpoint is its own affair
         checkpoint = resolve_checkpoint(checkpoint)
-    return TEACHERS[type](checkpoint, image_size, dtype, **options)
+    return make(checkpoint, image_size, dtype, **options)

@@ -1,21 +1,26 @@
 """`accelerate launch -m transformers_radio.training RECIPE [key=value ...]`: the run of `transformers-radio train`."""
 
+import os
 import sys
 
-import torch
-
 from transformers_radio.data import SourceError
-
-from .recipe import load_recipe
-from .train import train
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 when finished, 128 + number when a signal stopped it. Errors of a user are one line."""
+    # Read when torch is loaded. Else its threads spin for a core after every small product, also while others use it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments:
         raise SystemExit("usage: python -m transformers_radio.training RECIPE [key=value ...]")
     try:
-        result = train(load_recipe(arguments[0], arguments[1:]))
+        from .recipe import load_recipe
+
+        recipe = load_recipe(arguments[0], arguments[1:])  # its mistakes are named before torch is loaded
+        import torch
+
+        from .train import train
+
+        result = train(recipe)
     except (ValueError, OSError, ImportError, FloatingPointError, SourceError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:  # before the first step, or a second time: else the step ends and is saved

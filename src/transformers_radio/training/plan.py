@@ -13,9 +13,10 @@ from transformers_radio.teachers import Teacher
 from transformers_radio.teachers.known import is_on_disk, known_teacher
 
 from .checks import check_disk, check_layout, unused_windows
-from .cluster import Load, find_gpu, stage_loads, stage_time, uneven_shares
+from .cluster import Load, stage_loads, stage_time, uneven_shares
 from .distill import TeacherShape, build_student
 from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
+from .gpus import find_gpu
 from .partition import Group, stage_groups
 from .placement import load_teacher, sharding_ranks
 from .processes import resolve_precision, warn_of_slow_precision
@@ -33,7 +34,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     downloaded: teachers that are not on the disk have the shapes of their released architecture.
 
     Args:
-        gpu: a name of `cluster.GPUS`, for time and memory on these; one process each.
+        gpu: a name of `gpus.GPUS`, for time and memory on these; one process each.
         utilisation: the share of their peak FLOP/s that the arithmetic reaches.
 
     Raises:

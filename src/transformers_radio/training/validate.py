@@ -4,19 +4,23 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from transformers_radio.modeling import RadioConfig
+from transformers_radio.teachers import TEACHERS
 
 if TYPE_CHECKING:
     from .recipe import GroupRecipe, Recipe, StageRecipe
 
-# Fields of RadioConfig that a recipe may set: not those that follow from student.summary, the teachers and the stages.
-STUDENT_CONFIG_FIELDS = tuple(
-    sorted(
-        {f.name for f in fields(RadioConfig)}
-        - {"adaptors", "summary_type", "num_cls_tokens", "summary_idxs", "preferred_resolution"}
-    )
+# `RadioConfig.sizes()` and the fields of RadioConfig that a recipe may set: not those that follow from
+# student.summary, the teachers and the stages. Written out, as RadioConfig itself takes seconds to load.
+STUDENT_SIZES = ("vit-ti-16", "vit-s-16", "vit-b-16", "vit-l-16", "vit-h-16", "vit-so400m-16", "vit-g-16")
+STUDENT_CONFIG_FIELDS = (
+    *("architectures", "attention_probs_dropout_prob", "chunk_size_feed_forward", "cpe_sampling", "cpe_scale"),
+    *("drop_path_rate", "dtype", "final_norm", "hidden_act", "hidden_dropout_prob", "hidden_size", "id2label"),
+    *("image_size", "initializer_range", "is_encoder_decoder", "label2id", "layer_norm_eps", "layerscale_value"),
+    *("max_img_size", "mlp_norm", "mlp_ratio", "norm_mean", "norm_std", "num_attention_heads", "num_channels"),
+    *("num_hidden_layers", "num_registers", "output_hidden_states", "patch_dim", "patch_size", "pos_dropout"),
+    *("problem_type", "qkv_bias", "return_dict", "train_window_probability", "train_window_sizes"),
+    *("transformers_version", "use_swiglu_ffn", "video_patch_dim", "video_temporal_patch_size"),
+    *("window_num_global", "window_num_windowed", "window_prefix", "window_size"),
 )
 
 
@@ -31,12 +35,7 @@ def validate(recipe: "Recipe") -> None:
     for name, teacher in recipe.teachers.items():
         where = f"teachers.{name}"
         _require(name.isidentifier(), where, name, "a name of letters, digits and _ (it names the adaptor's weights)")
-        _require(
-            not hasattr(nn.ModuleDict(), name),
-            where,
-            name,
-            "another name: the student keeps its adaptors in an nn.ModuleDict, which has an attribute of this one",
-        )
+        _one_of(f"{where}.type", teacher.type, tuple(TEACHERS))
         _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16", "auto"))
         _one_of(f"{where}.placement", teacher.placement, ("device", "offloaded", "sharded"))
         for key in ("summary_weight", "feature_weight"):
@@ -71,13 +70,26 @@ def validate(recipe: "Recipe") -> None:
         ("log_every_steps", recipe.log_every_steps),
     ):
         _above_zero(where, value)
+    _validate_adaptor_names(recipe)  # last: torch takes seconds to load
+
+
+def _validate_adaptor_names(recipe: "Recipe") -> None:
+    from torch import nn
+
+    for name in recipe.teachers:
+        _require(
+            not hasattr(nn.ModuleDict(), name),
+            f"teachers.{name}",
+            name,
+            "another name: the student keeps its adaptors in an nn.ModuleDict, which has an attribute of this one",
+        )
 
 
 def _validate_student(recipe: "Recipe") -> None:
     student = recipe.student
     _one_of("student.summary", student.summary, ("cls_per_teacher", "cls", "mean"))
     if student.checkpoint is None:
-        _one_of("student.size", student.size, tuple(RadioConfig.sizes()))
+        _one_of("student.size", student.size, STUDENT_SIZES)
         _require(student.keep_adaptors is None, "student.keep_adaptors", student.keep_adaptors, "a student.checkpoint")
     else:  # the checkpoint says this already
         for name in ("summary", "head_hidden_dim"):

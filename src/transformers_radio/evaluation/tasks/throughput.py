@@ -19,7 +19,7 @@ from ..forward_cost import FLOPS_RULE, count_flops, memory_rule, module_tensors,
 from ..prompted_masks import SamEncoder, StudentEncoder, predict_masks
 from ..results import Result, done, result_path
 from ..segmentation import LinearHead
-from ..throughput import device_name, latencies, throughput_conditions
+from ..timing import device_name, latencies, throughput_conditions
 
 # decoder -> classes it tells apart where the settings name no number: ADE20K's, ImageNet's
 DECODERS = {"none": 0, "linear": 150, "zero-shot": 1000, "sam": 0}

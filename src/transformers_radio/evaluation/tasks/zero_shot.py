@@ -150,6 +150,7 @@ def _accuracy(store: SummaryStore, weights: torch.Tensor, split: LabelledSplit) 
             f"A label of {split.source} ({split.split}) is {store.labels.max()}, but there are {len(weights)} class "
             "names: give one name a class."
         )
+
     metric = ZeroShotAccuracy(weights.to(PartialState().device))
     for summaries, labels in store.chunks(ROWS):
         metric.add_batch(predictions=summaries.to(metric.classifier.device), references=labels)
