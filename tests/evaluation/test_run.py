@@ -97,9 +97,9 @@ def test_models_come_from_a_file_all_or_chosen_and_others_beside_them(student, t
     file.write_text(f"mine: {student}@32\nA/B: timm:vit\n")
     module = import_module("transformers_radio.evaluation.tasks.throughput")
     monkeypatch.setattr(module, "run", lambda models, *_: begun.append(models))
-    for chosen in ([], ["A/B", "x=runs/y"]):
+    for chosen in ([], ["A/B", f"x={student}"]):
         run_task("throughput", chosen, output=tmp_path, models_file=file)
-    assert begun == [[f"mine={student}@32", "A/B=timm:vit"], ["A/B=timm:vit", "x=runs/y"]]
+    assert begun == [[f"mine={student}@32", "A/B=timm:vit"], ["A/B=timm:vit", f"x={student}"]]
     for text, message in (("- a\n", "holds no models"), ("a: [b\n", "cannot be read"), ("a: {b: c}\n", "holds no")):
         file.write_text(text)
         with pytest.raises(ValueError, match=f"models.yaml {message}"):

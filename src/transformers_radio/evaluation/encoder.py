@@ -1,7 +1,6 @@
 """Any frozen vision model behind what evaluation asks of it: a summary, patch features, and words if it has them."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import TEACHERS, Teacher, build_teacher, digest_weights
 
-from .hub_names import folder_or_hub
-from .paths import expand_home, path_name
+from .hub_names import folder_or_hub, split_size, split_title
+from .paths import expand_home
 
 TEXT_TOWERS = ("open_clip", "transformers")  # teachers whose text towers can be loaded alone
 Features = tuple[torch.Tensor, tuple[int, int]]
@@ -229,7 +228,7 @@ def load_encoder(
         raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     title, source = split_title(expand_home(spec))
     kind, checkpoint = split_spec(source)
-    image_size = _split_size(spec)[1] if image_size is None else image_size
+    image_size = split_size(spec)[1] if image_size is None else image_size
     if kind == "student":
         student = load_student(checkpoint, dtype)
         if window_size is not None:
@@ -254,32 +253,6 @@ def load_student(checkpoint: str, dtype: str = "float32") -> RadioModel:
     student = RadioModel(RadioConfig.from_dict(native.config.to_dict())).to(DTYPES[dtype])
     student.load_state_dict(native.state_dict())
     return student
-
-
-def split_title(spec: str) -> tuple[str, str]:
-    """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name.
-
-    A size behind the model ("spec@224") is not part of either.
-    """
-    spec, _ = _split_size(spec)
-    title, equals, source = spec.partition("=")
-    if equals and title and source and not os.path.exists(spec):
-        return title, source
-    kind, colon, checkpoint = spec.partition(":")
-    path = Path(checkpoint if colon and kind in TEACHERS else spec)
-    if path.is_file():
-        path = path.with_suffix("")
-    parts = [part for part in path.parts[-2:] if part != ".."]
-    # runs/mine/student is "mine/student": the folder that a run leaves is always called so
-    return "/".join(parts) if path.name in ("student", "checkpoint") else path_name(path), spec
-
-
-def _split_size(spec: str) -> tuple[str, int | None]:
-    """("spec", 224) of "spec@224"; a folder or file of that name is no size."""
-    source, at, size = spec.rpartition("@")
-    if not at or not size.isdecimal() or Path(spec.partition("=")[2] or spec).exists():
-        return spec, None
-    return source, int(size)
 
 
 def split_spec(spec: str) -> tuple[str, str]:

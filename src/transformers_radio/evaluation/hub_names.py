@@ -1,10 +1,14 @@
-"""What is no folder is taken for a name on the Hub; an error must say both, since it may be a mistyped path."""
+"""The names of models: TITLE=TYPE:CHECKPOINT@SIZE. What is not a folder is taken for a name on the Hub; an error must
+say both, since it may be a mistyped path."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from transformers_radio.teachers import TEACHERS
+
+from .paths import path_name
 
 
 @contextlib.contextmanager
@@ -26,6 +30,32 @@ def folder_or_hub(name: str) -> Iterator[None]:
         ) from error
 
 
+def split_title(spec: str) -> tuple[str, str]:
+    """("title", "spec") of "title=spec", or of "spec" alone, whose title is the last part of its path or name.
+
+    A size behind the model ("spec@224") is not part of either.
+    """
+    spec, _ = split_size(spec)
+    title, equals, source = spec.partition("=")
+    if equals and title and source and not os.path.exists(spec):
+        return title, source
+    kind, colon, checkpoint = spec.partition(":")
+    path = Path(checkpoint if colon and kind in TEACHERS else spec)
+    if path.is_file():
+        path = path.with_suffix("")
+    parts = [part for part in path.parts[-2:] if part != ".."]
+    # runs/mine/student is "mine/student": the folder that a run leaves is always called so
+    return "/".join(parts) if path.name in ("student", "checkpoint") else path_name(path), spec
+
+
+def split_size(spec: str) -> tuple[str, int | None]:
+    """("spec", 224) of "spec@224"; a folder or file of that name is no size."""
+    source, at, size = spec.rpartition("@")
+    if not at or not size.isdecimal() or Path(spec.partition("=")[2] or spec).exists():
+        return spec, None
+    return source, int(size)
+
+
 def check_model(spec: str) -> None:
     """Look for what `encoder.load_encoder` would load, in a moment: before torch is loaded, and without the weights.
 
@@ -33,8 +63,7 @@ def check_model(spec: str) -> None:
         FileNotFoundError: there is no such folder or file, nor a model of this name on the Hub.
         ValueError: an unknown type.
     """
-    title, equals, source = spec.partition("=")
-    source = source if title and equals and source else spec
+    source = split_title(spec)[1]
     kind, colon, checkpoint = source.partition(":")
     if os.path.exists(source):
         return
