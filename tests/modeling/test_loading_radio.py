@@ -13,7 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from transformers_radio import RadioConfig, RadioForImageClassification, RadioModel
+from transformers_radio import (
+    RadioBackbone,
+    RadioConfig,
+    RadioForImageClassification,
+    RadioForSemanticSegmentation,
+    RadioModel,
+    RadioVisionTower,
+)
 
 TINY = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_img_size=256, num_cls_tokens=2, num_registers=1
@@ -92,8 +99,17 @@ for name in ("float32", "bfloat16"):
     assert type(native) is transformers.RadioModel and native.dtype == options["dtype"]
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert info["unexpected_keys"] and all(key.startswith("adaptors.") for key in info["unexpected_keys"])
+    # its half precision rounds mean and std, which ours keep
+    native.input_conditioner.float().load_state_dict(model.input_conditioner.state_dict())
     save_file(outputs(native, images), name + ".native")
 model.save_pretrained("again")
+
+config = AutoConfig.from_pretrained("float32")  # transformers' own class
+assert type(config) is transformers.RadioConfig
+model = AutoModel.from_pretrained("float32", config=config, trust_remote_code=True)
+save_file(outputs(model, images), "float32.config")
+model = AutoModel.from_config(config, trust_remote_code=True)
+report["from_config"] = [type(model).__module__, list(model.adaptors)]
 
 for name in ("final_norm", "mlp_norm", "mean", "window", "head"):
     model = AutoModel.from_pretrained(name, trust_remote_code=True)
@@ -186,6 +202,12 @@ def test_plain_auto_model_loads_the_backbone(root, name):
     assert_same(root, name, "native", adaptors=False)
 
 
+def test_a_config_read_without_trust_serves_the_remote_code(root):
+    assert_same(root, "float32", "config")
+    module, adaptors = json.loads((root / "report.json").read_text())["from_config"]
+    assert module.startswith("transformers_modules.") and adaptors == ["clip", "sam"]
+
+
 def test_a_checkpoint_saved_by_the_remote_code_is_whole(root):
     assert {p.name for p in (root / "again").glob("*.py")} == {p.name for p in (root / "bfloat16").glob("*.py")}
     again = outputs(
@@ -224,7 +246,89 @@ def test_save_load_save_is_stable(variant, tmp_path):
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+# ---------------------------------------------------------------- configurations of transformers' own class
+
+FAMILY = [RadioModel, RadioForImageClassification, RadioForSemanticSegmentation, RadioBackbone, RadioVisionTower]
+
+
+@pytest.mark.parametrize("model_class", FAMILY)
+def test_a_native_config_gives_the_same_model(tmp_path, model_class):
+    build().save_pretrained(tmp_path)
+    native = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(native) is transformers.RadioConfig
+    native.window_size = 2  # set after loading, as on any config
+    images = torch.rand(1, 3, 64, 64)
+    torch.manual_seed(0)
+    found = model_class.from_pretrained(tmp_path, config=native, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    expected = model_class.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    backbones = [model if model_class is RadioModel else model.model for model in (found, expected)]
+    assert list(backbones[0].adaptors) == list(backbones[1].adaptors)
+    assert backbones[0].config.window_size == 2 and backbones[0].config._attn_implementation == "eager"
+    with torch.no_grad():
+        a, b = (backbone(images, window_size=2) for backbone in backbones)
+    assert torch.equal(a.features, b.features)
+    assert isinstance(found.config, model_class.config_class)
+    for build_empty in (model_class, model_class._from_config):
+        assert isinstance(build_empty(native).config, model_class.config_class)
+
+
+def test_a_student_loaded_with_a_native_config_saves_the_same_config(tmp_path):
+    build().save_pretrained(tmp_path / "a")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "a")
+    RadioModel.from_pretrained(tmp_path / "a", config=config).save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+@pytest.mark.parametrize("model_class", FAMILY)
+def test_configs_of_other_models_are_named(model_class):
+    with pytest.raises(ValueError, match="expected a Radio.*Config, got a Dinov2Config.*trust_remote_code=True"):
+        model_class(transformers.Dinov2Config())
+    with pytest.raises(ValueError, match="use_swiglu_ffn is True"):
+        model_class(transformers.RadioConfig(**TINY, use_swiglu_ffn=True))
+
+
 # ---------------------------------------------------------------- loading never lies
+
+
+@pytest.mark.parametrize("model_class", [RadioModel, RadioForSemanticSegmentation, RadioVisionTower])
+def test_another_width_is_an_error_even_where_mismatches_are_ignored(tmp_path, model_class):
+    build().save_pretrained(tmp_path)
+    config = RadioConfig.from_pretrained(tmp_path)
+    config.hidden_size = 64
+    with pytest.raises(ValueError, match="other shapes.*would be random") as error:
+        model_class.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    assert "32" in str(error.value) and "64" in str(error.value)
+
+
+def test_heads_of_another_width_may_start_anew_by_name(tmp_path):
+    RadioForImageClassification(RadioConfig(**TINY, num_labels=3)).save_pretrained(tmp_path / "three")
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = RadioForImageClassification.from_pretrained(tmp_path / "three", num_labels=5, **options)
+    assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(
+        model.summary_norm.weight, load_file(tmp_path / "three/model.safetensors")["summary_norm.weight"]
+    )
+    build().save_pretrained(tmp_path / "student")
+    adaptors = {name: {**adaptor, "feature_dim": 14} for name, adaptor in ADAPTORS.items()}
+    with pytest.raises(ValueError, match="adaptors.clip.feature_head"):
+        RadioModel.from_pretrained(tmp_path / "student", adaptors=adaptors, **options)
+    model, info = RadioModel.from_pretrained(
+        tmp_path / "student", adaptors=adaptors, allow_missing=["adaptors."], **options
+    )
+    assert {key.split(".")[2] for key, *_ in info["mismatched_keys"]} == {"feature_head"}
+
+
+@pytest.mark.parametrize("model_class", FAMILY[1:])
+def test_adaptors_that_are_meant_to_be_left_out_are_not_reported(tmp_path, model_class):
+    build().save_pretrained(tmp_path / "student")
+    RadioForImageClassification.from_pretrained(tmp_path / "student").save_pretrained(tmp_path / "head")
+    _, info = model_class.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    _, info = RadioModel.from_pretrained(tmp_path / "student", adaptors={}, output_loading_info=True)
+    assert info["unexpected_keys"]  # a student without its adaptors is told
+    _, info = RadioVisionTower.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert {key.split(".")[0] for key in info["unexpected_keys"]} == {"classifier", "summary_norm"}
 
 
 def remove_weights(folder: Path, prefix: str):

@@ -100,7 +100,7 @@ class RadioConfig(NativeRadioConfig):
         if isinstance(self.use_swiglu_ffn, str):
             self.use_swiglu_ffn = False
         self.mlp_ratio = float(self.mlp_ratio)  # transformers' own class reads nothing else
-        self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
+        self._complete_adaptors()
         if self.summary_idxs is None:
             tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
             # without adaptors: the first two tokens, as transformers does
@@ -113,6 +113,7 @@ class RadioConfig(NativeRadioConfig):
 
     def validate_radio(self):
         """Check what the types alone cannot say (called by `@strict` after construction and before saving)."""
+        self._complete_adaptors()  # they may have been set after construction, as from_pretrained(adaptors=...) does
         for name, adaptor in self.adaptors.items():
             self._validate_adaptor(name, adaptor)
         for name, ok, expected in (
@@ -163,6 +164,9 @@ class RadioConfig(NativeRadioConfig):
         ):
             if not ok:
                 raise ValueError(f"RadioConfig: {name} is {getattr(self, name)!r}, expected {expected}.")
+
+    def _complete_adaptors(self):
+        self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
 
     def _validate_adaptor(self, name: str, adaptor: dict[str, Any]):
         where = f"RadioConfig: adaptor {name!r}"

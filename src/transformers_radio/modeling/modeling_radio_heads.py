@@ -9,7 +9,10 @@ from torch.nn import functional as F
 from transformers import AutoBackbone
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
 from transformers.utils import can_return_tuple
 
 from .configuration_radio import RadioConfig
@@ -305,5 +308,6 @@ RadioForImageClassification.register_for_auto_class("AutoModelForImageClassifica
 RadioForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 RadioBackbone.register_for_auto_class("AutoBackbone")
 AutoBackbone.register(RadioBackboneConfig, RadioBackbone, exist_ok=True)
-# transformers' image-segmentation pipeline looks the class up by its name, in this table alone
+# transformers' pipelines look classes up by their names, in these tables; the keys, no types of models, change nothing else
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["radio_image_classification"] = RadioForImageClassification.__name__
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["radio_semantic_segmentation"] = RadioForSemanticSegmentation.__name__
