@@ -36,7 +36,7 @@ def check_model(spec: str) -> None:
     title, equals, source = spec.partition("=")
     source = source if title and equals and source else spec
     kind, colon, checkpoint = source.partition(":")
-    if os.path.exists(source):
+    if any(os.path.exists(os.path.expanduser(path)) for path in (spec, source)):
         return
     if colon and kind in TEACHERS:
         if checkpoint.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(checkpoint)):
