@@ -65,7 +65,7 @@ def check_model(spec: str) -> None:
     """
     source = split_title(spec)[1]
     kind, colon, checkpoint = source.partition(":")
-    if os.path.exists(source):
+    if any(os.path.exists(os.path.expanduser(path)) for path in (spec, source)):
         return
     if colon and kind in TEACHERS:
         if checkpoint.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(checkpoint)):
