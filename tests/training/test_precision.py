@@ -1,4 +1,5 @@
 import logging
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers_radio import precision
 from transformers_radio.precision import is_fast, resolve_dtype, resolve_mixed_precision, warn_if_slow
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.plan import print_plan
+from transformers_radio.training.processes import threads_beside_workers
 from transformers_radio.training.progress import StopSignal
 from transformers_radio.training.run_folder import find_run
 
@@ -104,3 +106,32 @@ def test_plan_warns_of_a_slow_precision(machine, make_recipe, caplog, capsys):
     print_plan(load_recipe(make_recipe(), AUTO))
     print_plan(load_recipe(make_recipe(), ["mixed_precision=bf16"]), gpu="h100")
     assert not [text for text in caplog.messages if "times as long" in text]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers", "before", "threads"),
+    [
+        (2, 1, 1, 2, 1),
+        (2, 1, 2, 2, 1),  # at least one
+        (16, 1, 4, 16, 12),
+        (16, 4, 2, 16, 2),  # of 4 cores for each process
+        (16, 1, 2, 3, 3),  # never more than there were
+    ],
+)
+def test_threads_are_counted_against_data_workers(monkeypatch, cores, ranks, workers, before, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    known = torch.get_num_threads()
+    torch.set_num_threads(before)
+    try:
+        with threads_beside_workers(workers, CPU):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == before
+        with threads_beside_workers(workers, torch.device("cuda")):
+            assert torch.get_num_threads() == before
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with threads_beside_workers(workers, CPU):
+            assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(known)

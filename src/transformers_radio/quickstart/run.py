@@ -22,11 +22,13 @@ PICTURED = 6
 def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table | None":
     """Does what is not done yet in `output` and returns the table; None when a signal stopped the training.
 
-    Writes output/world (made images) and output/run: the recipe, checkpoints and metrics, student/ (the model that
-    AutoModel loads), table.md, table.json and features.png. `overrides` may name another `output_dir` than output/run.
+    Writes output/world (made images), output/teachers (their outputs for these images, for this run and later ones)
+    and output/run: the recipe, checkpoints and metrics, student/ (the model that AutoModel loads), table.md,
+    table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
     output = output.expanduser()
-    settings = [f"output_dir={output / 'run'}", f"data.path={output / 'world'}", *(overrides or [])]
+    folders = {"output_dir": output / "run", "data.path": output / "world", "teacher_cache": output / "teachers"}
+    settings = [*(f"{field}={folder}" for field, folder in folders.items()), *(overrides or [])]
     recipe = load_recipe(RECIPE, settings)
     world = make_world(output / "world")
     from rich.console import Console  # what is mistyped has been named

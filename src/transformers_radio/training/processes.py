@@ -1,7 +1,8 @@
 """Accelerate's process group, as this loop needs it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -110,6 +111,24 @@ def warn_of_slow_precision(recipe: Recipe, device: torch.device) -> None:
     settings = {"mixed_precision": (recipe.mixed_precision, "auto")}
     settings |= {f"teachers.{name}.dtype": (teacher.dtype, "auto") for name, teacher in recipe.teachers.items()}
     warn_if_slow(settings, device)
+
+
+@contextmanager
+def threads_beside_workers(workers: int, device: torch.device) -> Iterator[None]:
+    """On a CPU, leaves torch only the threads whose cores the data workers of this process do not need.
+
+    A thread that shares its core with a worker makes all others wait for it after every product. OMP_NUM_THREADS,
+    where it is set, is obeyed instead.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the cores, of this process
+        torch.set_num_threads(max(1, min(before, share - workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_main_process(accelerator: Accelerator | PartialState, function: Callable[[], Result]) -> Result:

@@ -34,7 +34,7 @@ from .export import publish_student
 from .optimizer import build_optimizer, start_schedule
 from .partition import Group, passes_in_step, stage_groups
 from .placement import build_teachers, gather_shapes, open_caches
-from .processes import build_accelerator, on_main_process, settle_precision
+from .processes import build_accelerator, on_main_process, settle_precision, threads_beside_workers
 from .progress import Log, StopSignal, TermSums, to_device
 from .recipe import Recipe, expand_paths
 from .run_folder import find_run, open_run, truncate_metrics
@@ -95,8 +95,12 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, resume_from: Path | None)
     student = build_student(recipe, shapes)
     check_before_training(recipe, student, teachers, groups, accelerator)
     caches = open_caches(accelerator, recipe, student, teachers, groups, shapes)
+    readers = recipe.data.num_workers * max(
+        sum(group.index is not None for group in of_stage) for of_stage in groups.values()
+    )
     # Nothing in output_dir has changed so far; from here on this process group owns it.
     with (
+        threads_beside_workers(readers, accelerator.device),
         nullcontext() if caches is None else closing(caches),
         open_run(recipe, resume_from) if accelerator.is_main_process else nullcontext(),
     ):
