@@ -178,9 +178,11 @@ def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet
         assert bool(encoded) == (data == parquet)  # the names of class folders show it before
 
 
-def test_more_neighbours_than_the_bank_has_are_refused_before_the_first_image(student, folders, tmp_path, monkeypatch):
+def test_more_neighbours_than_the_bank_has_are_refused_before_the_first_image(
+    student, folders, parquet, tmp_path, monkeypatch
+):
     monkeypatch.setattr(VisionEncoder, "summary", None)  # cannot be called
-    for data, limit, images in ((folders, "null", 120), (folders, "7", 7)):
+    for data, limit, images in ((folders, "null", 120), (parquet, "7", 7)):
         with pytest.raises(ValueError, match=f"k is 121; expected 1 to {images}, "):
             run_task("knn", [str(student)], str(data), None, tmp_path, ["k=121", f"train_limit={limit}"])
     assert not list(tmp_path.iterdir())

@@ -98,12 +98,12 @@ def test_missing_images_are_counted_and_too_many_stop(root, caplog):
     with caplog.at_level(logging.WARNING):
         data = read_conversations(file, world / "images", max_skipped_share=0.3)
     assert data.missing == 2 and len(data.examples) == 6
-    items = json.loads(file.read_text())
-    file.write_text(json.dumps([*items, *(item for item in items if not (world / "images" / item["image"]).exists())]))
-    assert read_conversations(file, world / "images", max_skipped_share=0.5).missing == 2  # files, not items
     assert "gone.png" in caplog.text and "2 of 8 items are left out" in caplog.text
     with pytest.raises(ValueError, match="2 of 8 images .* share of 0.2"):
         read_conversations(file, world / "images", max_skipped_share=0.2)
+    items = json.loads(file.read_text())
+    file.write_text(json.dumps([*items, *(item for item in items if not (world / "images" / item["image"]).exists())]))
+    assert read_conversations(file, world / "images", max_skipped_share=0.5).missing == 2  # files, not items
 
 
 def test_unreadable_images_are_replaced_and_too_many_stop(tmp_path, built):

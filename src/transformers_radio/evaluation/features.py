@@ -165,9 +165,9 @@ class LabelledSplit:
         if self.stated is not None:
             return self.stated
         count, files = None, self._found.files
-        kinds = {self._found.kind or kind_of(file) for file in files}
-        if self._stream is None:
-            count = len(files)
+        kinds = {kind_of(file) for file in files} - {None}  # beside images there may be a table of metadata
+        if kinds == {"imagefolder"}:
+            count = sum(kind_of(file) is not None for file in files)
         elif kinds <= {"webdataset", "parquet"} and files and not any("://" in file for file in files):
             sources = {str(number): SourceConfig(path=file) for number, file in enumerate(files)}
             count = count_images(DataConfig(sources=sources))
