@@ -1,7 +1,9 @@
 """Linear segmentation probes on an encoder in float32 and in bf16: is it the same mIoU?
 
-On the quickstart's made images, with its DINOv2 and CLIP as encoders and its own short probe. The encoder runs under
-autocast, as with `probe.mixed_precision=bf16`; head, loss and optimizer are float32 in both.
+On the quickstart's made images, with its DINOv2 and CLIP as encoders and its own short probe; head, loss and optimizer
+are float32 throughout. bf16 is measured both ways that `probe.mixed_precision=bf16` has: autocast around float32
+weights, as for students, and bfloat16 weights, as for teachers. The features' distance to those of float32 is beside
+each mIoU: a distance of 0 would mean that nothing was computed in bf16, and is an error.
 
     python benchmarks/probe_precision.py [OUTPUT] [--seeds 0 1 2]
 """
@@ -13,19 +15,26 @@ from pathlib import Path
 
 import torch
 
-from transformers_radio.evaluation.encoder import Features, VisionEncoder, load_encoder
+from transformers_radio.evaluation.encoder import Features, load_encoder
 from transformers_radio.evaluation.segmentation_light import probe_miou
 from transformers_radio.quickstart.measure import PROBE_IMAGES, SCORED_IMAGES, resize_images
 from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.teacher_data import load_split
 from transformers_radio.quickstart.world import make_world
+from transformers_radio.teachers import Teacher
 from transformers_radio.training import load_recipe
 
+WAYS = {"float32": ("float32", False), "bf16, autocast": ("float32", True), "bf16, weights": ("bfloat16", False)}
 
-def encode(encoder: VisionEncoder, bf16: bool, images: torch.Tensor) -> Features:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        features, grid = encoder.features(resize_images(images, encoder.image_size).clamp(0, 1))
-    return features.float(), grid
+
+@torch.no_grad()
+def encode(teacher: Teacher, autocast: bool, images: torch.Tensor) -> Features:
+    """As `Teacher.forward`, which lets no autocast in."""
+    images = resize_images(images, teacher.image_size).clamp(0, 1)
+    pixel_values = ((images - teacher.mean.float()) / teacher.std.float()).to(teacher.dtype)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        output = teacher.encode(pixel_values)
+    return output.features.float(), output.grid
 
 
 def main() -> None:
@@ -36,25 +45,27 @@ def main() -> None:
     world = make_world(options.output / "world", train=PROBE_IMAGES, validation=SCORED_IMAGES)
     train = load_split(world.directory, "train", PROBE_IMAGES)
     validation = load_split(world.directory, "validation", SCORED_IMAGES)
-    teachers = load_recipe(RECIPE).teachers
-    print("| encoder | float32 | bf16 | difference, seed by seed |\n|---|---:|---:|---:|")
+    sets = (train.images, train.semantic, validation.images, validation.semantic)
+    few = validation.images[:32].float() / 255
+    recipe = load_recipe(RECIPE)
+    print(
+        "| encoder | precision | distance of the features | mIoU | minus float32, by seed |\n|---|---|---:|---:|---:|"
+    )
     for name in ("dinov2", "clip"):
-        encoder = load_encoder(f"{name}={teachers[name].type}:{teachers[name].checkpoint}")
-        scores = {
-            bf16: [
-                probe_miou(
-                    partial(encode, encoder, bf16),
-                    *(train.images, train.semantic, validation.images, validation.semantic),
-                    num_classes=1 + len(world.classes),
-                    seed=seed,
-                )
-                for seed in options.seeds
-            ]
-            for bf16 in (False, True)
-        }
-        means = [f"{statistics.mean(values):.2f}" for values in scores.values()]
-        differences = [f"{half - full:+.2f}" for full, half in zip(*scores.values(), strict=True)]
-        print(f"| {name} | {' | '.join(means)} | {', '.join(differences)} |", flush=True)
+        spec = f"{recipe.teachers[name].type}:{recipe.teachers[name].checkpoint}"
+        exact, full = torch.empty(0), []
+        for way, (dtype, autocast) in WAYS.items():
+            encoder = partial(encode, load_encoder(spec, None, dtype).model, autocast)
+            features, _ = encoder(few)
+            exact = features if way == "float32" else exact
+            distance = ((features - exact).norm() / exact.norm()).item()
+            if way != "float32" and distance == 0:
+                raise RuntimeError(f"{name}, {way}: the features are those of float32, so this compares nothing.")
+            scores = [probe_miou(encoder, *sets, 1 + len(world.classes), seed=seed) for seed in options.seeds]
+            full = scores if way == "float32" else full
+            differences = ", ".join(f"{one - other:+.2f}" for one, other in zip(scores, full, strict=True))
+            mean = statistics.mean(scores)
+            print(f"| {name} | {way} | {100 * distance:.2f} % | {mean:.2f} | {differences} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from omegaconf import OmegaConf
 from PIL import Image
@@ -18,6 +19,8 @@ from transformers_radio.cli import main
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.evaluation.segmentation import segmentation_probe
 from transformers_radio.evaluation.segmentation_config import SegmentationConfig
+from transformers_radio.evaluation.segmentation_inference import encode_grid
+from transformers_radio.evaluation.tasks import segmentation as task
 
 SHORT = ["probe.iterations=5"]
 
@@ -123,3 +126,37 @@ def test_the_report_tells_which_data_it_is_of(tmp_path):
     report = segmentation_probe(encode, "m", describe(write_set(tmp_path / "colours")), config, tmp_path / "probe")
     assert report["reduce_labels"] is True and report["train files"] != report["validation files"]
     assert json.loads((tmp_path / "probe" / "settings.json").read_text())["train files"] == report["train files"]
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_bf16_reaches_the_encoder_of_a_student_and_of_a_teacher(kind, student, recipe, tmp_path, monkeypatch):
+    """Features differ from float32's by bf16's rounding; a teacher lets no autocast in, its weights are bfloat16."""
+    spec = student
+    if kind == "teacher":
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 8,
+            "image_size": 32,
+        }
+        spec = tmp_path / "dino"
+        transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(spec)
+        transformers.BitImageProcessor().save_pretrained(spec)
+    used = []
+
+    def watch(encode, name, data, config, folder):
+        used.append((encode, config.mixed_precision))
+        return segmentation_probe(encode, name, data, config, folder)
+
+    monkeypatch.setattr(task, "segmentation_probe", watch)
+    results = []
+    for precision in ("no", "bf16"):
+        settings = [*SHORT, f"probe.mixed_precision={precision}"]
+        results += run_task("segmentation", [f"m={spec}"], None, recipe, tmp_path / precision, settings)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact, halved = (encode_grid(encode, images, precision) for encode, precision in used)
+    distance = ((halved - exact).norm() / exact.norm()).item()
+    assert 1e-4 < distance < 0.03 and halved.dtype == torch.float32
+    assert ["encoder in bf16" in result.protocol for result in results] == [False, True]
+    assert results[1].settings["dtype"] == ("float32" if kind == "student" else "bfloat16")

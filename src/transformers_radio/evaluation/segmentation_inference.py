@@ -18,6 +18,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def encode_grid(encode: Encoder, images: torch.Tensor, mixed_precision: str = "no") -> torch.Tensor:
     """Images (B, 3, H, W) -> features as maps, float32 (B, C, h, w).
 
+    Args:
+        mixed_precision: autocast around `encode`. It does not reach a `Teacher`, which computes in its own dtype.
+
     Raises:
         ValueError: features that are not (B, h*w, C) of the grid that comes with them, or not finite.
     """

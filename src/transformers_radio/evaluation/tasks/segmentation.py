@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers_radio.modeling import RadioModel
 
 from ..dense_zero_shot import PatchProjection, dense_zero_shot, projected_patches, summary_head_patches
-from ..encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
+from ..encoder import ENCODER_COUNTED, VisionEncoder, load_encoder, split_spec, split_title
 from ..paths import fingerprint_checkpoint
 from ..results import Result, done, result_path, work_folder
 from ..segmentation import segmentation_probe
@@ -79,8 +79,12 @@ def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list
 
 
 def _load(spec: str, config: SegmentationTaskConfig, device: torch.device) -> VisionEncoder:
+    dtype = config.dtype
+    if split_spec(split_title(spec)[1])[0] != "student" and dtype == "float32":
+        # a teacher computes in its own dtype and lets no autocast in
+        dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.probe.mixed_precision]
     try:
-        return load_encoder(spec, config.probe.crop_size, config.dtype, device, config.adaptor)
+        return load_encoder(spec, config.probe.crop_size, dtype, device, config.adaptor)
     except ValueError as error:
         raise ValueError(f"{spec} at probe.crop_size={config.probe.crop_size}: {error}") from error
 
