@@ -10,12 +10,11 @@ each mIoU: a distance of 0 would mean that nothing was computed in bf16, and is 
 
 import argparse
 import statistics
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from transformers_radio.evaluation.encoder import Features, load_encoder
+from transformers_radio.evaluation.encoder import load_encoder
 from transformers_radio.evaluation.segmentation_light import probe_miou
 from transformers_radio.quickstart.measure import PROBE_IMAGES, SCORED_IMAGES, resize_images
 from transformers_radio.quickstart.run import RECIPE
@@ -28,13 +27,15 @@ WAYS = {"float32": ("float32", False), "bf16, autocast": ("float32", True), "bf1
 
 
 @torch.no_grad()
-def encode(teacher: Teacher, autocast: bool, images: torch.Tensor) -> Features:
-    """As `Teacher.forward`, which lets no autocast in."""
-    images = resize_images(images, teacher.image_size).clamp(0, 1)
-    pixel_values = ((images - teacher.mean.float()) / teacher.std.float()).to(teacher.dtype)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-        output = teacher.encode(pixel_values)
-    return output.features.float(), output.grid
+def encode(teacher: Teacher, autocast: bool, images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> maps (N, C, h, w). As `Teacher.forward`, which lets no autocast in."""
+    maps = []
+    for batch in resize_images(images, teacher.image_size).split(64):
+        pixel_values = ((batch.float() / 255 - teacher.mean.float()) / teacher.std.float()).to(teacher.dtype)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            output = teacher.encode(pixel_values)
+        maps.append(output.features.float().transpose(1, 2).unflatten(2, output.grid))  # (B, h*w, C) -> (B, C, h, w)
+    return torch.cat(maps)
 
 
 def main() -> None:
@@ -45,8 +46,6 @@ def main() -> None:
     world = make_world(options.output / "world", train=PROBE_IMAGES, validation=SCORED_IMAGES)
     train = load_split(world.directory, "train", PROBE_IMAGES)
     validation = load_split(world.directory, "validation", SCORED_IMAGES)
-    sets = (train.images, train.semantic, validation.images, validation.semantic)
-    few = validation.images[:32].float() / 255
     recipe = load_recipe(RECIPE)
     print(
         "| encoder | precision | distance of the features | mIoU | minus float32, by seed |\n|---|---|---:|---:|---:|"
@@ -55,13 +54,14 @@ def main() -> None:
         spec = f"{recipe.teachers[name].type}:{recipe.teachers[name].checkpoint}"
         exact, full = torch.empty(0), []
         for way, (dtype, autocast) in WAYS.items():
-            encoder = partial(encode, load_encoder(spec, None, dtype).model, autocast)
-            features, _ = encoder(few)
+            teacher = load_encoder(spec, None, dtype).model
+            features = encode(teacher, autocast, validation.images)
             exact = features if way == "float32" else exact
             distance = ((features - exact).norm() / exact.norm()).item()
             if way != "float32" and distance == 0:
                 raise RuntimeError(f"{name}, {way}: the features are those of float32, so this compares nothing.")
-            scores = [probe_miou(encoder, *sets, 1 + len(world.classes), seed=seed) for seed in options.seeds]
+            sets = (encode(teacher, autocast, train.images), train.semantic, features, validation.semantic)
+            scores = [probe_miou(*sets, 1 + len(world.classes), seed=seed) for seed in options.seeds]
             full = scores if way == "float32" else full
             differences = ", ".join(f"{one - other:+.2f}" for one, other in zip(scores, full, strict=True))
             mean = statistics.mean(scores)
