@@ -74,7 +74,9 @@ def warn_if_slow(settings: Mapping[str, tuple[str, str]], device: torch.device) 
     dtypes = {**DTYPES, **MIXED_PRECISION}
     if device.type != "cpu":
         return
-    slow = {field: asked for field, asked in settings.items() if not is_fast(dtypes[asked[0]], device)}
+    # an unknown name is refused by whoever reads the setting
+    slow = {field: asked for field, asked in settings.items() if asked[0] in dtypes}
+    slow = {field: asked for field, asked in slow.items() if not is_fast(dtypes[asked[0]], device)}
     if not slow:
         return
     ratios = {name: slowdown(dtypes[name]) for name in sorted({name for name, _ in slow.values()})}

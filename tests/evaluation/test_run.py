@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_sam import make_student
 
+from transformers_radio import precision
 from transformers_radio.evaluation import summary_store
 from transformers_radio.evaluation.encoder import load_encoder, split_spec, split_title
 from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
@@ -56,7 +58,9 @@ def test_models_that_would_share_their_files_are_refused(task, student, tmp_path
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_more_processes_than_a_task_can_use_are_refused(task, student, tmp_path, begun, monkeypatch):
-    monkeypatch.setattr(summary_store, "start_processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(
+        summary_store, "start_processes", lambda: SimpleNamespace(num_processes=2, is_main_process=False)
+    )
     if task in ONE_PROCESS:
         with pytest.raises(ValueError, match=f"eval {task} runs in one process, but 2 were started"):
             start(task, [str(student)], tmp_path)
@@ -119,3 +123,24 @@ def test_a_size_behind_a_model_is_its_side_where_none_is_asked_for(student):
     # a folder of such a name is a folder
     (student.parent / "b@16").symlink_to(student)
     assert load_encoder(f"a={student.parent / 'b@16'}").image_size == own
+
+
+@pytest.mark.parametrize(
+    ("task", "override", "advice"),
+    [
+        ("throughput", "dtype=bfloat16", "Set dtype=float32."),
+        ("llava", "hardware.bf16=true", "Set hardware.bf16=false."),
+        ("segmentation", "probe.mixed_precision=bf16", "Set probe.mixed_precision=no."),
+        ("throughput", "dtype=float32", None),
+    ],
+)
+def test_a_precision_that_this_cpu_computes_slowly_is_warned_about_once(
+    student, tmp_path, begun, monkeypatch, caplog, task, override, advice
+):
+    monkeypatch.setattr(precision, "is_fast", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: 61.8)
+    data, recipe, overrides = SETTINGS[task]
+    run_task(task, [str(student)], data, recipe and RECIPES / f"{recipe}.yaml", tmp_path, [*overrides, override])
+    warned = [message for message in caplog.messages if "times as long" in message]
+    assert begun == [task] and len(warned) == (advice is not None)
+    assert not warned or ("61.8" in warned[0] and warned[0].endswith(advice))

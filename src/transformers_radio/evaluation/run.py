@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .hub_names import check_model
+from .hub_names import check_model, split_title
 from .paths import expand_home
 from .results import Result, slug
 
@@ -68,21 +68,42 @@ def run_task(
     _check_form(recipe, overrides)
     for model in models:
         check_model(model)
-    from .encoder import split_title  # torch comes with these: what is mistyped has been named
+    import torch  # only now: what is mistyped has been named
+
+    from transformers_radio.precision import warn_if_slow
+
     from .summary_store import start_processes
 
     module_name, config_name = TASKS[task]
     module = importlib.import_module(f"transformers_radio.evaluation.tasks.{module_name}")
     config = load_config(getattr(module, config_name), data, recipe, overrides)
-    if task in ONE_PROCESS and (processes := start_processes().num_processes) > 1:
+    state = start_processes()
+    if task in ONE_PROCESS and state.num_processes > 1:
         raise ValueError(
-            f"eval {task} runs in one process, but {processes} were started: run it without accelerate launch, the "
-            "models in commands of their own where there are several devices."
+            f"eval {task} runs in one process, but {state.num_processes} were started: run it without accelerate "
+            "launch, the models in commands of their own where there are several devices."
         )
     names = [slug(split_title(model)[0]) for model in models]
     if len(set(names)) < len(names):  # they would share their files
         raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
+    if state.is_main_process:
+        warn_if_slow(asked_precisions(config), torch.device(getattr(config, "device", None) or state.device))
     return module.run(models, config, output)
+
+
+def asked_precisions(config: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Setting -> (the precision that it asks for, what to set where that is slow), settings within settings too."""
+    found: dict[str, tuple[str, str]] = {}
+    instead = {"dtype": "float32", "mixed_precision": "no"}
+    for setting in fields(config):
+        name, value = f"{prefix}{setting.name}", getattr(config, setting.name)
+        if is_dataclass(value):
+            found |= asked_precisions(value, f"{name}.")
+        elif setting.name in instead:
+            found[name] = (value, instead[setting.name])
+        elif setting.name == "bf16" and value:
+            found[name] = ("bf16", "false")
+    return found
 
 
 def named_models(path: str | Path, chosen: list[str]) -> list[str]:
