@@ -143,10 +143,16 @@ def test_sam_coco_scores_student_and_sam(sam, sam_file, student, tmp_path):
     models = [f"SAM=segment_anything:{sam_file}", f"ours={student}"]
     settings = [f"sam={sam_file}", "image_size=64"]
     first, second = run_task("sam-coco", models, str(tmp_path), RECIPES / "coco2017.yaml", tmp_path / "out", settings)
+    without_crowds = dataset.literal_score(sam)
+    dataset.count_crowds()
     assert first.metrics["SAM COCO"] == pytest.approx(dataset.literal_score(sam), abs=1e-4)
     assert (first.model, second.model) == ("SAM", "ours") and second.metrics != first.metrics
-    assert first.counts == {"images": 3, "annotations": 12, "crowd": 3, "empty": 4}
+    assert first.counts == {"images": 3, "annotations": 15, "crowd": 0, "empty": 4}
     assert "true boxes" in first.protocol and "single mask" in first.protocol
+    assert "crowd regions included" in first.protocol
+    (own,) = run_task("sam-coco", models[:1], str(tmp_path), None, tmp_path / "own", settings)  # the settings' default
+    assert own.metrics["SAM COCO"] == pytest.approx(without_crowds, abs=1e-4)
+    assert own.counts["crowd"] == 3 and "without crowd regions" in own.protocol
     with pytest.raises(ValueError, match="is not the SAM that decodes"):
         run_task("sam-coco", ["segment_anything:other.pth"], str(tmp_path), None, tmp_path / "out", settings)
     with pytest.raises(FileNotFoundError, match="There is no file .*instances_val2018.json"):

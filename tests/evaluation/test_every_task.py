@@ -184,7 +184,8 @@ def test_sam_coco(out, student, sam_file, tmp_path):
     (tmp_path / "images").rename(tmp_path / "val2017")
     recipe = ["--recipe", RECIPES / "coco2017.yaml", "--data", tmp_path]
     result = evaluate(out, "sam-coco", student, *recipe, f"sam={sam_file}", "image_size=64")
-    assert result.counts["annotations"] == 12 and 0 < result.metrics["SAM COCO"] < 100
+    # 3 of the 15 are crowd regions, which the paper's harness scores too
+    assert result.counts["annotations"] == 15 and 0 < result.metrics["SAM COCO"] < 100
 
 
 def test_llava(out, student, tmp_path):
