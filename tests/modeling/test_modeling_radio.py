@@ -271,7 +271,9 @@ def test_casts_leave_mean_and_std_exact(tmp_path, external):
         RadioForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16),
     ):
         for name, statistic in statistics(cast).items():
-            assert statistic.dtype == torch.float32 and torch.equal(statistic, exact[name.removeprefix("model.")]), name
+            assert statistic.dtype == torch.float32 and torch.equal(statistic, exact[name.removeprefix("model.")]), (
+                name
+            )
     assert RadioModel.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 

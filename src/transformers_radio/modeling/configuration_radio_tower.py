@@ -48,11 +48,12 @@ class RadioVisionTowerConfig(PreTrainedConfig):
 
     @classmethod
     def adopt(cls, config: PreTrainedConfig) -> Any:
-        """`config` itself if it is a tower's; else the tower of a student's configuration, see [`RadioConfig.adopt`]."""
+        """`config` itself if it is a tower's; else that of a student's configuration, see [`RadioConfig.adopt`]."""
         if getattr(config, "model_type", None) == cls.model_type:
             return config
         student = RadioConfig.adopt(config)
-        tower = cls(radio_config=student, attn_implementation=student._attn_implementation)
+        tower = cls(radio_config=student)
+        tower._attn_implementation = student._attn_implementation
         tower.name_or_path, tower.dtype = student.name_or_path, student.dtype
         return tower
 
