@@ -233,9 +233,8 @@ class RadioConfig(NativeRadioConfig):
             return config  # not by isinstance: as remote code, one file may be imported more than once
         if NativeRadioConfig.model_type not in kinds:
             raise ValueError(
-                f"expected a {cls.__name__}, got a {type(config).__name__} of type {getattr(config, 'model_type', None)!r};"
-                f" load it with {cls.__name__}.from_pretrained(folder), or AutoConfig.from_pretrained(folder, "
-                "trust_remote_code=True)."
+                f"expected a {cls.__name__}, got a {type(config).__name__}; load it with {cls.__name__}"
+                ".from_pretrained(folder), or AutoConfig.from_pretrained(folder, trust_remote_code=True)."
             )
         values = config.to_dict()
         if values.pop("model_type") != cls.model_type:

@@ -60,7 +60,8 @@ class RadioVisionTowerConfig(PreTrainedConfig):
         if getattr(config, "model_type", None) == cls.model_type:
             return config
         student = RadioConfig.adopt(config)
-        tower = cls(radio_config=student, attn_implementation=student._attn_implementation)
+        tower = cls(radio_config=student)
+        tower._attn_implementation = student._attn_implementation
         tower.name_or_path, tower.dtype = student.name_or_path, student.dtype
         return tower
 

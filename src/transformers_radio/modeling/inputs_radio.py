@@ -98,7 +98,7 @@ def check_classes(labels: torch.Tensor, num_labels: int, ignore_index: int):
 
 
 def in_function_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jvp) runs: its tensors stand in for others and have no values."""
+    """Whether a transform of `torch.func` (vmap, grad, jvp) runs: its tensors are stand-ins without values."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

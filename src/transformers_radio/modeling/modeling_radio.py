@@ -132,7 +132,7 @@ class RadioLayer(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
-def is_checkpointed_reentrantly(layer: RadioLayer) -> bool:
+def is_checkpointed_reentrantly(layer: Any) -> bool:
     options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
     return layer.gradient_checkpointing and options.get("use_reentrant", False) and torch.is_grad_enabled()
 
@@ -226,15 +226,16 @@ class RadioPreTrainedModel(PreTrainedModel):
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        misfits = {key: shapes for key, *shapes in info["mismatched_keys"] if not key.startswith(tuple(allow_missing))}
+        may_be_new = tuple(allow_missing)
+        misfits = [entry for entry in info["mismatched_keys"] if not entry[0].startswith(may_be_new)]
         if misfits:  # only with ignore_mismatched_sizes=True, which is meant for heads
-            key, (stored, expected) = min(misfits.items())
+            key, stored, expected = min(misfits)
             raise ValueError(
-                f"{cls.__name__}: {len(misfits)} weights of the checkpoint have other shapes than the model and would be "
-                f"random: {key} is {tuple(stored)} there and {tuple(expected)} here. Load with the checkpoint's own "
-                f"config; ignore_mismatched_sizes is for weights named in allow_missing, here {list(allow_missing)}."
+                f"{cls.__name__}: {len(misfits)} weights have other shapes in the checkpoint and would be random: "
+                f"{key} is {tuple(stored)} there and {tuple(expected)} here. Load with the checkpoint's own config; "
+                f"ignore_mismatched_sizes is for weights named in allow_missing, here {list(allow_missing)}."
             )
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(allow_missing)))
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith(may_be_new))
         if missing:
             if any(key.startswith("radio_model.") for key in info["unexpected_keys"]):
                 fix = (
@@ -348,8 +349,8 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and config._attn_implementation != "eager" and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"{config._attn_implementation} attention has no probabilities to return: calls with output_attentions "
-                'attend eagerly, which takes more memory; attn_implementation="eager" does so in every call.'
+                f"{config._attn_implementation} attention has no probabilities to return, so calls with "
+                "output_attentions attend eagerly, which takes more memory."
             )
         names = check_adaptors(adaptors, list(self.adaptors))
         if pixel_mask is not None:
@@ -409,8 +410,8 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             sizes = [features.shape[1]] if lengths is None else [rows * cols for rows, cols in grids]
             summary = torch.cat([image.mean(1) for image in features.split(sizes, dim=1)])
             summary_tokens = summary.unsqueeze(1)
-        # one copy without gaps for all heads: their Linears would make one each, if the batch is more than one image, and
-        # an exported model would be fixed to that
+        # one copy without gaps for all heads: else each Linear makes one, unless the batch is a single image, and that
+        # branch would be fixed in an exported model
         patches = features.clone(memory_format=torch.contiguous_format) if names else features
         heads = {name: self.adaptors[name](summary_tokens, patches, grids) for name in names}
 

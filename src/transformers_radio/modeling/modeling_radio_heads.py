@@ -62,7 +62,7 @@ class RadioHeadModel(RadioPreTrainedModel):
         the first batch is looked at; elsewhere each one.
         """
         if can_read_values(labels) and not (labels.is_cuda and self._labels_checked):
-            check_classes(labels, self.config.num_labels, ignore_index)
+            check_classes(labels, self.config.num_labels or 0, ignore_index)
             self._labels_checked = True
 
 
@@ -128,7 +128,7 @@ class RadioForImageClassification(RadioHeadModel):
         if labels.ndim == 0 or len(labels) != num_images:
             count = 1 if labels.ndim == 0 else len(labels)
             raise ValueError(f"got {count} labels for {num_images} images; give one label per image")
-        problem, num_labels = self.config.problem_type, self.config.num_labels
+        problem, num_labels = self.config.problem_type, self.config.num_labels or 0
         if labels.ndim == 1 and num_labels > 1 and not labels.is_floating_point():
             labels = labels.long()  # all that cross-entropy takes
         # what transformers takes as class indices
@@ -308,6 +308,7 @@ RadioForImageClassification.register_for_auto_class("AutoModelForImageClassifica
 RadioForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 RadioBackbone.register_for_auto_class("AutoBackbone")
 AutoBackbone.register(RadioBackboneConfig, RadioBackbone, exist_ok=True)
-# transformers' pipelines look classes up by their names, in these tables; the keys, no types of models, change nothing else
+# transformers' pipelines look classes up by name in these tables; the keys are not types of models, so nothing else is
+# changed
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["radio_image_classification"] = RadioForImageClassification.__name__
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["radio_semantic_segmentation"] = RadioForSemanticSegmentation.__name__
