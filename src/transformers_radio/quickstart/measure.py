@@ -1,5 +1,7 @@
 """The quickstart's columns: zero-shot, k-NN, a linear segmentation probe, masks from SAM's own decoder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,14 @@ def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | N
     train, validation, name = yardstick.train, yardstick.validation, encoder.name
     bank = encode_split(encoder, train.images, PROBE_IMAGES, f"{name}: training images")
     queries = encode_split(encoder, validation.images, SCORED_IMAGES, f"{name}: validation images")
+    with one_thread():
+        return score(encoder, yardstick, bank, queries)
+
+
+def score(
+    encoder: VisionEncoder, yardstick: Yardstick, bank: EncodedSplit, queries: EncodedSplit
+) -> dict[str, float | None]:
+    train, validation, name = yardstick.train, yardstick.validation, encoder.name
     metrics: dict[str, float | None] = {"Zero-shot": None, "k-NN": None, "mIoU": None, "Masks": None}
     if queries.language is not None:
         metrics["Zero-shot"] = zero_shot_accuracy(queries.language, yardstick.classifier, validation.classes)
@@ -103,6 +113,17 @@ def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | N
             validation.instances[:SCORED_IMAGES],
         )
     return metrics
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products as small as a probe's and those of SAM's decoder take longer in two threads, which wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def encode_split(encoder: VisionEncoder, images: torch.Tensor, mapped: int, description: str) -> EncodedSplit:
