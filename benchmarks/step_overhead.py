@@ -23,6 +23,7 @@ from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.distill import TeacherShape, build_student
 from transformers_radio.training.placement import load_teacher
+from transformers_radio.training.processes import settle_precision
 from transformers_radio.training.recipe import Recipe, StageRecipe
 
 ROUNDS = 7
@@ -84,7 +85,7 @@ def main() -> None:
             "checkpoints.every_steps=1000",
             "overwrite=true",
         ]
-        recipe = load_recipe(RECIPE, overrides)
+        recipe = settle_precision(load_recipe(RECIPE, overrides))
         # One group of all teachers, so that the plain loop is plain.
         recipe.stages = {"main": StageRecipe(steps=STEPS, resolution=64, batch_size=32, warmup_steps=2)}
         pairs = []
