@@ -133,6 +133,13 @@ def test_one_name_for_two_models_names_both_files(tmp_path):
     assert resized.exists()
 
 
+def test_a_model_that_was_moved_between_two_results_is_one(tmp_path):
+    save(tmp_path, "knn", "mine", "birds", {"k-NN": 50.0}, 224, STUDENT)
+    moved = {**STUDENT, "model": "elsewhere/mine", "weights": f"{STUDENT['model']} float32"}
+    save(tmp_path, "segmentation", "mine", "ADE20K", {"mIoU": 5.0}, 512, moved)
+    assert len(report_table(read_results([tmp_path]))[0].rows) == 1
+
+
 def test_of_several_throughputs_the_row_has_the_one_at_its_resolution_without_a_decoder(tmp_path):
     save(tmp_path, "knn", "CLIP", "birds", {"k-NN": 50.0}, 224, CLIP)
     save(tmp_path, "throughput", "CLIP", "336x336", {"Throughput": 5.0}, 336, {**CLIP, "decoder": "linear"})
