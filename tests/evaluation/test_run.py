@@ -78,6 +78,8 @@ TABLE_1 = {
     "OpenAI-CLIP-L/14": (305, 336),
     "DINOv2-g/14-reg": (1137, 224),
     "SAM-H/16": (637, 1024),
+    "InternViT-6B-224": (5902, 224),
+    "InternViT-6B-448": (5537, 448),
 }
 
 
@@ -92,7 +94,7 @@ def test_the_baselines_of_table_1_are_the_papers():
         params = sum(parameter.numel() for parameter in teacher.parameters())
         assert (params / 1e6, side) == (pytest.approx(TABLE_1[title][0], abs=0.8), TABLE_1[title][1]), title
     # the commands of its header name what is in it
-    named = re.findall(r"--model (\S+[/.]\S+)", path.read_text())
+    named = re.findall(r"--model (\S+[/.-]\S+)", path.read_text())
     assert set(named) - {"runs/mine/student", "..."} == set(TABLE_1)
 
 

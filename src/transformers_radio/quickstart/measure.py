@@ -117,7 +117,7 @@ def score(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products as small as a probe's or those of SAM's decoder take longer in two threads, which wait for each other."""
+    """Products as small as a probe's and SAM's decoder's take longer in two threads, which wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

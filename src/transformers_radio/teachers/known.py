@@ -15,6 +15,7 @@ from torch import nn
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers.base import Teacher, check_options, require, resolve_image_size
 from transformers_radio.teachers.checkpoints import resolve_checkpoint
+from transformers_radio.teachers.intern_vit import FIELDS, InternVitTeacher
 from transformers_radio.teachers.open_clip import OpenClipTeacher
 from transformers_radio.teachers.segment_anything import (
     PIXEL_MEAN,
@@ -196,6 +197,30 @@ def _siglip(width: int, layers: int, heads: int, mlp: int, **fields: Any) -> Cal
     return partial(_transformers, SiglipTeacher, "SiglipVisionModel", HALF_NORMALISATION, fields)
 
 
+def _intern_vit(layers: int, side: int) -> Callable[..., Teacher]:
+    """InternViT-6B: the first release has 48 layers, V1-2 lacks the last three."""
+
+    def build(image_size: int | None = None, dtype: str = "float32") -> Teacher:
+        transformers = require("transformers")
+        fields = {name: default for name, default in FIELDS.values()} | {
+            "num_hidden_layers": layers,
+            "image_size": side,
+        }
+        model = transformers.InternVLVisionModel(transformers.InternVLVisionConfig(**fields, use_mean_pooling=True))
+        return _describe(
+            InternVitTeacher,
+            model,
+            image_size=resolve_image_size(image_size, side, 14),
+            patch_size=14,
+            summary_dim=model.config.hidden_size,
+            feature_dim=model.config.hidden_size,
+            **IMAGENET_NORMALISATION,
+            dtype=dtype,
+        )
+
+    return build
+
+
 def _size(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
 
@@ -220,6 +245,8 @@ TRANSFORMERS: dict[str, Callable[..., Teacher]] = {
     ),
     "google/siglip2-so400m-patch16-384": _siglip(1152, 27, 16, 4304, patch_size=16, image_size=384),
     "google/siglip2-giant-opt-patch16-384": _siglip(1536, 40, 16, 6144, patch_size=16, image_size=384),
+    "OpenGVLab/InternViT-6B-224px": _intern_vit(48, 224),
+    "OpenGVLab/InternViT-6B-448px-V1-2": _intern_vit(45, 448),
     "nvidia/C-RADIOv4-H": partial(_radio, {**C_RADIO_V4_H, "preferred_resolution": 512}),
 }
 SEGMENT_ANYTHING: dict[str, Callable[..., Teacher]] = {
