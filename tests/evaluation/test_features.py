@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from transformers_radio.evaluation import extract_summaries, load_labelled_images
-from transformers_radio.evaluation.features import resize_image
+from transformers_radio.evaluation.features import LabelledSplit, resize_image
 
 
 def encode_image(pixels: np.ndarray, format: str) -> bytes:
@@ -125,3 +125,26 @@ def test_extraction_refuses_what_it_would_get_wrong():
         extract_summaries(lambda x: x.flatten(1) * torch.nan, images)
     with pytest.raises(ValueError, match="no images"):
         extract_summaries(torch.nn.Flatten(), images[:0])
+
+
+def test_tars_may_mix_extensions_and_hold_damaged_captions(tmp_path):
+    """As in training: what lies beside an image does not matter, but for its label."""
+    formats = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "JPG": "JPEG"}
+    with tarfile.open(tmp_path / "validation-0.tar", "w") as tar:
+        for number in range(30):
+            extension = "jpg" if number < 24 else list(formats)[number % 4]
+            buffer = io.BytesIO()
+            Image.new("RGB", (20, 20), (number * 8, 0, 0)).save(buffer, formats[extension])
+            caption = "Straße".encode("latin-1") if number == 26 else b"fine"
+            files = {extension: buffer.getvalue(), "txt": caption, "json": b"{", "cls": str(number % 3).encode()}
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"{number:04d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    loaded = load_labelled_images(tmp_path, "validation", 8)
+    assert loaded.labels.tolist() == [number % 3 for number in range(30)] and not loaded.skipped
+    assert loaded.images[:, 0].float().mean(dim=(1, 2)).tolist() == pytest.approx([n * 8 for n in range(30)], abs=4)
+    split = LabelledSplit(tmp_path, "validation", limit=5)
+    assert [label for _, label in split.rows()] == [0, 1, 2, 0, 1]
+    with pytest.raises(ValueError, match="'fine' in column 'txt' of .* is no class index"):
+        list(LabelledSplit(tmp_path, "validation", label_column="txt").rows())

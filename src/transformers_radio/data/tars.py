@@ -15,6 +15,7 @@ from .remote import is_url, open_stream
 # Samples of a tar, and tars, that are looked at to learn which extension is the image's.
 SAMPLES_LOOKED_AT = 20
 TARS_LOOKED_AT = 20
+BESIDE = ""  # not the name of any field
 # As webdataset splits names: the key ends at the first dot of the file's own name, the field is the rest.
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -54,6 +55,14 @@ def read_tar(path: str, fields: list[str], is_given: bool, indices: range) -> It
             where these are KEY.jpg, also KEY.PNG but not KEY.mask.png.
         is_given: the recipe names the field, so that no other is read.
     """
+    for key, image, _ in read_samples(path, fields, is_given, indices):
+        yield key, image
+
+
+def read_samples(
+    path: str, fields: list[str], is_given: bool, indices: range, beside: str | None = None
+) -> Iterator[tuple[str, bytes | None, bytes | None]]:
+    """As `read_tar`, with the content of the field `beside` (such as "cls") of each sample, or None."""
     place = stem(fields[0])
     number, current = -1, ""
     found: dict[str, bytes] = {}
@@ -61,15 +70,15 @@ def read_tar(path: str, fields: list[str], is_given: bool, indices: range) -> It
         for member, key, field in _members(tar):
             if key != current:
                 if number in indices:
-                    yield current, _first(found, fields)
+                    yield current, _first(found, fields), found.pop(BESIDE, None)
                 number, current, found = number + 1, key, {}
             wanted = field in fields if is_given else field in fields or (is_image(field) and stem(field) == place)
-            if wanted and number in indices:
+            if (wanted or field == beside) and number in indices:
                 content = tar.extractfile(member)
                 assert content is not None  # of a regular file
-                found[field] = content.read()
+                found[BESIDE if field == beside else field] = content.read()
         if number in indices:
-            yield current, _first(found, fields)
+            yield current, _first(found, fields), found.pop(BESIDE, None)
 
 
 def count_samples(path: str) -> int:
@@ -96,4 +105,5 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]
 
 def _first(found: dict[str, bytes], fields: list[str]) -> bytes | None:
     """A sample with images of several extensions: one that the first samples had, else the first that is there."""
-    return next((found[field] for field in (*fields, *found) if field in found), None)
+    images = (field for field in (*fields, *found) if field in found and field != BESIDE)
+    return next((found[field] for field in images), None)

@@ -1,5 +1,6 @@
 """Labelled images at the protocol's resize, and the summary vector of each of them."""
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -15,11 +16,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from transformers_radio.data import DataConfig, SourceConfig, count_images
+from transformers_radio.data.columns import ColumnError
 from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
-from transformers_radio.data.source import read_image
+from transformers_radio.data.source import EVERY_RECORD, read_image
+from transformers_radio.data.tars import find_fields, read_samples
 
-from .split_files import class_names, find_split, load_builder
+from .split_files import class_names, find_split, in_words_of_evaluation, load_builder
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +109,14 @@ class LabelledSplit:
         self.configuration, self.stated, self.num_shards = name or "default", None, 1
         self.class_names = class_names(self._found)
         self._stream: Any = None  # of class folders the names of the files are enough
+        self._fields: list[str] | None = None  # of tars, the extensions of images
         columns = ["image", "label"]
+        if self._found.kind == "webdataset":
+            self._fields = self._open_tars(image_column)
+            self.image_column, self.label_column = self._fields[0], label_column or "cls"
+            self.num_shards, self.num_classes = len(self._found.files) if limit is None else 1, None
+            self._is_given = image_column is not None
+            return
         if self.class_names is None:
             columns = self._open(name)
         self.image_column = _find_column(image_column, IMAGE_COLUMNS, columns, "image", str(source))
@@ -121,8 +131,16 @@ class LabelledSplit:
             self._stream = stream if limit is None else stream.take(limit)
         self.num_classes = None if self.class_names is None else len(self.class_names)
 
+    def _open_tars(self, image_column: str | None) -> list[str]:
+        """The fields of images. As in training, of a sample the image alone is decoded, whatever its extension."""
+        config = SourceConfig(path=self.source, image_column=image_column)
+        try:
+            return find_fields(self._found.files, config, "data")
+        except ColumnError as error:
+            raise ValueError(in_words_of_evaluation(str(error))) from error
+
     def _open(self, name: str | None) -> list[str]:
-        """Opens the stream of a table or of tars; its columns."""
+        """Opens the stream of a table; its columns."""
         builder = load_builder(self._found, name)
         stream = builder.as_streaming_dataset(split=self.split)
         first = None if stream.features else next(iter(stream), None)
@@ -143,6 +161,16 @@ class LabelledSplit:
         Raises:
             ValueError: a label that is not a class index.
         """
+        if self._fields is not None:
+            files = self._found.files if shard is None or self.num_shards == 1 else [self._found.files[shard]]
+            samples = (
+                sample
+                for file in files
+                for sample in read_samples(file, self._fields or [], self._is_given, EVERY_RECORD, self.label_column)
+            )
+            for _, image, text in itertools.islice(samples, self.limit):
+                yield {"bytes": image or b"", "path": None}, self._checked_label(_class_index(text))
+            return
         if self._stream is None:
             numbers = {name: number for number, name in enumerate(self.class_names or [])}
             for file in self._found.files[: self.limit]:
@@ -150,15 +178,17 @@ class LabelledSplit:
             return
         whole = shard is None or self.num_shards == 1
         for sample in self._stream if whole else self._stream.shard(self.num_shards, shard):
-            label = sample[self.label_column]
-            is_index = isinstance(label, int) and not isinstance(label, bool) and label >= 0
-            if not is_index or (self.num_classes is not None and label >= self.num_classes):
-                last = "" if self.num_classes is None else f" to {self.num_classes - 1}"
-                raise ValueError(
-                    f"{label!r} in column {self.label_column!r} of {self.source} ({self.split}) is no class index; "
-                    f"expected an integer from 0{last}. Choose another label_column, or a split with labels."
-                )
-            yield sample[self.image_column], label
+            yield sample[self.image_column], self._checked_label(sample[self.label_column])
+
+    def _checked_label(self, label: Any) -> int:
+        is_index = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+        if not is_index or (self.num_classes is not None and label >= self.num_classes):
+            last = "" if self.num_classes is None else f" to {self.num_classes - 1}"
+            raise ValueError(
+                f"{label!r} in column {self.label_column!r} of {self.source} ({self.split}) is no class index; "
+                f"expected an integer from 0{last}. Choose another label_column, or a split with labels."
+            )
+        return label
 
     def count(self) -> int | None:
         """Number of images, readable or not, where the source states it or local files show it; None otherwise."""
@@ -197,6 +227,16 @@ class LabelledSplit:
         if fingerprint.get("files") in {self._found.fingerprint_before(place) for place in places}:
             return {**fingerprint, "files": self._found.fingerprint}
         return fingerprint
+
+
+def _class_index(text: bytes | None) -> int | str | None:
+    """The number in a tar's label file; what it holds instead, or None without one."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return text[:40].decode(errors="replace")
 
 
 def load_labelled_images(
