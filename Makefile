@@ -18,10 +18,10 @@ $(VENV)/installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
 	touch $@
 
-quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 6 minutes)
+quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 5 minutes)
 	$(BIN)/transformers-radio quickstart
 
-seeds: $(VENV)/installed  ## The quickstart over three seeds (about 18 minutes)
+seeds: $(VENV)/installed  ## The quickstart over three seeds (about 15 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py
 
 ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)
