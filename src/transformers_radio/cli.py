@@ -90,13 +90,16 @@ def evaluate(
     results = run_task(task, model or [], data, recipe, output, overrides, models)
     from accelerate import PartialState
     from rich.console import Console
+    from rich.text import Text
 
     if not PartialState().is_main_process:
         return
     console = Console()
     for result in results:
         figures = "  ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
-        console.print(f"[bold]{result.model}[/bold]  {figures}\n  {result.data}: {result.protocol}", soft_wrap=True)
+        # Text, as names and paths may look like markup
+        line = Text.assemble((result.model, "bold"), f"  {figures}\n  {result.data}: {result.protocol}")
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -111,7 +114,7 @@ def report(
     from transformers_radio.evaluation.report_folder import write_report
 
     table, files = write_report(folders, output, title)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table.to_rich(console.width))
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
 

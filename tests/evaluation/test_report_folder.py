@@ -115,6 +115,15 @@ def test_a_model_measured_twice_with_other_settings_names_both_files(tmp_path):
     assert len(read_results([tmp_path])) == 1  # a copy is no second measurement
 
 
+def test_a_speed_with_windows_does_not_stand_beside_quality_without(tmp_path):
+    save(tmp_path, "knn", "mine", "birds", {"k-NN": 50.0}, 64, STUDENT)
+    windowed = {**STUDENT, "window_size": 2}
+    save(tmp_path, "throughput", "mine", "64x64, windows of 2 patches", {"Throughput": 99.0}, 64, windowed)
+    assert report_table(read_results([tmp_path]))[0].rows[0].throughput is None
+    save(tmp_path, "throughput", "mine", "64x64", {"Throughput": 12.0}, 64, STUDENT)
+    assert report_table(read_results([tmp_path]))[0].rows[0].throughput == 12.0
+
+
 def test_one_name_for_two_models_names_both_files(tmp_path):
     first = save(tmp_path, "knn", "CLIP", "birds", {"k-NN": 50.0}, 224, CLIP)
     retrained = save(tmp_path, "knn", "CLIP", "cars", {"k-NN": 50.0}, 224, {**CLIP, "weights": "others"})

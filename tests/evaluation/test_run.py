@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_sam import make_student
+from typer.testing import CliRunner
 
 from transformers_radio import precision
+from transformers_radio.cli import app
+from transformers_radio.evaluation import run as run_module
 from transformers_radio.evaluation import summary_store
 from transformers_radio.evaluation.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.results import Result
 from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
 from transformers_radio.teachers.known import known_teacher
 
@@ -146,3 +150,11 @@ def test_a_precision_that_this_cpu_computes_slowly_is_warned_about_once(
     warned = [message for message in caplog.messages if "times as long" in message]
     assert begun == [task] and len(warned) == (advice is not None)
     assert not warned or ("61.8" in warned[0] and warned[0].endswith(advice))
+
+
+def test_names_and_protocols_are_printed_as_they_are(monkeypatch):
+    result = Result("knn", "x[/red] [dim]", "a[b]", {"k-NN": 5.0}, "text tower open_clip:package:clip", {}, {}, 1, 32)
+    monkeypatch.setattr(run_module, "run_task", lambda *_: [result])
+    printed = CliRunner().invoke(app, ["eval", "knn"])
+    assert printed.exit_code == 0
+    assert "x[/red] [dim]  k-NN 5.00" in printed.output and "a[b]: text tower open_clip:package:clip" in printed.output

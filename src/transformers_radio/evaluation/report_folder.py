@@ -260,7 +260,11 @@ def _with_column(result: Result) -> list[str]:
 
 
 def _throughput(timed: Sequence[Measured], resolution: int | list[int] | None) -> Measured | None:
-    """The one for the row; None where there is none, or several and none at the row's resolution."""
+    """The one for the row; None where there is none, or several and none at the row's resolution.
+
+    What was timed with windows of its own is left out: the quality beside it was measured without them.
+    """
+    timed = [one for one in timed if not one.result.settings.get("window_size")]
     fitting = [one for one in timed if one.result.resolution == resolution] or timed
     # all have the model alone, but beside a decoder it was timed in other company
     fitting = [one for one in fitting if one.result.settings.get("decoder", "none") == "none"] or fitting

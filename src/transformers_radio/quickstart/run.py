@@ -52,7 +52,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
         temporary = table_path.with_suffix(".tmp")  # written last and whole: it says that the evaluation is done
         temporary.write_text(table.to_json(), encoding="utf-8")
         os.replace(temporary, table_path)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
     return table

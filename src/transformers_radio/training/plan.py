@@ -66,7 +66,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
 
     # A pipe has no width, and with the usual 80 columns the headers would be cut.
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, markup=False, emoji=False)
     console.print(_teachers_table(recipe, teachers, teacher_costs))
     heads = sum(parameter.numel() for parameter in student.adaptors.parameters()) / 1e6
     config = student.config
