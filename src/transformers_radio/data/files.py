@@ -114,7 +114,7 @@ def _choices(inside: str) -> list[str]:
     is_padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
     width = max(len(first), len(last)) if is_padded else 0
     numbers = range(int(first), int(last) + step, step)
-    if len(numbers) > MAX_EXPANDED:
+    if abs(int(last) - int(first)) >= MAX_EXPANDED:  # not len(numbers), which overflows
         raise ValueError(f"{{{inside}}} stands for more than {MAX_EXPANDED:,} files.")
     return [f"{number:0{width}}" for number in numbers]
 

@@ -206,4 +206,6 @@ def _load_rgb(image: Image.Image) -> Image.Image:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError:
         raise SkippedImage(f"unsupported mode {image.mode}") from None
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    rgb = rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    rgb.info.pop("exif", None)  # or whoever reads the orientation there would turn the image again
+    return rgb

@@ -1,17 +1,16 @@
 """`transformers-radio eval TASK`: a task's settings from its recipe and `key=value`, then the task itself."""
 
 import importlib
-import json
-import os
-import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from transformers_radio.training.recipe import quoted
 
 from .hub_names import check_model, split_title
 from .paths import expand_home
@@ -144,7 +143,7 @@ def check_pictures(kind: str, models: list[str], recipe: str | Path | None, over
 
 
 def _check_form(recipe: str | Path | None, overrides: list[str] | None) -> None:
-    if recipe is not None and not Path(recipe).is_file():
+    if recipe is not None and not Path(expand_home(str(recipe))).is_file():
         raise FileNotFoundError(f"There is no recipe {recipe}; recipes are YAML files, see recipes/evaluation/.")
     for override in overrides or []:
         if "=" not in override:
@@ -164,7 +163,7 @@ def load_config(schema: type, data: str | None, recipe: str | Path | None, overr
         parts = [OmegaConf.structured(schema)]
         if recipe is not None:
             parts.append(OmegaConf.load(expand_home(str(recipe))))
-        parts.append(OmegaConf.from_dotlist([_quoted(schema, override) for override in overrides or []]))
+        parts.append(OmegaConf.from_dotlist([quoted(schema, override) for override in overrides or []]))
         if data is not None:
             nested = OmegaConf.is_config(parts[0].data) if not OmegaConf.is_missing(parts[0], "data") else False
             parts.append(OmegaConf.create({"data": {"path": data} if nested else data}))
@@ -179,24 +178,6 @@ def load_config(schema: type, data: str | None, recipe: str | Path | None, overr
         raise ValueError(f"{where}: {reason}. The settings{of_level} are {names}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-
-
-def _quoted(schema: Any, override: str) -> str:
-    """`key=value`, a text in quotes, without which YAML takes 2024_01, no, [2021] and what follows # for others."""
-    key, _, value = override.partition("=")
-    wanted = _type_at(schema, key)
-    is_text = wanted in (str, str | None) or (wanted is Any and "/" in value and os.path.exists(expand_home(value)))
-    if not is_text or value in ("", "null") or value[0] in "'\"":
-        return override
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def _type_at(schema: Any, key: str) -> Any:
-    """The type of a setting, such as int for "probe.iterations"; None where there is no such setting."""
-    for part in re.split(r"[.\[\]]+", key.rstrip("]")):
-        hints = get_type_hints(schema) if is_dataclass(schema) else {}
-        schema = hints[part] if part in hints else (get_args(schema) or (None,))[-1]
-    return schema
 
 
 def _expanded(value: Any) -> Any:

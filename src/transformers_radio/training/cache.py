@@ -228,7 +228,13 @@ class TeacherCaches(dict[str, TeacherCache]):
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
     here = json.loads(json.dumps(fingerprint))
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
+    try:
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
+        there.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged, so nobody knows what {path.parent} holds; delete this folder, or choose another"
+        ) from error
     fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
     if fields:
         differs = [f"{field}: {there.get(field)!r} there, {here.get(field)!r} here" for field in fields]

@@ -82,7 +82,7 @@ def settle_precision(recipe: Recipe) -> Recipe:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
     def settle() -> Recipe:
-        before = None if recipe.overwrite or not uses_auto_precision(recipe) else recorded_recipe(recipe)
+        before = recorded_recipe(recipe) if uses_auto_precision(recipe) else None
         settled = resolve_precision(recipe, state.device, before)
         warn_of_slow_precision(settled, state.device)
         return settled

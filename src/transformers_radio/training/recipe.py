@@ -1,7 +1,9 @@
 """A recipe is one YAML file over these dataclasses; every field can be overridden as `key=value`."""
 
 import difflib
+import json
 import os
+import re
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -189,7 +191,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path} is not a mapping of recipe fields")
-    written = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+    written = OmegaConf.merge(loaded, OmegaConf.from_dotlist([quoted(Recipe, override) for override in overrides]))
     assert isinstance(written, DictConfig)
     _check_names(written, Recipe, "")
     try:
@@ -217,6 +219,26 @@ def expand_paths(recipe: Recipe) -> Recipe:
         teacher_cache=None if cache is None else os.path.expanduser(cache),
         student=replace(student, checkpoint=student.checkpoint and os.path.expanduser(student.checkpoint)),
     )
+
+
+def quoted(schema: Any, override: str) -> str:
+    """`key=value`, a text in quotes, without which YAML takes 2024_01, no, [2021] and what follows # for others."""
+    key, _, value = override.partition("=")
+    wanted = _type_at(schema, key)
+    is_text = wanted in (str, str | None) or (
+        wanted is Any and "/" in value and os.path.exists(os.path.expanduser(value))
+    )
+    if not is_text or value in ("", "null", "~") or value[0] in "'\"":
+        return override
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _type_at(schema: Any, key: str) -> Any:
+    """The type of a setting, such as int for "probe.iterations"; None where there is no such setting."""
+    for part in re.split(r"[.\[\]]+", key.rstrip("]")):
+        hints = get_type_hints(schema) if is_dataclass(schema) else {}
+        schema = hints[part] if part in hints else (get_args(schema) or (None,))[-1]
+    return schema
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -104,7 +104,10 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
             )
     if not (checkpoints or finished):
         return False, None
-    changed = _changed_fields(recipe, output_dir / RUN_FILE)
+    try:
+        changed = _changed_fields(recipe, output_dir / RUN_FILE)
+    except ValueError as error:
+        changed = [f"{RUN_FILE}, which cannot be read ({error})"]
     if recipe.overwrite and (changed or finished or all(damage(one) for one in checkpoints)):
         return False, None
     if changed:
@@ -125,10 +128,17 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
 
 
 def recorded_recipe(recipe: Recipe) -> Recipe | None:
-    """The recipe of the run that output_dir holds, if it holds one that could be continued. Changes nothing."""
+    """The recipe of the run in output_dir that this start may continue, if there is one. Changes nothing."""
     output_dir = Path(recipe.output_dir)
-    begun = find_checkpoints(output_dir) or (output_dir / "student").exists()
-    return load_recipe(output_dir / RUN_FILE) if begun and (output_dir / RUN_FILE).exists() else None
+    finished = (output_dir / "student").exists()
+    if not (finished or find_checkpoints(output_dir)) or (finished and recipe.overwrite):
+        return None
+    try:
+        return load_recipe(output_dir / RUN_FILE)
+    except (ValueError, FileNotFoundError):
+        if recipe.overwrite:  # it will be deleted
+            return None
+        raise
 
 
 def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
