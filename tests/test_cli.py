@@ -67,7 +67,12 @@ def start(tmp_path):
         environment = {**{k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}, **environment}
         command = [sys.executable, *arguments]
         return subprocess.run(
-            command, env={**environment, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True
+            command,
+            env={**environment, "PYTHONPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
         )
 
     return start
