@@ -103,7 +103,7 @@ def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
 
     from .measure import resize_images
 
-    images = load_labelled_images(world, "validation", 128, limit=PICTURED).images
+    images = load_labelled_images(world / "validation-*.tar", "validation", 128, limit=PICTURED).images
     columns = {}
     with torch.no_grad():
         for encoder in encoders:
