@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .config import SourceConfig
+from .errors import ColumnError
 from .images import EXTENSIONS
 from .remote import is_url
 
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 USUAL = ("image", "img", *(extension[1:] for extension in EXTENSIONS))
 # How image files begin as base64 text: JPEG, PNG, GIF, WebP, TIFF.
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-
-
-class ColumnError(ValueError):
-    """There is no column of images, or more than one; the message says what is there and the fix."""
 
 
 def choose(samples: list[list[str]], images: list[str], config: SourceConfig, where: str, hint: str = "") -> list[str]:

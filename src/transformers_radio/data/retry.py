@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import gzip
 import http.client
 import logging
 import ssl
@@ -23,10 +24,11 @@ TEMPORARY_STATUS = (408, 425, 429)
 PERMANENT_ERRORS = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(OfflineModeIsEnabled, ssl.SSLCertVerificationError),
+    *(gzip.BadGzipFile, zlib.error),  # damaged; of a transfer that ended early there is an EOFError
 )
 TEMPORARY_ERRORS = (
     *(OSError, asyncio.TimeoutError, concurrent.futures.TimeoutError, http.client.HTTPException),
-    *(EOFError, zlib.error),  # a transfer that ended early
+    EOFError,  # a transfer that ended early
 )
 
 

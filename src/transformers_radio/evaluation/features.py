@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from transformers_radio.data import DataConfig, SourceConfig, count_images
-from transformers_radio.data.columns import ColumnError
+from transformers_radio.data.errors import ColumnError
 from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import EVERY_RECORD, read_image
