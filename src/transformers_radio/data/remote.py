@@ -78,7 +78,7 @@ def named(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except ColumnError:
+    except (ColumnError, FileError):
         raise
     except Exception as error:
         if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "filename", None) is not None:

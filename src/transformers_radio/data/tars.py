@@ -118,8 +118,8 @@ class Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "Header":
         if len(buf) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError(
-                "unexpected end of data: expected another member, or the two blocks of zeros that end a tar (to one that"
-                " is known to be whole, add them with `head -c 1024 /dev/zero >> FILE`)"
+                "unexpected end of data: expected another member, or the two blocks of zeros that end a tar (to one"
+                " that is known to be whole, add them with `head -c 1024 /dev/zero >> FILE`)"
             )
         try:
             return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
