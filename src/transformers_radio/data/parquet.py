@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .columns import check_type, choose_from_table, declared_types
 from .config import SourceConfig
+from .errors import FileError, one_line
 from .remote import is_url, named, open_local, open_ranges
 
 if TYPE_CHECKING:
@@ -89,8 +90,15 @@ def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
     with named(path), contextlib.ExitStack() as stack:
         if is_url(path):
             file: Any = stack.enter_context(open_ranges(path))
-            # without a buffer: one request for a column of a row group
-            parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            try:  # without a buffer: one request for a column of a row group
+                parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            except ValueError as error:
+                if isinstance(error, pyarrow.ArrowException):
+                    raise
+                raise FileError(
+                    f"{path}: {one_line(error)} Of parquet files parts are read: expected a server that states their"
+                    " size and answers requests for ranges of bytes. Else download them."
+                ) from error
         else:
             open_local(path).close()
             parquet = pyarrow.parquet.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)

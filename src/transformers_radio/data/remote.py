@@ -59,7 +59,12 @@ def open_local(path: str) -> BinaryIO:
     Raises:
         OSError: it is missing, cannot be opened, or is no regular file.
     """
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(errno.ENOENT, "Is a link that leads to itself", path) from None
+        raise
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
         return open(number, "rb")

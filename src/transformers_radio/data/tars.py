@@ -144,6 +144,7 @@ class Forward:
         self.size = size
         self.position = 0
         self.ahead = b""
+        self.has_ended = False
 
     def peek(self, count: int) -> bytes:
         self.ahead = self.read(count)
@@ -157,7 +158,8 @@ class Forward:
         while left:
             if piece := self.ahead[:left]:
                 self.ahead = self.ahead[left:]
-            elif not (piece := self.file.read(min(left, PIECE))):
+            elif self.has_ended or not (piece := self.file.read(min(left, PIECE))):
+                self.has_ended = self.size is None  # to read on there is a warning of aiohttp
                 break
             pieces.append(piece)
             left -= len(piece)
