@@ -185,8 +185,8 @@ class ImageStream:
                 raise
             # The loader's frames would keep its workers alive for as long as the error is. Nothing is lost with them:
             # the message holds the traceback of the worker.
-            if isinstance(error, SourceError):  # its own words are the last line of the traceback
-                raise SourceError(str(error).rstrip().rpartition("\n")[2].partition("SourceError: ")[2]) from None
+            if isinstance(error, SourceError):  # what it says itself is the last line
+                error.args = (str(error).rstrip().rpartition("\n")[2].rpartition("errors.SourceError: ")[2],)
             raise error.with_traceback(None) from None
 
     @property

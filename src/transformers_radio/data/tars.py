@@ -199,7 +199,8 @@ def open_tar(path: str) -> Iterator[tarfile.TarFile]:
             at = f"at byte {file.tell():,}" + (" when decompressed" if file is not stored else "")
             if is_url(path) and is_temporary(error) and stored.tell() == _stated_size(path):
                 # not a transfer that has ended early: a second one would end there too
-                raise tarfile.ReadError(f"the file ends too early, {at}") from None
+                reason = str(error).replace("unexpected end of data", "the file ends too early")
+                raise tarfile.ReadError(f"{reason}, {at}") from None
             raise type(error)(f"{error}, {at}") from None
 
 
