@@ -266,6 +266,16 @@ def test_damaged_parquet_files_are_named_in_one_line(data, expected, tmp_path):
         assert "a.parquet" in str(counting) and "\n" not in str(counting)
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "a page header"])
+def test_the_evaluation_names_damaged_parquet_files(damage, tmp_path):
+    whole = parquet_of({"image": PHOTOS, "label": [0] * COUNT})
+    data = {"empty": b"", "cut": whole[:-100], "a page header": whole[:4] + b"\xff" * 40 + whole[44:]}[damage]
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read: ") as error:
+        list(LabelledSplit(tmp_path / "a.parquet", "train").rows())
+    assert "\n" not in str(error.value)
+
+
 def test_columns_that_are_read_all_the_same(tmp_path):
     tables = {
         "dictionary": parquet_of({"image": pa.array(PHOTOS).dictionary_encode()}),

@@ -73,7 +73,7 @@ def choose_from_table(
         first_values: columns -> their first values, of those that have any in the first rows.
     """
     given = config.image_column
-    if given in schema.names:
+    if given is not None and given in schema.names:
         check_type(schema, given, config, where)
     images = [field.name for field in schema if _is_image(field.type, declared.get(field.name))]
     hints: list[str] = []

@@ -101,7 +101,8 @@ def _match_in_folders(pattern: str) -> tuple[list[str], list[str]]:
     folder, name = os.path.split(pattern)
     if not glob.has_magic(name):
         return [file for file in glob.glob(pattern) if os.path.isfile(file)], []
-    files, special = [], []
+    files: list[str] = []
+    special: list[str] = []
     for parent in glob.glob(folder):
         try:
             _, names, others = _look_into(parent)
@@ -125,7 +126,9 @@ def file_names(folder: str) -> set[str]:
 
 def _look_into(folder: str) -> tuple[list[str], list[str], list[str]]:
     """-> (names of folders; of files and of links to nowhere, which will be missed; of pipes, sockets and devices)."""
-    folders, files, special = [], [], []
+    folders: list[str] = []
+    files: list[str] = []
+    special: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
