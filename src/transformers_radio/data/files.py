@@ -59,13 +59,12 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     elif exists and os.path.isdir(path):
         root = os.path.abspath(path)
         in_split = os.path.isdir(os.path.join(root, split))
-        folders, notes = walk(os.path.join(root, split) if in_split else root)
-        found = [os.path.join(parent, name) for parent, names in folders for name in names]
+        found, notes = _files_below(os.path.join(root, split) if in_split else root)
         if not found:
-            raise FileNotFoundError(
-                f"{where}.path={given!r}: found no images, tar or parquet files, and no others in {folders[0][0]}."
-                f" {'; '.join(notes)}".rstrip()
+            nothing = (
+                f"found no images, tar or parquet files, and no others in {os.path.join(root, split * in_split)}."
             )
+            raise FileNotFoundError(f"{where}.path={given!r}: {nothing} {'; '.join(notes)}".rstrip())
     elif exists and not os.path.isfile(path):
         raise ValueError(f"{where}.path={given!r} is a pipe, socket or device; expected a file or a folder.")
     elif exists or is_url(path) or glob.has_magic(path):
@@ -88,19 +87,30 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
         return kind, root, paths, notes
     paths, others = _select_split(path, paths, split, where, by_name=kind != "imagefolder")
     if kind == "imagefolder" and not is_url(path):
-        splits = [name for name in sorted(os.listdir(root)) if OTHER_SPLITS.match(name.lower())]
-        splits = [name for name in splits if any(file.startswith(os.path.join(root, name, "")) for file in paths)]
-        if splits:
-            notes.append(
-                f"reads all images, as there is no sub-folder {split!r}: also those of {listed_names(splits)}. To read"
-                f" one of these, set {where}.split to its name"
-            )
+        notes += _splits_read_too(root, paths, split, where)
     if others:
         notes.append(
             f"left out {count(len(others), 'file')} whose names do not start with {split!r}:"
             f" {listed_names([file[len(root) :].lstrip(os.sep) for file in others])}"
         )
     return kind, root, paths, notes
+
+
+def _files_below(folder: str) -> tuple[list[str], list[str]]:
+    folders, notes = walk(folder)
+    return [os.path.join(parent, name) for parent, names in folders for name in names], notes
+
+
+def _splits_read_too(root: str, paths: list[str], split: str, where: str) -> list[str]:
+    """Of a folder without a sub-folder for the split, what is said about those for others."""
+    names = [name for name in sorted(os.listdir(root)) if OTHER_SPLITS.match(name.lower())]
+    names = [name for name in names if any(file.startswith(os.path.join(root, name, "")) for file in paths)]
+    if not names:
+        return []
+    return [
+        f"reads all images, as there is no sub-folder {split!r}: also those of {listed_names(names)}. To read one of"
+        f" these, set {where}.split to its name"
+    ]
 
 
 def local_path(path: str) -> str:
@@ -169,8 +179,7 @@ def _find_all(paths: list[str], what: str, may_be_none: bool = False) -> tuple[l
             else:
                 matching = [path] if kind_of(path) else list_folder(path)[1]
         elif kind_of(path) is None and os.path.isdir(path):
-            folders, left_out = walk(os.path.abspath(path))
-            matching = [os.path.join(parent, name) for parent, names_of in folders for name in names_of]
+            matching, left_out = _files_below(os.path.abspath(path))
             notes += left_out
         elif glob.has_magic(path) and not os.path.exists(path):
             matching, left_out = match_local(os.path.abspath(path))
