@@ -1,5 +1,6 @@
 """Servers that fail for a while, for real: the images come as if nothing had happened, or a clean error does."""
 
+import gzip
 import hashlib
 import multiprocessing
 import os
@@ -10,8 +11,10 @@ import tarfile
 import time
 import types
 import urllib.error
+import zlib
 from collections import deque
 
+import aiohttp
 import datasets
 import fsspec
 import httpx2
@@ -353,6 +356,11 @@ def answer(status: int) -> dict:
         (FSTimeoutError(), True),
         (tarfile.ReadError("unexpected end of data"), True),
         (tarfile.ReadError("invalid header"), False),
+        (EOFError("Compressed file ended before the end-of-stream marker was reached"), True),
+        (gzip.BadGzipFile("CRC check failed"), False),
+        (zlib.error("invalid distance"), False),
+        (raised(aiohttp.ClientPayloadError(), aiohttp.http_exceptions.ContentLengthError("received 1 of 2")), True),
+        (raised(FileNotFoundError(), aiohttp.TooManyRedirects(None, ())), False),
         (urllib.error.HTTPError("http://x", 503, "", {}, None), True),
         (urllib.error.HTTPError("http://x", 404, "", {}, None), False),
         (httpx2.ConnectError(""), True),

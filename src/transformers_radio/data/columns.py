@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .config import SourceConfig
+from .errors import ColumnError
 from .images import EXTENSIONS
 from .remote import is_url
 
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 USUAL = ("image", "img", *(extension[1:] for extension in EXTENSIONS))
 # How image files begin as base64 text: JPEG, PNG, GIF, WebP, TIFF.
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-
-
-class ColumnError(ValueError):
-    """There is no column of images, or more than one; the message says what is there and the fix."""
 
 
 def choose(samples: list[list[str]], images: list[str], config: SourceConfig, where: str, hint: str = "") -> list[str]:
@@ -76,8 +73,8 @@ def choose_from_table(
         first_values: columns -> their first values, of those that have any in the first rows.
     """
     given = config.image_column
-    if given in schema.names:
-        check_type(schema.field(given), config, where)
+    if given is not None and given in schema.names:
+        check_type(schema, given, config, where)
     images = [field.name for field in schema if _is_image(field.type, declared.get(field.name))]
     hints: list[str] = []
     if given is not None or not images:
@@ -87,7 +84,10 @@ def choose_from_table(
             if given == name and is_base64(value):
                 raise ColumnError(f"{where}.image_column={given!r}: {' '.join(hints)}")
         hints += [_hint_of_list(field.name) for field in schema if _is_list(field.type)]
-    return choose([schema.names], images, config, where, " ".join(hints))[0]
+        hints += [_hint_of_struct(field.name) for field in schema if _holds_image(field.type)]
+    column = choose([schema.names], images, config, where, " ".join(hints))[0]
+    check_type(schema, column, config, where)
+    return column
 
 
 def is_base64(value: str | bytes) -> bool:
@@ -101,14 +101,24 @@ def is_base64(value: str | bytes) -> bool:
         return False
 
 
-def check_type(field: "pyarrow.Field", config: SourceConfig, where: str) -> None:
-    """Raises ColumnError if no image file can be in the column."""
+def check_type(schema: "pyarrow.Schema", column: str, config: SourceConfig, where: str) -> None:
+    """Raises ColumnError if no image file can be in the column, or several have its name."""
     from pyarrow import types
 
+    if schema.names.count(column) > 1:
+        raise ColumnError(
+            f"{where}.path={config.path!r}: {schema.names.count(column)} columns have the name {column!r}. Rename all"
+            " but one of them."
+        )
+    field = schema.field(column)
     is_file = _is_bytes(field.type) or _is_text(field.type) or types.is_null(field.type)
     if is_file or (types.is_struct(field.type) and {"bytes", "path"} & {part.name for part in field.type}):
         return
-    advice = _hint_of_list(field.name) if _is_list(field.type) else f"Set {where}.image_column to another one."
+    advice = f"Set {where}.image_column to another one."
+    if _is_list(field.type):
+        advice = _hint_of_list(field.name)
+    elif _holds_image(field.type):
+        advice = _hint_of_struct(field.name)
     raise ColumnError(
         f"{where}.path={config.path!r}: column {field.name!r} is of type {str(field.type)[:200]}; expected image"
         f" files: binary, or bytes with a path. {advice}"
@@ -135,6 +145,7 @@ def _is_image(kind: "pyarrow.DataType", declared: str | None) -> bool:
 def _is_bytes(kind: "pyarrow.DataType") -> bool:
     from pyarrow import types
 
+    kind = kind.value_type if types.is_dictionary(kind) else kind
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
@@ -151,6 +162,17 @@ def _is_list(kind: "pyarrow.DataType") -> bool:
 
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     return is_list and _is_image(kind.value_type, None)
+
+
+def _holds_image(kind: "pyarrow.DataType") -> bool:
+    """Whether a column of images lies within this one."""
+    from pyarrow import types
+
+    return types.is_struct(kind) and not _is_image(kind, None) and any(_is_image(part.type, None) for part in kind)
+
+
+def _hint_of_struct(name: str) -> str:
+    return f"Column {name!r} holds images among other things: write the table anew with a column of images alone."
 
 
 def _hint_of_list(name: str) -> str:

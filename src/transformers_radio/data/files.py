@@ -9,7 +9,7 @@ from collections import Counter
 
 from .images import EXTENSIONS
 from .remote import has_wildcard, is_url, list_folder, match, open_stream, without_query
-from .walk import count, listed_names, match_local, walk
+from .walk import count, file_names, listed_names, match_local, walk
 
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 OTHER_SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval)([^a-zA-Z0-9]|$)")
@@ -50,7 +50,7 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     exists = not is_url(path) and os.path.exists(path)
     notes: list[str] = []
     if (is_url(path) or os.path.isfile(path)) and without_query(path).lower().endswith(".txt"):
-        found, notes = _find_all(_read_list(path), f"{where}.path={given!r}")
+        found, notes = _find_all(_read_list(path, f"{where}.path={given!r}"), f"{where}.path={given!r}")
     elif not exists and BRACES.search(path):
         found, notes = _find_all(expand_braces(path), f"{where}.path={given!r}")
     elif is_url(path) and not has_wildcard(path) and kind_of(path) is None:
@@ -59,14 +59,20 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     elif exists and os.path.isdir(path):
         root = os.path.abspath(path)
         in_split = os.path.isdir(os.path.join(root, split))
-        folders, notes = walk(os.path.join(root, split) if in_split else root)
-        found = [os.path.join(parent, name) for parent, names in folders for name in names]
+        found, notes = _files_below(os.path.join(root, split) if in_split else root)
+        if not found:
+            nothing = (
+                f"found no images, tar or parquet files, and no others in {os.path.join(root, split * in_split)}."
+            )
+            raise FileNotFoundError(f"{where}.path={given!r}: {nothing} {'; '.join(notes)}".rstrip())
+    elif exists and not os.path.isfile(path):
+        raise ValueError(f"{where}.path={given!r} is a pipe, socket or device; expected a file or a folder.")
     elif exists or is_url(path) or glob.has_magic(path):
-        found, notes = _find_all([path], f"{where}.path={given!r}")
+        found, notes = _find_all([path], f"{where}.path={given!r}", may_be_none=True)
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         return None, "", [], []
     else:
-        raise FileNotFoundError(f"{where}.path={given!r} does not exist.")
+        raise FileNotFoundError(f"{where}.path={given!r} does not exist.{_about_braces([path])}")
 
     beside: list[str] = []
     if in_split and is_url(path):
@@ -80,6 +86,8 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
         notes += _beside_url(beside, root, split) if is_url(path) else _beside(root, split, where)
         return kind, root, paths, notes
     paths, others = _select_split(path, paths, split, where, by_name=kind != "imagefolder")
+    if kind == "imagefolder" and not is_url(path):
+        notes += _splits_read_too(root, paths, split, where)
     if others:
         notes.append(
             f"left out {count(len(others), 'file')} whose names do not start with {split!r}:"
@@ -88,9 +96,26 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     return kind, root, paths, notes
 
 
+def _files_below(folder: str) -> tuple[list[str], list[str]]:
+    folders, notes = walk(folder)
+    return [os.path.join(parent, name) for parent, names in folders for name in names], notes
+
+
+def _splits_read_too(root: str, paths: list[str], split: str, where: str) -> list[str]:
+    """Of a folder without a sub-folder for the split, what is said about those for others."""
+    names = [name for name in sorted(os.listdir(root)) if OTHER_SPLITS.match(name.lower())]
+    names = [name for name in names if any(file.startswith(os.path.join(root, name, "")) for file in paths)]
+    if not names:
+        return []
+    return [
+        f"reads all images, as there is no sub-folder {split!r}: also those of {listed_names(names)}. To read one of"
+        f" these, set {where}.split to its name"
+    ]
+
+
 def local_path(path: str) -> str:
     """The path on this machine, with the home folder in place of `~`; of a server, the URL as it is."""
-    return os.path.expanduser(re.sub(r"^(file|local)://(?=[/~])", "", path))
+    return os.path.expanduser(re.sub(r"^(file|local):(//(localhost)?)?(?=[/~])", "", path))
 
 
 def expand_braces(path: str) -> list[str]:
@@ -119,17 +144,29 @@ def _choices(inside: str) -> list[str]:
     return [f"{number:0{width}}" for number in numbers]
 
 
-def _read_list(path: str) -> list[str]:
+def _about_braces(paths: list[str]) -> str:
+    """What to say of paths that are not there and have braces left which do not mean anything here."""
+    if not any("{" in path or "}" in path for path in paths):
+        return ""
+    return " Expected braces as in {00000..00999} or {a,b}, without steps, letters or other braces within."
+
+
+def _read_list(path: str, what: str) -> list[str]:
     """The files, folders and patterns that a text file names; those with no folder of their own are beside it."""
     with open_stream(path) as file:
-        lines = [line.strip() for line in file.read().decode("utf-8-sig", "replace").splitlines()]
+        content = file.read()
+    if b"\0" in content:
+        raise ValueError(f"{what} is no text; expected a list of files, one in each line.")
+    lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines()]
     paths = [local_path(line) for line in lines if line and not line.startswith("#")]
+    if not paths:
+        raise FileNotFoundError(f"{what} names no files; expected one in each line.")
     folder = without_query(path).rpartition("/")[0] if is_url(path) else os.path.dirname(os.path.abspath(path))
     paths = [line if is_url(line) or os.path.isabs(line) else f"{folder}/{line}" for line in paths]
     return list(itertools.chain.from_iterable(map(expand_braces, paths)))
 
 
-def _find_all(paths: list[str], what: str) -> tuple[list[str], list[str]]:
+def _find_all(paths: list[str], what: str, may_be_none: bool = False) -> tuple[list[str], list[str]]:
     """-> (the files that files, folders and patterns stand for, sentences about what is left out)."""
     found: list[str] = []
     notes: list[str] = []
@@ -142,8 +179,7 @@ def _find_all(paths: list[str], what: str) -> tuple[list[str], list[str]]:
             else:
                 matching = [path] if kind_of(path) else list_folder(path)[1]
         elif kind_of(path) is None and os.path.isdir(path):
-            folders, left_out = walk(os.path.abspath(path))
-            matching = [os.path.join(parent, name) for parent, names_of in folders for name in names_of]
+            matching, left_out = _files_below(os.path.abspath(path))
             notes += left_out
         elif glob.has_magic(path) and not os.path.exists(path):
             matching, left_out = match_local(os.path.abspath(path))
@@ -151,13 +187,14 @@ def _find_all(paths: list[str], what: str) -> tuple[list[str], list[str]]:
         else:
             folder, name = os.path.split(os.path.abspath(path))
             if folder not in names:
-                names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+                names[folder] = file_names(folder) if os.path.isdir(folder) else set()
             matching = [os.path.join(folder, name)] if name in names[folder] else []
         found += matching
         missing += [] if matching else [path]
-    if missing and len(paths) > 1:
+    if missing and not may_be_none:
         raise FileNotFoundError(
             f"{what}: {count(len(missing), 'file')} of {len(paths)} not found: {listed_names(missing)}."
+            f"{_about_braces(missing)}"
         )
     if len(set(found)) < len(found):
         notes.append(f"left out {count(len(found) - len(set(found)), 'file')} named more than once")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .config import DataConfig, SourceConfig
+from .errors import one_line
 from .files import find_files, local_path
 from .remote import is_url
 from .retry import Retry
@@ -128,7 +129,7 @@ def explained(config: SourceConfig, where: str, how: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"{where}.path={config.path!r} could not be opened {how}, split {config.split!r}, name {config.name!r}:"
-            f" {error}"
+            f" {one_line(error)}"
         ) from error
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .columns import check_type, choose_from_table, declared_types
 from .config import SourceConfig
-from .remote import is_url, open_ranges
+from .errors import FileError, one_line
+from .remote import is_url, named, open_local, open_ranges
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -26,7 +27,7 @@ def find_column(files: list[str], config: SourceConfig, where: str, declared: di
 
     Raises:
         ColumnError: none does, or several; the message says how to choose.
-        pyarrow.ArrowInvalid, OSError: a file cannot be read.
+        FileError, OSError: a file cannot be read.
     """
     for file in files[: FILES_LOOKED_AT - 1]:
         with open_parquet(file) as parquet:
@@ -43,10 +44,11 @@ def read_parquet(
 
     Raises:
         ColumnError: the file has neither this column nor exactly one other that may be meant.
+        FileError, OSError: the file is damaged, or cannot be read.
     """
     with open_parquet(path) as parquet:
         if column in parquet.schema_arrow.names:
-            check_type(parquet.schema_arrow.field(column), config, where)
+            check_type(parquet.schema_arrow, column, config, where)
         else:
             column = _column_of(parquet, config, where, {})
         first = 0
@@ -58,6 +60,8 @@ def read_parquet(
                         if row in indices:
                             yield str(row), value.as_py()
                         row += 1
+                if row != first + rows:
+                    raise ValueError(f"row group {group} states {rows} rows and holds {row - first}")
             first += rows
 
 
@@ -80,14 +84,29 @@ def times_read(path: str, parts: int) -> float:
 
 @contextlib.contextmanager
 def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
+    """Raises FileError: also within, when what is read proves to be damaged. OSError: it cannot be read."""
     import pyarrow.parquet
 
-    if is_url(path):
-        with open_ranges(path) as file:
-            yield pyarrow.parquet.ParquetFile(file)  # without a buffer: one request for a column of a row group
-    else:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as parquet:
-            yield parquet
+    with named(path), contextlib.ExitStack() as stack:
+        if is_url(path):
+            file: Any = stack.enter_context(open_ranges(path))
+            try:  # without a buffer: one request for a column of a row group
+                parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            except ValueError as error:
+                if isinstance(error, pyarrow.ArrowException):
+                    raise
+                raise FileError(
+                    f"{path}: {one_line(error)} Of parquet files parts are read: expected a server that states their"
+                    " size and answers requests for ranges of bytes. Else download them."
+                ) from error
+        else:
+            open_local(path).close()
+            parquet = pyarrow.parquet.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)
+            stack.enter_context(parquet)
+        rows = _group_rows(parquet)
+        if min(rows, default=0) < 0 or sum(rows) != parquet.metadata.num_rows:
+            raise ValueError(f"states {parquet.metadata.num_rows} rows, and {sum(rows)} in its row groups")
+        yield parquet
 
 
 def _group_rows(parquet: "pyarrow.parquet.ParquetFile") -> list[int]:

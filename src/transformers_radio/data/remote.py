@@ -1,9 +1,15 @@
 """Files by URL, through fsspec: http, s3, the Hub and whatever else it knows."""
 
 import contextlib
+import errno
+import os
 import posixpath
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from .errors import ColumnError, FileError, one_line
+from .retry import is_temporary
 
 # A web server's "?" starts a query, as in the signed addresses of a store; elsewhere it stands for any letter.
 WEB = ("http://", "https://")
@@ -26,7 +32,7 @@ def has_wildcard(url: str) -> bool:
 def open_stream(path: str) -> Iterator[BinaryIO]:
     """Open a file that is read from its beginning to its end: with one request, where the server can do that."""
     if not is_url(path):
-        with open(path, "rb") as file:
+        with open_local(path) as file:
             yield file
         return
     file_system, inner = _file_system(path)
@@ -39,12 +45,53 @@ def open_stream(path: str) -> Iterator[BinaryIO]:
 def open_ranges(path: str) -> Iterator[BinaryIO]:
     """Open a file of which parts are read: each with one request of its own size."""
     if not is_url(path):
-        with open(path, "rb") as file:
+        with open_local(path) as file:
             yield file
         return
     file_system, inner = _file_system(path)
     with file_system.open(inner, "rb", cache_type="none") as file:
         yield file
+
+
+def open_local(path: str) -> BinaryIO:
+    """Open a file for reading. A pipe would be waited for, a device may have no end.
+
+    Raises:
+        OSError: it is missing, cannot be opened, or is no regular file.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(errno.ENOENT, "Is a link that leads to itself", path) from None
+        raise
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return open(number, "rb")
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a folder; expected a file", path)
+    raise OSError(errno.EINVAL, "Is a pipe or device; expected a regular file", path)
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Turn what libraries raise about the content of a file into a line with its name.
+
+    Raises:
+        FileError: in place of any error but a ColumnError and an OSError that names the file itself.
+    """
+    try:
+        yield
+    except (ColumnError, FileError):
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "filename", None) is not None:
+            raise
+        advice = " The file may be incomplete: replace it and resume, or remove it and start anew."
+        if is_url(path) and is_temporary(error):
+            advice = ""
+        raise FileError(f"{path}: {type(error).__name__}: {one_line(error).rstrip('.')}.{advice}") from error
 
 
 def size_of(url: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import gzip
 import http.client
 import logging
 import ssl
@@ -23,10 +24,11 @@ TEMPORARY_STATUS = (408, 425, 429)
 PERMANENT_ERRORS = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(OfflineModeIsEnabled, ssl.SSLCertVerificationError),
+    *(gzip.BadGzipFile, zlib.error),  # damaged; of a transfer that ended early there is an EOFError
 )
 TEMPORARY_ERRORS = (
     *(OSError, asyncio.TimeoutError, concurrent.futures.TimeoutError, http.client.HTTPException),
-    *(EOFError, zlib.error),  # a transfer that ended early
+    EOFError,  # a transfer that ended early
 )
 
 
@@ -90,7 +92,7 @@ def _verdict(error: BaseException) -> bool | None:
     status = _http_status(error)
     if status is not None:
         return status >= 500 or status in TEMPORARY_STATUS
-    if isinstance(error, PERMANENT_ERRORS):
+    if isinstance(error, PERMANENT_ERRORS) or type(error).__name__ == "TooManyRedirects":
         return False
     if isinstance(error, tarfile.ReadError):  # the transfer has ended early, or this is no tar at all
         return "unexpected end of data" in str(error)
@@ -102,6 +104,8 @@ def _verdict(error: BaseException) -> bool | None:
 
 def _http_status(error: BaseException) -> int | None:
     """The status code of an HTTP answer, wherever the client's library keeps it."""
+    if type(error).__module__ == "aiohttp.http_exceptions":  # its "400" means an answer that ended early
+        return None
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         found = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .columns import ColumnError, choose_from_table
+from .columns import choose_from_table
 from .config import SourceConfig
-from .errors import SourceError
+from .errors import ColumnError, FileError, SourceError, one_line
+from .images import SkippedImage
 from .listing import Found, disable_retries_of_datasets, explained, find_source, load_builder, patiently, where_of
 from .parquet import count_rows, find_column, read_parquet, times_read
 from .remote import is_url, open_stream, size_of, without_query
@@ -202,17 +203,19 @@ class Source:
 def _error(what: str, error: Exception, retry: Retry, is_remote: bool) -> SourceError:
     if is_remote and is_temporary(error):
         advice = f" The server still fails ({retry}): resume when it is back, or raise data.retry_seconds."
-    elif isinstance(error, ColumnError):
-        advice = ""
+    elif isinstance(error, ColumnError | FileError):  # says it all
+        return SourceError(f"Reading {what} failed: {one_line(error)}")
     else:
         advice = " The file may be incomplete: replace it and resume, or remove it and start anew."
-    return SourceError(f"Reading {what} failed: {type(error).__name__}: {str(error).rstrip('.')}.{advice}")
+    return SourceError(f"Reading {what} failed: {type(error).__name__}: {one_line(error).rstrip('.')}.{advice}")
 
 
 def read_image(value: Any) -> bytes:
     """The bytes of an image as a table has it: raw, {"bytes", "path"}, a path or URL, or nothing (b"")."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, SkippedImage):
+        raise value
     if not value:
         return b""
     if not isinstance(value, str):

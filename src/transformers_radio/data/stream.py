@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # The share of skipped images says nothing yet about the first few; before this many only the end of an epoch counts.
 MIN_SEEN_FOR_SHARE = 200
+# Far more than workers of any run.
+MAX_LANES = 100_000
 
 
 @dataclass
@@ -183,6 +185,8 @@ class ImageStream:
                 raise
             # The loader's frames would keep its workers alive for as long as the error is. Nothing is lost with them:
             # the message holds the traceback of the worker.
+            if isinstance(error, SourceError):  # what it says itself is the last line
+                error.args = (str(error).rstrip().rpartition("\n")[2].rpartition("errors.SourceError: ")[2],)
             raise error.with_traceback(None) from None
 
     @property
@@ -285,6 +289,10 @@ class ImageStream:
         self._start(lanes, state["next_batch"], state["lanes"])
 
     def _start(self, lanes: int, next_batch: int, saved_lanes: dict[str, Any] | None) -> None:
+        if lanes > MAX_LANES:
+            raise ValueError(
+                f"data.lanes={lanes}: expected at most {MAX_LANES}; a checkpoint holds a position of each."
+            )
         readers = self.world_size * max(1, self.config.num_workers)
         if lanes % readers:
             raise ValueError(

@@ -1,23 +1,33 @@
 """Images out of webdataset tars: of each sample the image alone is read, whatever lies beside it."""
 
+import bz2
 import contextlib
+import gzip
 import itertools
+import lzma
 import os
 import re
 import tarfile
 from collections.abc import Iterator
+from typing import IO, Any
 
 from .columns import choose, stem
 from .config import SourceConfig
-from .images import EXTENSIONS
-from .remote import is_url, open_stream
+from .images import EXTENSIONS, SkippedImage
+from .remote import is_url, named, open_stream, size_of
+from .retry import is_temporary
 
 # Samples of a tar, and tars, that are looked at to learn which extension is the image's.
 SAMPLES_LOOKED_AT = 20
 TARS_LOOKED_AT = 20
-BESIDE = ""  # not the name of any field
 # As webdataset splits names: the key ends at the first dot of the file's own name, the field is the rest.
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+# Bytes that are read at once, so that a header that states more than there is takes no memory.
+PIECE = 2**20
+# The largest file that is read into memory. Pillow refuses images of far fewer pixels.
+LARGEST_FILE = 2**31
+# Zeros behind the end of a tar: writers fill up to 10 KiB, the largest records of tapes are below this.
+LARGEST_PADDING = 2**20
 
 
 def find_fields(files: list[str], config: SourceConfig, where: str) -> list[str]:
@@ -25,13 +35,13 @@ def find_fields(files: list[str], config: SourceConfig, where: str) -> list[str]
 
     Raises:
         ColumnError: a sample has several, or none has any; the message says how to choose.
-        tarfile.TarError, OSError: a tar cannot be read.
+        FileError, OSError: a tar cannot be read.
     """
     samples: list[list[str]] = []
     for file in files[:TARS_LOOKED_AT]:  # the first ones may be empty
         by_key: dict[str, list[str]] = {}
         with open_tar(file) as tar:
-            for _, key, field in _members(tar):
+            for _, _, key, field in _members(tar):
                 by_key.setdefault(key, []).append(field)
                 if len(by_key) > SAMPLES_LOOKED_AT:
                     break
@@ -47,7 +57,9 @@ def is_image(field: str) -> bool:
     return f".{field}".lower().endswith(EXTENSIONS)
 
 
-def read_tar(path: str, fields: list[str], is_given: bool, indices: range) -> Iterator[tuple[str, bytes | None]]:
+def read_tar(
+    path: str, fields: list[str], is_given: bool, indices: range
+) -> Iterator[tuple[str, bytes | SkippedImage | None]]:
     """Yield (key, image file or None) of the samples of these numbers.
 
     Args:
@@ -61,49 +73,203 @@ def read_tar(path: str, fields: list[str], is_given: bool, indices: range) -> It
 
 def read_samples(
     path: str, fields: list[str], is_given: bool, indices: range, beside: str | None = None
-) -> Iterator[tuple[str, bytes | None, bytes | None]]:
-    """As `read_tar`, with the content of the field `beside` (such as "cls") of each sample, or None."""
+) -> Iterator[tuple[str, bytes | SkippedImage | None, bytes | None]]:
+    """As `read_tar`, with the content of the field `beside` (such as "cls") of each sample, or None.
+
+    In place of an image that is a link there is the error by which it is counted.
+
+    Raises:
+        FileError, OSError: the tar is damaged or incomplete, or cannot be read.
+    """
     place = stem(fields[0])
-    number, current = -1, ""
-    found: dict[str, bytes] = {}
+    last, current = -1, ""
+    found: dict[str, bytes | SkippedImage] = {}
+    label: bytes | None = None
     with open_tar(path) as tar:
-        for member, key, field in _members(tar):
-            if key != current:
-                if number in indices:
-                    yield current, _first(found, fields), found.pop(BESIDE, None)
-                number, current, found = number + 1, key, {}
+        for number, member, key, field in _members(tar):
+            if number != last:
+                if last in indices:
+                    yield current, _first(found, fields), label
+                last, current, found, label = number, key, {}, None
             wanted = field in fields if is_given else field in fields or (is_image(field) and stem(field) == place)
-            if (wanted or field == beside) and number in indices:
-                content = tar.extractfile(member)
-                assert content is not None  # of a regular file
-                found[BESIDE if field == beside else field] = content.read()
-        if number in indices:
-            yield current, _first(found, fields), found.pop(BESIDE, None)
+            if number in indices:
+                if field == beside:
+                    label = _content(tar, member) if member.isreg() else None
+                elif wanted:
+                    found[field] = _content(tar, member) if member.isreg() else SkippedImage("link or device in a tar")
+        if last in indices:
+            yield current, _first(found, fields), label
 
 
 def count_samples(path: str) -> int:
-    """From the headers alone, where the tar lies on a disk."""
+    """From the headers alone, where the tar lies on a disk.
+
+    Raises:
+        FileError, OSError: as `read_samples`.
+    """
     with open_tar(path) as tar:
-        return sum(1 for _ in itertools.groupby(_members(tar), key=lambda member: member[1]))
+        return max((number + 1 for number, *_ in _members(tar)), default=0)
+
+
+class Header(tarfile.TarInfo):
+    """A damaged header, and the lack of one, are errors. `tarfile` itself takes both for the end of the tar."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "Header":
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(
+                "unexpected end of data: expected another member, or the two blocks of zeros that end a tar (to one"
+                " that is known to be whole, add them with `head -c 1024 /dev/zero >> FILE`)"
+            )
+        try:
+            return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+        except tarfile.HeaderError as error:
+            if not any(buf):
+                raise
+            raise tarfile.ReadError(
+                f"expected the header of a member, found a block that begins with {bytes(buf[:20])!r} ({error})"
+            ) from None
+
+
+class Forward:
+    """What `tarfile` reads from: a piece at a time, however much a header states, and forward only.
+
+    Args:
+        file: needs nothing but `read`, which may return less than it is asked for.
+        size: of a file on a disk, in bytes, where places can be sought.
+    """
+
+    def __init__(self, file: IO[bytes], size: int | None = None):
+        self.file = file
+        self.size = size
+        self.position = 0
+        self.ahead = b""
+        self.has_ended = False
+
+    def peek(self, count: int) -> bytes:
+        self.ahead = self.read(count)
+        self.position -= len(self.ahead)
+        return self.ahead
+
+    def read(self, count: int = PIECE) -> bytes:
+        if not 0 <= count <= LARGEST_FILE:
+            raise tarfile.ReadError(f"a header states {count} bytes; expected 0 to {LARGEST_FILE}")
+        pieces, left = [], count
+        while left:
+            if piece := self.ahead[:left]:
+                self.ahead = self.ahead[left:]
+            elif self.has_ended or not (piece := self.file.read(min(left, PIECE))):
+                self.has_ended = self.size is None  # to read on there is a warning of aiohttp
+                break
+            pieces.append(piece)
+            left -= len(piece)
+        self.position += count - left
+        return b"".join(pieces)
+
+    def seek(self, position: int) -> None:
+        if self.size is not None and position <= self.size:
+            self.file.seek(position)
+            self.position, self.ahead = position, b""
+        while self.position < position:
+            if not self.read(min(position - self.position, PIECE)):
+                break
+        if self.position != position:
+            raise tarfile.ReadError("unexpected end of data")
+
+    def tell(self) -> int:
+        return self.position
 
 
 @contextlib.contextmanager
 def open_tar(path: str) -> Iterator[tarfile.TarFile]:
-    # On a disk what is not wanted is skipped; from a server everything is read once, in order.
-    with open_stream(path) as file, tarfile.open(fileobj=file, mode="r|*" if is_url(path) else "r:*") as tar:
-        yield tar
+    """Open a tar, compressed or not. From a server everything is read once, in order.
+
+    Raises:
+        FileError: also within, when what is read proves to be damaged or incomplete.
+    """
+    with named(path), open_stream(path) as stream:
+        stored = Forward(stream, None if is_url(path) else os.fstat(stream.fileno()).st_size)
+        file = stored
+        try:
+            if decompressed := _decompressed(stored):
+                file = Forward(decompressed)
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:  # type: ignore[call-overload]
+                yield tar
+        except (tarfile.ReadError, EOFError) as error:
+            at = f"at byte {file.tell():,}" + (" when decompressed" if file is not stored else "")
+            if is_url(path) and is_temporary(error) and stored.tell() == _stated_size(path):
+                # not a transfer that has ended early: a second one would end there too
+                reason = str(error).replace("unexpected end of data", "the file ends too early")
+                raise tarfile.ReadError(f"{reason}, {at}") from None
+            raise type(error)(f"{error}, {at}") from None
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Yield (member, key of its sample, field). Hidden files belong to none."""
+def _decompressed(file: Forward) -> Any:
+    start = file.peek(10)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(file)  # type: ignore[call-overload]
+    if start.startswith(b"BZh") and start[4:] == b"1AY&SY":
+        return bz2.open(file)  # type: ignore[call-overload]
+    if start.startswith((b"\xfd7zXZ", b"\x5d\x00\x00\x80")):
+        return lzma.open(file)  # type: ignore[call-overload]
+    return None
+
+
+def _stated_size(url: str) -> int | None:
+    try:
+        return size_of(url)
+    except Exception:  # the server is gone for now
+        return None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInfo, str, str]]:
+    """Yield (number of the sample, member, key of the sample, field). Hidden files belong to none."""
+    file: Any = tar.fileobj
+    number, current = -1, ""
+    fields: set[str] = set()
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # a tar keeps every header that it has read
+        if tar.offset < file.tell() or (file.size is not None and tar.offset > file.size):
+            there = "" if file.size is None else f" in a file of {file.size:,}"
+            raise tarfile.ReadError(
+                f"unexpected end of data: the header of {member.name!r} states {member.size:,} bytes{there}"
+            )
         name = NAME.fullmatch(member.name)
-        if name and member.isreg() and not os.path.basename(member.name).startswith((".", "__")):
-            yield member, name[1], name[2]
+        is_file = member.isreg() or member.islnk() or member.issym() or member.isdev()
+        if name and is_file and not os.path.basename(member.name).startswith((".", "__")):
+            if name[1] != current or name[2] in fields:  # a name a second time is another sample
+                number, current, fields = number + 1, name[1], set()
+            fields.add(name[2])
+            yield number, member, name[1], name[2]
+    _check_end(file)
 
 
-def _first(found: dict[str, bytes], fields: list[str]) -> bytes | None:
+def _check_end(file: Forward) -> None:
+    """Read what follows the block of zeros at the end of a tar."""
+    padding = 0
+    while piece := file.read():
+        padding += len(piece)
+        if piece.strip(b"\0"):
+            raise tarfile.ReadError(
+                "data follow the block of zeros that ends a tar: a part of it was overwritten with zeros, or it was"
+                " joined from several (keep them apart, or join them with `tar --concatenate`)"
+            )
+        if padding > LARGEST_PADDING:
+            raise tarfile.ReadError(
+                f"more than {LARGEST_PADDING:,} zeros follow the end of the tar, as in an unfinished download"
+            )
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST_FILE:
+        raise tarfile.ReadError(
+            f"the header of {member.name!r} states {member.size:,} bytes; expected at most {LARGEST_FILE:,}"
+        )
+    content = tar.extractfile(member)
+    assert content is not None  # of a regular file
+    return content.read()
+
+
+def _first(found: dict[str, bytes | SkippedImage], fields: list[str]) -> bytes | SkippedImage | None:
     """A sample with images of several extensions: one that the first samples had, else the first that is there."""
-    images = (field for field in (*fields, *found) if field in found and field != BESIDE)
-    return next((found[field] for field in images), None)
+    return next((found[field] for field in (*fields, *found) if field in found), None)

@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from transformers_radio.data import DataConfig, SourceConfig, count_images
-from transformers_radio.data.columns import ColumnError
+from transformers_radio.data.errors import ColumnError
 from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import EVERY_RECORD, read_image
 from transformers_radio.data.tars import find_fields, read_samples
 
-from .split_files import class_names, find_split, in_words_of_evaluation, load_builder
+from .split_files import class_names, find_split, in_words_of_evaluation, load_builder, naming
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +141,10 @@ class LabelledSplit:
 
     def _open(self, name: str | None) -> list[str]:
         """Opens the stream of a table; its columns."""
-        builder = load_builder(self._found, name)
-        stream = builder.as_streaming_dataset(split=self.split)
-        first = None if stream.features else next(iter(stream), None)
+        with naming(self._found):
+            builder = load_builder(self._found, name)
+            stream = builder.as_streaming_dataset(split=self.split)
+            first = None if stream.features else next(iter(stream), None)
         columns = list(stream.features or first or ())
         if not columns:
             raise ValueError(f"{self.source} ({self.split}) is empty; check the folder and the split.")
@@ -177,8 +178,9 @@ class LabelledSplit:
                 yield {"path": file, "bytes": None}, numbers[os.path.basename(os.path.dirname(file))]
             return
         whole = shard is None or self.num_shards == 1
-        for sample in self._stream if whole else self._stream.shard(self.num_shards, shard):
-            yield sample[self.image_column], self._checked_label(sample[self.label_column])
+        with naming(self._found):
+            for sample in self._stream if whole else self._stream.shard(self.num_shards, shard):
+                yield sample[self.image_column], self._checked_label(sample[self.label_column])
 
     def _checked_label(self, label: Any) -> int:
         is_index = isinstance(label, int) and not isinstance(label, bool) and label >= 0

@@ -6,12 +6,13 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers_radio.data.errors import FileError, one_line
 from transformers_radio.data.files import find_files, kind_of
 
 from .hub_names import folder_or_hub
@@ -192,6 +193,24 @@ def _is_for_datasets(path: str) -> bool:
         for name in names
         if not name.startswith(".")
     )
+
+
+@contextlib.contextmanager
+def naming(found: SplitFiles) -> Iterator[None]:
+    """Turn what is said of a damaged file within into a line with the name of the split, or of its only file.
+
+    Raises:
+        FileError: in place of an error of pyarrow, some of which are an OSError that names no file.
+    """
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "filename", None) is not None:
+            raise
+        what = found.files[0] if len(found.files) == 1 else f"a file of {found.source} ({found.split})"
+        raise FileError(f"{what} cannot be read: {one_line(error)} Replace it, or remove it.") from error
 
 
 def load_builder(found: SplitFiles, config_name: str | None) -> Any:
