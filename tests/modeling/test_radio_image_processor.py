@@ -166,7 +166,7 @@ def test_black_and_white_span_the_whole_range_even_where_bicubic_overshoots():
         ({}, Image.new("F", (32, 32)), "mode 'F' has no defined range"),
         ({}, Image.fromarray(np.full((32, 32), 70000, np.int32)), "70000 to 70000, more than 16 bits"),
         ({}, "no_such_photo.png", "'no_such_photo.png' is not an image: there is no such file"),
-        ({}, ["/tmp"], "'/tmp' is not an image"),
+        ({}, ["/tmp"], "/tmp cannot be read as an image"),
         ({"do_rescale": False}, np.zeros((32, 32, 3), dtype=np.uint8), "do_rescale"),
         ({}, np.zeros((32, 32, 2), dtype=np.uint8), "channel"),
         (

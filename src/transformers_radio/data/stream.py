@@ -215,7 +215,8 @@ class ImageStream:
             if not decoded and count <= MIN_SEEN_FOR_SHARE:
                 data = source.read(image)
                 try:
-                    load_crops(data, [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
+                    bounds = (self.config.min_side, self.config.max_pixels)
+                    load_crops(data, [8], generator, (1, 1), (1, 1), False, *bounds)
                     decoded = True
                 except SkippedImage as error:
                     first[error.reason] += 1
@@ -261,7 +262,7 @@ class ImageStream:
         """
         now = self._order()
         for field in set(now) - set(state["order"]):
-            if field.endswith("row_ranges"):  # saved before there were ranges: goes on without
+            if field.endswith("row_ranges") or field == "max_pixels":  # saved before there were such: goes on without
                 del now[field]
         changed = [
             f"{field}: {state['order'].get(field)!r} when saved, {now.get(field)!r} now"
@@ -348,6 +349,7 @@ class ImageStream:
             "horizontal_flip": config.horizontal_flip,
             "frozen_crops": config.frozen_crops,
             "min_side": config.min_side,
+            "max_pixels": config.max_pixels,
         }
 
     def _count(self, positions: dict[str, dict[str, Any]]) -> None:
