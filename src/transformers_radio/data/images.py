@@ -88,7 +88,8 @@ def load_crops(
     # Outwards to whole pixels of the smaller image, so that the crop never loses any.
     box = (box[0] // factor, box[1] // factor, -(-box[2] // factor), -(-box[3] // factor))
 
-    crop = F.pil_to_tensor(load_rgb(image).crop(box))  # (3, h, w)
+    image = load_rgb(image).crop(box)  # under the same name, so that memory does not hold the whole image as well
+    crop = F.pil_to_tensor(image)  # (3, h, w)
     if flip:
         crop = crop.flip(2)
     # torchvision's antialiased resize of uint8 returns what Pillow's does (up to rounding) in a third of the time.

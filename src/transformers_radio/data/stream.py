@@ -229,6 +229,11 @@ class ImageStream:
                 f"Does the column {'/'.join(source.image_columns)!r} hold images, and is"
                 f" data.min_side={self.config.min_side} right?"
             )
+            if set(first) == {"missing"} and source.kind == "parquet":
+                hint += (
+                    f" If it holds paths: they start from {source.image_root!r}, and files outside of it are not"
+                    f" opened; set {source.where}.image_root to the folder that they are in."
+                )
             raise ValueError(
                 f"{source.where}.path={source.path!r}: none of the first {len(names)} images can be used"
                 f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. {hint}"
