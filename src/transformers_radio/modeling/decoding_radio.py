@@ -13,7 +13,7 @@ Image.init()
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 )
-# Width x height of the largest image that is decoded: room for the cameras of phones, and about 2 GB while it is read.
+# Width x height of the largest image that is decoded: room for the cameras of phones, and up to 3 GB to read one.
 MAX_PIXELS = 120_000_000
 # No image of so many pixels is a larger file.
 MAX_BYTES = 2**31
