@@ -32,8 +32,9 @@ FILES_PER_FOLDER_SHARD = 1000
 EVERY_RECORD = range(sys.maxsize)
 # Longer text is no path of a file.
 LONGEST_PATH = 4096
-# What the system answers where a path leads to no file that may be read.
-NO_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+# What the system answers where a path leads to no file, beside ENOENT. Files that are there and may not be read, or
+# cannot be for now, stop the run: another start would see other images.
+NO_FILE = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Source:
@@ -231,7 +232,7 @@ def read_image(value: Any) -> bytes:
     A path that leads to no file is nothing too, or to something else: a folder, a pipe, a device.
 
     Raises:
-        OSError: the disk or the server fails.
+        OSError: the file may not be read, or the disk or the server fails.
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
