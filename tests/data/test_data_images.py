@@ -1,9 +1,13 @@
 """What decoding and cropping return, against Pillow, torchvision, numpy and closed forms."""
 
+import ctypes
 import io
+import os
 import struct
 import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from transformers_radio.data import decode_rgb, random_crop
 from transformers_radio.data.images import SkippedImage, load_crops
+from transformers_radio.modeling import RadioImageProcessor
 
 # The EXIF definition: what the stored rows and columns mean, as numpy operations on (H, W, 3).
 UPRIGHT = {
@@ -163,9 +168,9 @@ def test_every_mode_becomes_rgb(name):
     assert torch.equal(crop, F.resize(F.pil_to_tensor(image), [32, 32], InterpolationMode.BICUBIC, antialias=True))
 
 
-def reason(data: bytes, min_side: int = 1) -> str:
+def reason(data: bytes, min_side: int = 1, **options) -> str:
     with pytest.raises(SkippedImage) as error:
-        load_crops(data, [16], generator(), (1, 1), (1, 1), min_side=min_side)
+        load_crops(data, [16], generator(), (1, 1), (1, 1), min_side=min_side, **options)
     return error.value.reason
 
 
@@ -355,3 +360,68 @@ def test_damaged_pixels_of_a_png_are_still_noticed():
     assert reason(data[:-200]) == "truncated"
     assert reason(data[: data.index(b"IDAT") + 40]) == "truncated"
     assert reason(data[:60]) in ("truncated", "undecodable")
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_images_of_too_many_pixels_are_not_decoded(file_format, monkeypatch):
+    data = encode(picture(4, 50, 40), file_format)
+    assert load_crops(data, [16], generator(), (1, 1), (1, 1), max_pixels=2000)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("was decoded"))
+    assert reason(data, max_pixels=1999) == "too large"
+
+
+def test_conversions_that_fail_are_skipped(monkeypatch):
+    """A palette may be damaged in ways that only its conversion notices, with any exception."""
+
+    def convert(self, mode):
+        raise KeyError(mode)
+
+    data = encode(picture(4).convert("L"), "PNG")
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    assert reason(data) == "unsupported mode L"
+
+
+def peak(work) -> int:
+    """Bytes that a process takes on top of what it has. In one of its own, as a peak stays."""
+
+    def kilobytes(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        try:
+            ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: blocks of a megabyte go back when they are freed
+            before = kilobytes("VmRSS")
+            work()
+            os.write(write_end, str(kilobytes("VmHWM") - before).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end) as pipe:
+        found = pipe.read()
+    os.wait()
+    return 1024 * int(found)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", ["deep.png", "rgba.png"])
+def test_memory_of_one_image(name, tmp_path):
+    """The bytes for each pixel that docs/data.md states; a margin more, as freed memory does not go back at once."""
+
+    def write(side: int) -> bytes:
+        levels = np.tile((np.arange(side) % 251).astype(np.uint8), (side, 1))
+        deep = Image.fromarray(levels.astype(np.uint16) * 200)
+        image = deep if name == "deep.png" else Image.merge("RGBA", [Image.fromarray(levels)] * 4)
+        image.save(tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    def crop(data: bytes) -> None:
+        load_crops(data, [32], generator(), (1, 1), (1, 1))
+
+    processor = RadioImageProcessor(size=32)
+    crop(write(64))
+    processor(tmp_path / name)  # what the first image needs besides belongs to no image
+    data, pixels = write(3000), 3000**2
+    assert peak(lambda: decode_rgb(data)) / pixels < 1.2 * 12
+    assert peak(lambda: crop(data)) / pixels < 1.2 * 12
+    assert peak(lambda: processor(tmp_path / name)) / pixels < 1.3 * 14

@@ -1,6 +1,7 @@
 """Every kind of source, from files on disk to batches, and what is said when it cannot be read."""
 
 import io
+import os
 import shutil
 import tarfile
 
@@ -260,3 +261,37 @@ def test_images_missing_from_a_record_are_counted(tmp_path, photos):
     pq.write_table(pa.table({"image": [None, *blobs]}), tmp_path / "b.parquet")
     found = first_epoch(whole_image(str(tmp_path / "b.parquet"), max_skipped_share=1))
     assert np.unique([key.split("/")[1] for key in found]).size == COUNT and "b.parquet/0" not in found
+
+
+def test_paths_in_parquet_files_stay_below_their_root(tmp_path):
+    """Relative ones start there; folders, devices, pipes and whatever lies elsewhere are not opened."""
+    root = tmp_path / "data"
+    (root / "photos").mkdir(parents=True)
+    for name in ("data/photos/0.png", "data/photos/1.png", "outside.png"):
+        (tmp_path / name).write_bytes(encode(picture(len(name)), "PNG"))
+    os.mkfifo(root / "pipe.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    (root / "locked.png").symlink_to("locked.png")
+    inside = ["photos/0.png", str(root / "photos/1.png"), f"file://{root}/photos/0.png"]
+    outside = ["../outside.png", str(tmp_path / "outside.png"), f"file://{tmp_path}/outside.png", "/dev/zero"]
+    outside += [f"simplecache::file://{tmp_path}/outside.png"]
+    nothing = ["photos", "pipe.png", "zero.png", "locked.png", "gone.png", "x" * 300 + ".png", "photos/0.png/x.png"]
+    records = [{"bytes": None, "path": path} for path in inside + outside + nothing]
+    pq.write_table(pa.table({"image": records}), root / "train.parquet")
+    config = whole_image(str(root / "train.parquet"), max_skipped_share=1.0)
+    assert set(first_epoch(config)) == {f"train.parquet/{row}" for row in range(3)}
+    config.image_root = str(tmp_path)
+    assert set(first_epoch(config)) == {f"train.parquet/{row}" for row in (1, 2, 4, 5)}
+    pq.write_table(pa.table({"image": records[3:]}), root / "train.parquet")
+    config.image_root = None
+    with pytest.raises(ValueError, match=r"12 missing.*start from .*/data'.*set data.image_root to the folder"):
+        first_epoch(config)
+
+
+def test_pipes_and_devices_in_a_folder_are_skipped(tmp_path):
+    photos = {f"{number}.png" for number in range(3)}
+    for name in photos:
+        (tmp_path / name).write_bytes(encode(picture(1), "PNG"))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    assert set(first_epoch(whole_image(str(tmp_path), max_skipped_share=1.0))) == photos

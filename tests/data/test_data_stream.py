@@ -1,5 +1,6 @@
 """Order, counting and checks of the stream."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,9 @@ def test_more_lanes_than_images_is_an_error_and_not_a_hang(tmp_path):
         ({"shuffle_window": 0}, r"data\.shuffle_window=0"),
         ({"max_skipped_share": 1.5}, r"data\.max_skipped_share=1\.5: expected a share"),
         ({"min_side": 0}, r"data\.min_side=0"),
+        ({"max_pixels": 0}, r"data\.max_pixels=0: expected 1 to 178956970 pixels"),
+        ({"max_pixels": 200_000_000}, r"data\.max_pixels=200000000"),
+        ({"image_root": "/no/such/folder"}, r"data\.image_root='/no/such/folder': expected a folder"),
         ({"lanes": 0}, r"data\.lanes=0"),
         ({"path": ""}, r"data\.path=''"),
     ],
@@ -272,14 +276,20 @@ def test_arguments_out_of_range(folder, arguments):
         )
 
 
-def test_a_vanished_file_is_skipped_but_an_unreadable_one_surfaces_from_the_worker(folder, tmp_path):
+def test_a_vanished_file_is_skipped_but_an_unreadable_one_surfaces_from_the_worker(folder, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     stream = ImageStream(config_of(copy, num_workers=1), [16], 4, seed=0)
     (copy / "a" / "000.jpg").unlink()
     assert take(stream, 10)[-1].skipped["missing"] >= 1
-    (copy / "a" / "000.jpg").mkdir()  # reading a folder fails for root as well, unlike a mode of 000
-    with pytest.raises(OSError, match="000.jpg"):
+    (copy / "a" / "000.jpg").mkdir()
+    assert take(stream, 10)[-1].skipped["missing"] >= 2
+
+    def fail(path):  # for root as well, unlike a mode of 000
+        raise OSError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("transformers_radio.data.source.read_file", fail)
+    with pytest.raises(OSError, match="Permission denied.*jpg"):
         take(stream, 20)
 
 

@@ -1,12 +1,19 @@
 """RadioImageProcessor against torchvision, Pillow, and what training reads."""
 
+import base64
 import json
+import socketserver
+import struct
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvF
 
@@ -166,7 +173,13 @@ def test_black_and_white_span_the_whole_range_even_where_bicubic_overshoots():
         ({}, Image.new("F", (32, 32)), "mode 'F' has no defined range"),
         ({}, Image.fromarray(np.full((32, 32), 70000, np.int32)), "70000 to 70000, more than 16 bits"),
         ({}, "no_such_photo.png", "'no_such_photo.png' is not an image: there is no such file"),
-        ({}, ["/tmp"], "'/tmp' is not an image"),
+        ({}, ["/tmp"], "/tmp cannot be read as an image"),
+        ({}, Path("/dev/zero"), "/dev/zero cannot be read as an image .a folder, pipe or device"),
+        ({}, b"bytes", "an image of type bytes is not supported"),
+        ({}, np.zeros((0, 32, 3), dtype=np.uint8), r"shape \(0, 32, 3\) has no pixels"),
+        ({}, "http://127.0.0.1:9/photo.png", "http://127.0.0.1:9/photo.png cannot be read as an image .*refused"),
+        ({"size": {"shortest_edge": 432}}, np.zeros((2, 50000, 3), np.uint8), "432 x 10800000 pixels of an image"),
+        ({"size": {"longest_edge": 10**9}}, np.zeros((32, 32, 3), np.uint8), "more than 120,000,000"),
         ({"do_rescale": False}, np.zeros((32, 32, 3), dtype=np.uint8), "do_rescale"),
         ({}, np.zeros((32, 32, 2), dtype=np.uint8), "channel"),
         (
@@ -302,3 +315,102 @@ def test_the_saved_processor_is_the_same(tmp_path):
     image = photo(60, 100)
     expected = processor(image, return_tensors="pt").pixel_values
     assert torch.equal(reloaded(image, return_tensors="pt").pixel_values, expected)
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("do_resize", [None, "no", [1], float("nan")]),
+        ("do_rescale", [None, "yes"]),
+        ("do_convert_rgb", [None, {"a": 1}]),
+        ("return_pixel_mask", [None, "yes"]),
+        ("return_image_sizes", [None, 2]),
+        ("resample", [None, "cubic", [3], -1, 2.5]),
+        ("size", [None, [64], "64", {}, {"height": "a", "width": 64}, {"shortest_edge": "48"}, {"longest_edge": 4.5}]),
+        ("size", [True, {"height": None, "width": 64}, [64, "a"]]),
+        ("size_divisor", [None, "16", [16], 1.5, True, 0]),
+        ("crop_size", [[1]]),
+    ],
+)
+def test_saved_settings_of_wrong_types_are_named(field, values, tmp_path):
+    RadioImageProcessor().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    good = json.loads(file.read_text())
+    for value in values:
+        file.write_text(json.dumps({**good, field: value}))
+        with pytest.raises(ValueError, match=field) as caught:
+            RadioImageProcessor.from_pretrained(tmp_path)(photo(32, 32))
+        assert "\n" not in str(caught.value)
+
+
+def orientation_in_xmp() -> PngImagePlugin.PngInfo:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>')
+    return texts
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "PNG with XMP"])
+def test_images_are_turned_once(file_format, tmp_path):
+    """From the path, from Pillow, and after training's decoder has turned them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    options = {"pnginfo": orientation_in_xmp()} if "XMP" in file_format else {"exif": exif}
+    path, kind = tmp_path / "phone", file_format.partition(" ")[0]
+    photo(32, 48).save(path, kind, **options)
+    photo(32, 48).save(tmp_path / "plain", kind)
+    upright = np.rot90(np.asarray(Image.open(tmp_path / "plain").convert("RGB")), -1).copy()
+    expected = torch.from_numpy(upright).permute(2, 0, 1)[None] / 255
+    opened = Image.open(path)
+    for image in (str(path), opened, opened, decode_rgb(path.read_bytes())):
+        found = RadioImageProcessor(do_resize=False)(image, return_tensors="pt").pixel_values
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("file_format", ["WEBP", "AVIF", "JPEG2000", "GIF", "PNG"])
+def test_half_transparent_files_lie_over_white(file_format, tmp_path):
+    rgba = np.dstack([np.array(photo(32, 48)), np.tile(np.linspace(0, 255, 48).astype(np.uint8), (32, 1))])
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "a.image", file_format, **{"lossless": True, "exact": True})
+    stored = np.asarray(Image.open(tmp_path / "a.image").convert("RGBA")).astype(np.float32) / 255
+    over_white = stored[..., :3] * stored[..., 3:] + 1 - stored[..., 3:]
+    text = base64.b64encode((tmp_path / "a.image").read_bytes()).decode()
+    for image in (tmp_path / "a.image", Image.open(tmp_path / "a.image"), text, f"data:image/x;base64,{text}"):
+        found = RadioImageProcessor(do_resize=False)(image, return_tensors="pt").pixel_values[0].permute(1, 2, 0)
+        np.testing.assert_allclose(found, over_white, atol=1.01 / 255)
+
+
+def test_a_url_is_read_like_a_file(tmp_path):
+    Image.fromarray(np.dstack([np.array(photo(32, 48)), np.full((32, 48), 99, np.uint8)]), "RGBA").save(
+        tmp_path / "a.png"
+    )
+    with socketserver.TCPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        processor = RadioImageProcessor(do_resize=False)
+        found = processor(f"{url}/a.png", return_tensors="pt").pixel_values
+        assert torch.equal(found, processor(tmp_path / "a.png", return_tensors="pt").pixel_values)
+        with pytest.raises(ValueError, match="/gone.png cannot be read as an image .*404") as caught:
+            processor(f"{url}/gone.png")
+        assert "\n" not in str(caught.value)
+        server.shutdown()
+
+
+def test_png_files_with_damaged_texts_are_read(tmp_path):
+    photo(32, 48).save(tmp_path / "good.png")
+    data = (tmp_path / "good.png").read_bytes()
+    place = data.index(b"IDAT") - 4
+    for name, content in ((b"tEXt", b"a\0b"), (b"zTXt", b"a\0\0b"), (b"iCCP", b"a\0\7b")):
+        chunk = struct.pack(">I", len(content)) + name + content + b"\0\0\0\0"  # a wrong checksum
+        (tmp_path / "bad.png").write_bytes(data[:place] + chunk + data[place:])
+        with pytest.raises((OSError, SyntaxError)):
+            Image.open(tmp_path / "bad.png").load()
+        found = RadioImageProcessor(do_resize=False)(str(tmp_path / "bad.png"), return_tensors="pt").pixel_values
+        assert torch.equal(found[0], tvF.pil_to_tensor(photo(32, 48)) / 255)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, from 89 million on
+def test_files_of_too_many_pixels_are_refused(tmp_path):
+    Image.new("1", (12000, 10001)).save(tmp_path / "huge.png")
+    with pytest.raises(
+        ValueError, match=r"huge.png cannot be read as an image .12000 x 10001 pixels, more than 120,000,000"
+    ):
+        RadioImageProcessor()(tmp_path / "huge.png")

@@ -217,6 +217,18 @@ def test_the_processor_counts_the_tokens_of_any_resolution(student_folder, strat
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("patch_size", None), ("patch_size", "16"), ("num_additional_image_tokens", None)]
+    + [("vision_feature_select_strategy", value) for value in (None, "cls")],
+)
+def test_settings_of_the_processor_of_wrong_types_are_named(field, value):
+    processor = tiny_processor()
+    setattr(processor, field, value)
+    with pytest.raises(ValueError, match=f"{field}={value!r}: expected"):
+        processor(images=torch.rand(3, 70, 140), text="<image> what is this")
+
+
 @pytest.mark.parametrize("window_size", [None, 2])
 def test_an_image_has_the_same_answer_in_any_batch(tmp_path, student_folder, window_size):
     student = RadioModel.from_pretrained(student_folder, window_size=window_size).eval()

@@ -12,7 +12,7 @@ class SourceConfig:
     """One data set of a mixture.
 
     Attributes:
-        path, split, name, image_column: As in `DataConfig`.
+        path, split, name, image_column, image_root: As in `DataConfig`.
         weight: Share of the images that come from here, relative to the other sets' weights.
     """
 
@@ -21,6 +21,7 @@ class SourceConfig:
     name: str | None = None
     image_column: str | None = None
     weight: float = 1.0
+    image_root: str | None = None
 
 
 @dataclass
@@ -48,6 +49,9 @@ class DataConfig:
             are workers over all ranks. The order of the images depends on it, and on neither ranks nor workers.
         sources: In place of `path`: several data sets by name, mixed by weight.
         retry_seconds: How long a server that fails is tried again before the run stops. 0: not at all.
+        max_pixels: Images of more pixels (width x height) are skipped, before they are decoded.
+        image_root: The folder that paths in a parquet file start from. Files outside of it are not opened. Default:
+            the folder of the parquet files.
     """
 
     path: str | None = None
@@ -67,12 +71,14 @@ class DataConfig:
     lanes: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     retry_seconds: float = 300.0
+    max_pixels: int = 120_000_000
+    image_root: str | None = None
 
     def named_sources(self) -> dict[str, SourceConfig]:
         """Name -> data set, by name; a single one given by `path` has the name ""."""
         if self.sources:
             return dict(sorted(self.sources.items()))
-        return {"": SourceConfig(self.path or "", self.split, self.name, self.image_column)}
+        return {"": SourceConfig(self.path or "", self.split, self.name, self.image_column, 1.0, self.image_root)}
 
     def validate(self) -> None:
         """Raises ValueError that names the first field out of range."""
@@ -89,6 +95,8 @@ class DataConfig:
             "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "two numbers 0 < smallest <= largest"),
             "max_skipped_share": (0 <= self.max_skipped_share <= 1, "a share between 0 and 1"),
             "min_side": (self.min_side >= 1, "1 pixel or more"),
+            # more would still end at the limit that Pillow has of its own
+            "max_pixels": (1 <= self.max_pixels <= 178_956_970, "1 to 178956970 pixels"),
             "lanes": (self.lanes is None or self.lanes >= 1, "empty (None) or 1 or more"),
             "retry_seconds": (0 <= self.retry_seconds < math.inf, "0 (give up at once) or more seconds"),
         }
@@ -109,7 +117,7 @@ class DataConfig:
                     f"data.sources.{name}.weight={source.weight!r}: expected a number > 0. Leave out a data set that"
                     " is not to be used."
                 )
-        for key in ("split", "name", "image_column"):
+        for key in ("split", "name", "image_column", "image_root"):
             if self.sources and getattr(self, key) != getattr(DataConfig, key):
                 raise ValueError(
                     f"data.{key}={getattr(self, key)!r} says nothing beside data.sources: set"

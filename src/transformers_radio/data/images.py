@@ -5,56 +5,23 @@ converted, 16-bit greyscale is scaled to 8 bit, and transparency is composited o
 as in the preprocessing of CLIP, DINOv2 and SAM. Of an animation the first frame is used.
 """
 
-import io
 import math
-import struct
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-Image.init()
-# Raster formats only: the others that Pillow knows include ones that start programs (EPS) or are no photographs.
-FORMATS = tuple(
-    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
-)
+from transformers_radio.modeling.decoding_radio import FORMATS as FORMATS
+from transformers_radio.modeling.decoding_radio import MAX_PIXELS, load_rgb, open_image, orientation_of
+from transformers_radio.modeling.decoding_radio import SkippedImage as SkippedImage
+from transformers_radio.modeling.decoding_radio import decode_rgb as decode_rgb
+
 # MPO (several JPEGs in one file, as stereo cameras write) is opened by the JPEG plugin.
 EXTENSIONS = tuple(
     sorted(extension for extension, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
 )
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG besides the critical ones that say something about its pixels.
-PNG_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
-EXIF_ORIENTATION = 0x0112
-# EXIF orientation -> what brings the stored pixels upright (1, or anything else: nothing).
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class SkippedImage(Exception):
-    """An image that cannot be used. `reason` is what the skip counters are kept by."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-def decode_rgb(data: bytes) -> Image.Image:
-    """Decode a whole image file to an upright RGB image.
-
-    Raises:
-        SkippedImage: with reason `missing`, `undecodable`, `truncated`, `too large` or `unsupported mode ...`.
-    """
-    return _load_rgb(_open(data))
 
 
 def random_crop(
@@ -95,6 +62,7 @@ def load_crops(
     crop_ratio: tuple[float, float],
     horizontal_flip: bool = False,
     min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[int, Tensor]:
     """One random crop of an image file, resized from the file's own pixels to every resolution.
 
@@ -104,7 +72,7 @@ def load_crops(
     Raises:
         SkippedImage: the file cannot be used.
     """
-    image = _open(data)
+    image = open_image(data, max_pixels)
     width, height = image.size
     if min(width, height) < min_side:
         raise SkippedImage("too small")
@@ -120,92 +88,14 @@ def load_crops(
     # Outwards to whole pixels of the smaller image, so that the crop never loses any.
     box = (box[0] // factor, box[1] // factor, -(-box[2] // factor), -(-box[3] // factor))
 
-    crop = F.pil_to_tensor(_load_rgb(image).crop(box))  # (3, h, w)
+    image = load_rgb(image).crop(box)  # under the same name, so that memory does not hold the whole image as well
+    crop = F.pil_to_tensor(image)  # (3, h, w)
     if flip:
         crop = crop.flip(2)
     # torchvision's antialiased resize of uint8 returns what Pillow's does (up to rounding) in a third of the time.
     return {r: F.resize(crop, [r, r], InterpolationMode.BICUBIC, antialias=True) for r in resolutions}
 
 
-def _open(data: bytes) -> Image.Image:
-    """Read the header only, of a PNG all of it: what Pillow refuses may lie behind the pixels."""
-    if data.startswith(PNG_SIGNATURE):
-        try:
-            image = _open_file(data)
-            _load(image)
-            return image
-        except SkippedImage:  # Pillow gives up over long comments and profiles, or a damaged one
-            data = _only_pixels(data)
-    return _open_file(data)
-
-
-def _only_pixels(png: bytes) -> bytes:
-    """The file without texts, colour profiles and the like."""
-    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while start + 8 <= len(png):
-        length, name = struct.unpack_from(">I4s", png, start)
-        end = start + 12 + length  # length, name, content, checksum
-        if name[:1].isupper() or name in PNG_CHUNKS:  # upper case: a reader has to understand it
-            kept.append(png[start:end])
-        start = end
-    return b"".join(kept)
-
-
-def _open_file(data: bytes) -> Image.Image:
-    if not data:
-        raise SkippedImage("missing")
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise SkippedImage("too large") from None
-    except Exception:  # plugins raise whatever a damaged header leads them to
-        raise SkippedImage("undecodable") from None
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format not in ("JPEG", "MPO"):
-        _load(image)  # other formats may keep EXIF behind the pixels
-    try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block says nothing against the pixels
-        return 1
-
-
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
-
-
-def _load(image: Image.Image) -> None:
-    # Other libraries set this switch of Pillow's for the whole process; half a picture is no training image.
-    allow_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        image.load()
-    except Exception as error:
-        raise SkippedImage("truncated" if "truncated" in str(error) else "undecodable") from None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
-
-
-def _load_rgb(image: Image.Image) -> Image.Image:
-    _load(image)
-    orientation = _orientation(image)
-    try:
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            levels = np.asarray(image).astype(np.int64)
-            if levels.max() > 65535 or levels.min() < 0:
-                raise SkippedImage("unsupported mode I")
-            rgb = Image.fromarray((levels // 257).astype(np.uint8)).convert("RGB")
-        elif image.mode == "F":
-            raise SkippedImage("unsupported mode F")  # the range of floating-point pixels is anybody's guess
-        elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            rgb = Image.new("RGB", rgba.size, (255, 255, 255))
-            rgb.paste(rgba, mask=rgba.getchannel("A"))
-        else:
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError:
-        raise SkippedImage(f"unsupported mode {image.mode}") from None
-    rgb = rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
-    rgb.info.pop("exif", None)  # or whoever reads the orientation there would turn the image again
-    return rgb
+    return (height, width) if orientation_of(image) in (5, 6, 7, 8) else (width, height)

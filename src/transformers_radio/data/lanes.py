@@ -164,6 +164,7 @@ class LaneBatches(IterableDataset):
                     config.crop_ratio,
                     config.horizontal_flip,
                     config.min_side,
+                    config.max_pixels,
                 )
             except SkippedImage as error:
                 reason = f"{name}/{error.reason}" if name else error.reason

@@ -2,6 +2,8 @@
 
 import bisect
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 FILES_LOOKED_AT = 20
 # Rows that are decoded from a file together.
 BATCH_ROWS = 64
+# How fsspec names files on this machine, also at the end of a chain such as zip://a.jpg::/photos.zip
+LOCAL = re.compile(r"^(file|local)://|::((file|local)://|(?!.*://))")
 
 
 def find_column(files: list[str], config: SourceConfig, where: str, declared: dict[str, str]) -> str:
@@ -38,9 +42,12 @@ def find_column(files: list[str], config: SourceConfig, where: str, declared: di
 
 
 def read_parquet(
-    path: str, column: str, config: SourceConfig, where: str, indices: range
+    path: str, column: str, config: SourceConfig, where: str, indices: range, root: str
 ) -> Iterator[tuple[str, Any]]:
     """Yield (number of the row, image as `read_image` takes it) of these rows. Row groups without any are not read.
+
+    Args:
+        root: as in `below`.
 
     Raises:
         ColumnError: the file has neither this column nor exactly one other that may be meant.
@@ -58,11 +65,26 @@ def read_parquet(
                 for batch in parquet.iter_batches(BATCH_ROWS, [group], [column], use_threads=False):
                     for value in batch.column(column):
                         if row in indices:
-                            yield str(row), value.as_py()
+                            yield str(row), below(root, value.as_py())
                         row += 1
                 if row != first + rows:
                     raise ValueError(f"row group {group} states {rows} rows and holds {row - first}")
             first += rows
+
+
+def below(root: str, value: Any) -> Any:
+    """A record of an image; where it names a file on this machine, the path below `root`, or nothing if it is outside.
+
+    Args:
+        root: a folder. "", or a URL: no file on this machine is meant.
+    """
+    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+    if not isinstance(path, str) or (is_url(path) and not LOCAL.search(path)):
+        return value
+    if not root or is_url(root) or "::" in path:
+        return None
+    path = os.path.normpath(os.path.join(root, LOCAL.sub("", path)))
+    return path if path.startswith(os.path.join(root, "")) else None
 
 
 def count_rows(path: str) -> int:

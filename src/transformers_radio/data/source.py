@@ -4,6 +4,7 @@ Of every record the image alone is read, and handed over as it is stored, so tha
 JPEG decoded at a fraction of its size.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -12,12 +13,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from transformers_radio.modeling.decoding_radio import read_file
+
 from .columns import choose_from_table
 from .config import SourceConfig
 from .errors import ColumnError, FileError, SourceError, one_line
+from .files import local_path
 from .images import SkippedImage
 from .listing import Found, disable_retries_of_datasets, explained, find_source, load_builder, patiently, where_of
-from .parquet import count_rows, find_column, read_parquet, times_read
+from .parquet import below, count_rows, find_column, read_parquet, times_read
 from .remote import is_url, open_stream, size_of, without_query
 from .retry import Retry, is_temporary
 from .tars import find_fields, read_tar
@@ -29,6 +33,9 @@ FILES_PER_FOLDER_SHARD = 1000
 EVERY_RECORD = range(sys.maxsize)
 # Longer text is no path of a file.
 LONGEST_PATH = 4096
+# What the system answers where a path leads to no file, beside ENOENT. Files that are there and may not be read, or
+# cannot be for now, stop the run: another start would see other images.
+NO_FILE = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Source:
@@ -63,6 +70,7 @@ class Source:
         found = find_source(config, self.where, retry_seconds)
         self.kind, self.folder, self.files, self.notes = found.kind, found.folder, found.files, found.notes
         self.is_folder = self.kind == "imagefolder"
+        self.image_root = self._image_root()
         self.is_remote = found.is_hub or any(map(is_url, self.files))
         self.row_ranges = self.kind == "parquet"
         self._row_counts: dict[int, int] = {}
@@ -82,6 +90,14 @@ class Source:
             digest.update(b"\n" + name.encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()[:16]
         logger.info("%s: %d shards, images in %s", config.path, len(self.shards), ", ".join(self.image_columns))
+
+    def _image_root(self) -> str:
+        given = self.config.image_root
+        if given is None or is_url(root := local_path(given)):
+            return self.folder if given is None else given
+        if not os.path.isdir(root):
+            raise ValueError(f"{self.where}.image_root={given!r}: expected a folder that is there.")
+        return os.path.abspath(root)
 
     def _name(self, file: str) -> str:
         return without_query(file)[len(self.folder) :].lstrip("/").replace(os.sep, "/")
@@ -158,7 +174,7 @@ class Source:
         if self.kind == "webdataset":
             return read_tar(self.files[shard], columns, config.image_column is not None, indices)
         if self.kind == "parquet":
-            return read_parquet(self.files[shard], columns[0], config, self.where, indices)
+            return read_parquet(self.files[shard], columns[0], config, self.where, indices, self.image_root)
         return self._read_stream_of_datasets(shard, indices)
 
     def _read_stream_of_datasets(self, shard: int, indices: range) -> Iterator[tuple[str, Any]]:
@@ -167,7 +183,8 @@ class Source:
         # `iter` and not `__iter__`: within a DataLoader worker the latter deals out shards a second time.
         for row, batch in enumerate(dataset.iter(batch_size=1)):
             if row in indices:
-                yield batch["__key__"][0] if "__key__" in batch else str(row), batch[self.image_columns[0]][0]
+                key = batch["__key__"][0] if "__key__" in batch else str(row)
+                yield key, below(self.image_root, batch[self.image_columns[0]][0])
 
     def traffic_note(self, parts: int, lanes: int) -> str | None:
         """A sentence about how often an epoch reads each file from a server, if that is more than about once."""
@@ -211,7 +228,13 @@ def _error(what: str, error: Exception, retry: Retry, is_remote: bool) -> Source
 
 
 def read_image(value: Any) -> bytes:
-    """The bytes of an image as a table has it: raw, {"bytes", "path"}, a path or URL, or nothing (b"")."""
+    """The bytes of an image as a table has it: raw, {"bytes", "path"}, a path or URL, or nothing (b"").
+
+    A path that leads to no file is nothing too, or to something else: a folder, a pipe, a device.
+
+    Raises:
+        OSError: the file may not be read, or the disk or the server fails.
+    """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, SkippedImage):
@@ -223,12 +246,16 @@ def read_image(value: Any) -> bytes:
     if len(value) > LONGEST_PATH or "\0" in value:  # some other text
         return b""
     try:
+        if not is_url(value):
+            return read_file(value)
         with open_stream(value) as file:
             return file.read()
-    except FileNotFoundError as error:
-        if is_temporary(error):
-            raise
-        return b""
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not is_temporary(error):
+            return b""
+        if not is_url(value) and error.errno in NO_FILE:
+            return b""
+        raise
 
 
 def _open_stream_of_datasets(config: SourceConfig, where: str) -> tuple[Any, str]:

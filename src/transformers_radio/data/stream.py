@@ -219,7 +219,8 @@ class ImageStream:
             if not decoded and count <= MIN_SEEN_FOR_SHARE:
                 data = source.read(image)
                 try:
-                    load_crops(data, [8], generator, (1, 1), (1, 1), min_side=self.config.min_side)
+                    bounds = (self.config.min_side, self.config.max_pixels)
+                    load_crops(data, [8], generator, (1, 1), (1, 1), False, *bounds)
                     decoded = True
                 except SkippedImage as error:
                     first[error.reason] += 1
@@ -232,6 +233,11 @@ class ImageStream:
                 f"Does the column {'/'.join(source.image_columns)!r} hold images, and is"
                 f" data.min_side={self.config.min_side} right?"
             )
+            if set(first) == {"missing"} and source.kind == "parquet":
+                hint += (
+                    f" If it holds paths: they start from {source.image_root!r}, and files outside of it are not"
+                    f" opened; set {source.where}.image_root to the folder that they are in."
+                )
             raise ValueError(
                 f"{source.where}.path={source.path!r}: none of the first {len(names)} images can be used"
                 f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. {hint}"
@@ -265,7 +271,7 @@ class ImageStream:
         """
         now = self._order()
         for field in set(now) - set(state["order"]):
-            if field.endswith("row_ranges"):  # saved before there were ranges: goes on without
+            if field.endswith("row_ranges") or field == "max_pixels":  # saved before there were such: goes on without
                 del now[field]
         changed = [
             f"{field}: {state['order'].get(field)!r} when saved, {now.get(field)!r} now"
@@ -356,6 +362,7 @@ class ImageStream:
             "horizontal_flip": config.horizontal_flip,
             "frozen_crops": config.frozen_crops,
             "min_side": config.min_side,
+            "max_pixels": config.max_pixels,
         }
 
     def _count(self, positions: dict[str, dict[str, Any]]) -> None:

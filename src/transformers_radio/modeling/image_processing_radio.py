@@ -3,16 +3,21 @@
 The mean and standard deviation belong to the model (its input conditioner), so nothing is normalized here.
 """
 
+import base64
 import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from transformers import image_utils
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageType, PILImageResampling, get_image_type, load_image
+from transformers.image_utils import ImageType, PILImageResampling, get_image_type
 from transformers.processing_utils import ImagesKwargs
+
+from .decoding_radio import MAX_PIXELS, SkippedImage, decode_rgb, load_rgb, read_file
 
 
 class RadioImageProcessorKwargs(ImagesKwargs, total=False):
@@ -23,8 +28,17 @@ class RadioImageProcessorKwargs(ImagesKwargs, total=False):
     return_image_sizes: bool | None
 
 
-# raster formats, as in training; others that Pillow knows start programs (EPS) or are no photographs
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_SIZES = "positive integers as {'height': h, 'width': w}, {'shortest_edge': s} or {'longest_edge': s}"
+_FILTERS = [*PILImageResampling, *InterpolationMode, *(mode.value for mode in InterpolationMode)]
+
+
+def _is_positive(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    detail = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return ValueError(f"{name} cannot be read as an image ({detail}); replace or convert it.")
 
 
 class RadioImageProcessor(TorchvisionBackend):
@@ -32,9 +46,9 @@ class RadioImageProcessor(TorchvisionBackend):
 
     Takes one image or a batch, as paths, PIL images, numpy arrays or torch tensors, grey, RGB or RGBA (laid over
     white). Integer arrays hold 0..255 and are divided by 255; float ones must already be in [0, 1] and keep their
-    values; boolean ones are black and white. Files and PIL images are read as in training: upright, as their EXIF
-    orientation says, 16-bit grey scaled to 8 bits, the first frame of several. URLs and base64 texts are read by
-    transformers, which drops transparency.
+    values; boolean ones are black and white. Files (by path, URL or as base64 text) and PIL images are read as in
+    training: upright, as their EXIF orientation says, 16-bit grey scaled to 8 bits, the first frame of several. Files
+    of more than 120 million pixels are refused; reading one takes up to 25 bytes of memory per pixel.
 
     `size` selects how an image is resized (bicubic with antialiasing by default):
 
@@ -56,9 +70,10 @@ class RadioImageProcessor(TorchvisionBackend):
             width) of each image without the padding of its batch, as [`RadioLlavaProcessor`] needs them.
 
     Raises:
-        ValueError: for another kind of `size`; for `do_normalize`, `do_center_crop` or `do_pad`; for files that cannot
-            be read; for float arrays outside [0, 1]; for integers outside 0..255; for PIL images without a defined
-            range (mode "F", or "I" outside 0..65535).
+        ValueError: for another kind of `size`; for options of a wrong type; for `do_normalize`, `do_center_crop` or
+            `do_pad`; for files that cannot be read; for a `size` that makes more than 120 million pixels of an image;
+            for float arrays outside [0, 1]; for integers outside 0..255; for PIL images without a defined range (mode
+            "F", or "I" outside 0..65535).
     """
 
     valid_kwargs = RadioImageProcessorKwargs
@@ -75,7 +90,15 @@ class RadioImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
 
     def _standardize_kwargs(self, *args, **kwargs) -> dict:
-        kwargs = super()._standardize_kwargs(*args, **kwargs)
+        given = {name: kwargs.get(name) for name in ("size", "crop_size", "pad_size") if kwargs.get(name) is not None}
+        try:
+            kwargs = super()._standardize_kwargs(*args, **kwargs)
+            size = dict(kwargs["size"])
+        except Exception as error:  # of whatever type that the arithmetic with wrong types leads to
+            raise ValueError(f"{given or 'size=None'} is not supported; give {_SIZES}") from error
+        for name in ("do_resize", "do_rescale", "do_convert_rgb", "return_pixel_mask", "return_image_sizes"):
+            if kwargs[name] not in (True, False):
+                raise ValueError(f"{name}={kwargs[name]!r}: expected true or false")
         if kwargs.get("do_normalize"):
             raise ValueError(
                 "do_normalize=True: the model normalizes its own input; give it [0, 1] (do_normalize=False)"
@@ -87,14 +110,16 @@ class RadioImageProcessor(TorchvisionBackend):
                 )
         if kwargs.get("rescale_factor", self.rescale_factor) != 1 / 255:
             raise ValueError(f"rescale_factor={kwargs['rescale_factor']}: the model takes [0, 1], which is 1 / 255")
-        divisor, size = kwargs["size_divisor"], dict(kwargs["size"])
-        if divisor < 1:
-            raise ValueError(f"size_divisor={divisor} must be positive; use the model's min_resolution_step")
-        if set(size) not in ({"height", "width"}, {"shortest_edge"}, {"longest_edge"}) or min(size.values()) < 1:
+        if kwargs["resample"] not in _FILTERS:
+            raise ValueError(f"resample={kwargs['resample']!r}: expected a filter of Pillow, such as 3 (bicubic)")
+        if not _is_positive(kwargs["size_divisor"]):
             raise ValueError(
-                f"size={size} is not supported; give positive numbers as {{'height': h, 'width': w}}, "
-                "{'shortest_edge': s} or {'longest_edge': s}"
+                f"size_divisor={kwargs['size_divisor']!r} must be a positive integer; use the model's "
+                "min_resolution_step"
             )
+        keys = ({"height", "width"}, {"shortest_edge"}, {"longest_edge"})
+        if set(size) not in keys or not all(map(_is_positive, size.values())):
+            raise ValueError(f"size={size} is not supported; give {_SIZES}")
         return kwargs
 
     def _prepare_images_structure(self, images, *args, **kwargs):
@@ -105,31 +130,51 @@ class RadioImageProcessor(TorchvisionBackend):
         return super()._prepare_images_structure(batch, *args, **kwargs)
 
     def fetch_images(self, images):
-        """Paths, URLs and base64 texts as PIL images; everything else as it is."""
+        """Files, URLs and base64 texts as PIL images; everything else as it is.
+
+        Raises:
+            ValueError: there is no such image, or it cannot be read.
+        """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        if isinstance(images, os.PathLike) or (isinstance(images, str) and os.path.isfile(images)):
-            Image.init()  # loads the plugins
-            try:
-                image = Image.open(images, formats=[name for name in _FORMATS if name in Image.OPEN])
-                image.load()  # also closes the file
-            except Exception as error:  # plugins raise whatever a damaged file leads them to
-                raise ValueError(f"{os.fspath(images)} cannot be read as an image ({error}); replace it.") from error
-            return image
-        if isinstance(images, str):
-            try:
-                return load_image(images)
-            except ValueError as error:
-                raise ValueError(
-                    f"{images[:100]!r} is not an image: there is no such file, and it is neither a URL nor base64."
-                ) from error
-        return super().fetch_images(images)
+        if isinstance(images, (str, os.PathLike)):
+            return self._read(images)
+        if not image_utils.is_valid_image(images):
+            raise ValueError(
+                f"an image of type {type(images).__name__} is not supported; give a path, URL, PIL image, "
+                "numpy array or torch tensor"
+            )
+        return images
+
+    def _read(self, source: str | os.PathLike[str]) -> Image.Image:
+        name = os.fspath(source)
+        is_file = not isinstance(source, str) or os.path.lexists(name)
+        is_url = not is_file and name.startswith(("http://", "https://"))
+        try:
+            if is_file:
+                return decode_rgb(read_file(source))
+            if is_url:  # as transformers does it, which then drops transparency and waits without an end
+                answer = image_utils.httpx.get(name, timeout=60, follow_redirects=True)
+                return decode_rgb(answer.raise_for_status().content)
+            return decode_rgb(base64.decodebytes(name.rpartition(",")[2].encode()))
+        except Exception as error:  # also what clients of servers raise
+            if is_file or is_url:
+                raise _unreadable(name, error) from error
+            raise ValueError(
+                f"{name[:100]!r} is not an image: there is no such file, and it is neither a URL nor base64 of an "
+                f"image ({error})."
+            ) from error
 
     def process_image(self, image, *args, **kwargs) -> torch.Tensor:
         """One image as a (channels, height, width) tensor: uint8 in 0..255 or float in [0, 1]."""
         if get_image_type(image) == ImageType.PIL:
-            image = self._upright_rgb(image)
+            try:
+                image = load_rgb(image)
+            except SkippedImage as error:
+                raise _unreadable(getattr(image, "filename", "") or "a PIL image", error) from error
         else:
+            if 0 in image.shape:
+                raise ValueError(f"an image of shape {tuple(image.shape)} has no pixels")
             dtype = str(image.dtype).removeprefix("torch.")
             if dtype == "bool":
                 image = 255 * image
@@ -155,32 +200,6 @@ class RadioImageProcessor(TorchvisionBackend):
             raise ValueError(f"integer images must be in 0..255, got values from {low} to {high}; convert to 8 bits")
         return image.to(torch.uint8)
 
-    def _upright_rgb(self, image: Image.Image) -> Image.Image:
-        try:
-            image.load()
-        except Exception as error:
-            name = getattr(image, "filename", "") or "a PIL image"
-            raise ValueError(f"{name} cannot be read as an image ({error}); replace it.") from error
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception:  # a damaged EXIF block says nothing against the pixels
-            pass
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            levels = np.asarray(image).astype(np.int64)
-            if levels.min() < 0 or levels.max() > 65535:
-                raise ValueError(
-                    f"a PIL image of mode 'I' holds {levels.min()} to {levels.max()}, more than 16 bits; convert it "
-                    "to 8 bits first"
-                )
-            image = Image.fromarray((levels // 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("a PIL image of mode 'F' has no defined range; convert it to 8 bits first")
-        elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.new("RGB", rgba.size, (255, 255, 255))
-            image.paste(rgba, mask=rgba.getchannel("A"))
-        return image.convert("RGB")
-
     def _nearest_multiple(self, side: float, divisor: int) -> int:
         return max(divisor, round(side / divisor) * divisor)
 
@@ -193,6 +212,13 @@ class RadioImageProcessor(TorchvisionBackend):
             return self._nearest_multiple(height * scale, divisor), self._nearest_multiple(width * scale, divisor)
         scale = self._nearest_multiple(size.longest_edge, divisor) / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _check_pixels(self, height: int, width: int, size, image: torch.Tensor) -> None:
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"size={dict(size)} makes {height} x {width} pixels of an image of {image.shape[-2]} x"
+                f" {image.shape[-1]}, more than {MAX_PIXELS:,}; give a smaller size, or leave the image out"
+            )
 
     def _preprocess(  # type: ignore[override]
         self,
@@ -211,6 +237,7 @@ class RadioImageProcessor(TorchvisionBackend):
         for image in images:  # each (3, height, width)
             if do_resize:
                 height, width = self._output_size(image.shape[-2], image.shape[-1], size, size_divisor)
+                self._check_pixels(height, width, size, image)
                 image = self.resize(image, type(size)(height=height, width=width), resample=resample)
             if image.is_floating_point():
                 image = image.clamp(0.0, 1.0)  # bicubic overshoots at edges
@@ -225,6 +252,7 @@ class RadioImageProcessor(TorchvisionBackend):
             # up to the next multiple of the largest height and width of the batch
             height = -(-max(image.shape[-2] for image in processed) // size_divisor) * size_divisor
             width = -(-max(image.shape[-1] for image in processed) // size_divisor) * size_divisor
+            self._check_pixels(height, width, size, processed[0])
             pad_size = type(size)(height=height, width=width)
             data["pixel_values"], masks = self.pad(processed, pad_size=pad_size, return_mask=True)
             if return_pixel_mask:

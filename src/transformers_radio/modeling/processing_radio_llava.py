@@ -18,10 +18,19 @@ class RadioLlavaProcessor(LlavaProcessor):
     images of a batch must come out in one size.
 
     Raises:
-        ValueError: images of different sizes with the strategy "full".
+        ValueError: images of different sizes with the strategy "full"; arguments of a wrong type.
     """
 
     def _process_images(self, images, **kwargs):
+        if not isinstance(self.patch_size, int) or self.patch_size < 1:
+            raise ValueError(f"patch_size={self.patch_size!r}: expected the tower's config.patch_size, in pixels")
+        count = self.num_additional_image_tokens
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"num_additional_image_tokens={count!r}: expected 1, the summary of each image")
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: expected 'default' or 'full'"
+            )
         kwargs |= {"return_pixel_mask": False, "return_image_sizes": True}
         image_inputs, replacements = super()._process_images(images, **kwargs)
         if self.vision_feature_select_strategy == "full":
