@@ -1,23 +1,26 @@
 """Errors in one line: of values, and of the files that a checkpoint consists of."""
 
 import contextlib
+import json
 import os
 import pickle
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 _LONGEST_VALUE = 100
 _LONGEST_MESSAGE = 1000
 # what readers of JSON, safetensors, pickles and ZIP archives raise at a file that is damaged or holds something else
-_OF_DAMAGED_FILES = (
+OF_DAMAGED_FILES = (
     SafetensorError,
+    StrictDataclassError,  # of the configurations of transformers
     pickle.UnpicklingError,
     EOFError,
+    StopIteration,
     LookupError,
     AttributeError,
     TypeError,
@@ -40,7 +43,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, KeyError):
         text = f"there is no {text}"
-    text = re.sub(r"(?<=\w)\.$", "", text) or type(error).__name__
+    text = (text if text.endswith("..") else text.removesuffix(".")) or type(error).__name__
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
 
@@ -48,6 +51,12 @@ def check_source(owner: str, source: Any):
     """A folder, a file or a Hub id, as text or path."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"{owner}: the checkpoint is {shown(source)}, expected the path of a folder or a Hub id.")
+    name = os.fspath(source)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # and no Hub id
+    if is_path and not os.path.exists(name):
+        raise FileNotFoundError(
+            f"{owner}: there is no folder {name}; give an existing one, or a Hub id such as owner/name."
+        )
 
 
 @contextlib.contextmanager
@@ -58,13 +67,17 @@ def naming_checkpoint(source: Any) -> Iterator[None]:
     """
     try:
         yield
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{source}: a .json file in it is damaged ({one_line(error)}). Get or save the checkpoint again."
+        ) from error
     except (OSError, ValueError) as error:
         message = str(error)
-        if str(source) in message and "\n" not in message:
+        if str(source).rpartition(":")[2] in message and "\n" not in message:  # of NAME:FILE the file
             raise
-        kind = OSError if isinstance(error, OSError) else ValueError
+        kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
         raise kind(f"{source}: {one_line(error)}.") from error
-    except _OF_DAMAGED_FILES as error:
+    except OF_DAMAGED_FILES as error:
         if isinstance(error, torch.OutOfMemoryError) or "keyword argument" in str(error):
             raise
         raise ValueError(
