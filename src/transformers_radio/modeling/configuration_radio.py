@@ -96,7 +96,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
     preferred_resolution: int | None = None
 
     def __post_init__(self, **kwargs):
-        self._complete_adaptors()
+        self._check_adaptors()
         if self.summary_idxs is None:
             tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
             # without adaptors: the first two tokens, as transformers does
@@ -117,9 +117,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
     def validate(self):
         """Check what concerns several fields; models do it before they are built, and saving does."""
         super().validate()
-        self._complete_adaptors()  # they may have been set after construction, as from_pretrained(adaptors=...) does
-        for name, adaptor in self.adaptors.items():
-            self._validate_adaptor(name, adaptor)
+        self._check_adaptors()  # they may have been set after construction, as from_pretrained(adaptors=...) does
         channels = (1, self.num_channels)
         for name, ok, expected in (
             ("use_swiglu_ffn", self.use_swiglu_ffn is False, "False: this model has the plain MLP"),
@@ -158,8 +156,10 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
             if not ok:
                 raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {expected}.")
 
-    def _complete_adaptors(self):
+    def _check_adaptors(self):
         self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
+        for name, adaptor in self.adaptors.items():
+            self._validate_adaptor(name, adaptor)
 
     def _validate_adaptor(self, name: str, adaptor: dict[str, Any]):
         where = f"{type(self).__name__}: adaptor {shown(name)}"

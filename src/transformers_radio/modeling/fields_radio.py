@@ -204,3 +204,12 @@ class CheckedConfigMixin:
         check_source(cls.__name__, pretrained_model_name_or_path)
         with naming_checkpoint(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if not config_dict:  # transformers takes the defaults, which are another model's
+            raise FileNotFoundError(
+                f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
+            )
+        return config_dict, kwargs

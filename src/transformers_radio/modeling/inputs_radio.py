@@ -132,7 +132,21 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
     return names
 
 
+def check_mask(pixel_mask: Any, expected: tuple[int, ...]):
+    """A dense tensor of real numbers or booleans with values, one for each pixel."""
+    check_tensor("pixel_mask", pixel_mask, "ones and zeros (batch, height, width)")
+    if pixel_mask.shape != expected or pixel_mask.dtype not in (torch.bool, *_INTEGERS, *_FLOATS):
+        raise ValueError(
+            f"pixel_mask has shape {tuple(pixel_mask.shape)} and dtype {pixel_mask.dtype}, expected ones and zeros "
+            f"{expected}: one value for each pixel of the images."
+        )
+    if pixel_mask.device.type == "meta":
+        raise ValueError("pixel_mask is on the meta device, which holds no values; make it on that of the images.")
+
+
 def check_size(height: Any, width: Any):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are symbols there
+        return
     if any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in (height, width)):
         raise ValueError(
             f"height and width are {shown(height)} and {shown(width)}, expected positive integers: the image's "

@@ -16,7 +16,7 @@ from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
 from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
 from .errors_radio import check_source, naming_checkpoint
-from .inputs_radio import check_adaptors, check_images, check_outputs, check_packed, check_window
+from .inputs_radio import check_adaptors, check_images, check_outputs, check_packed, check_size, check_window
 from .padding_radio import forward_padded, padded_grids
 from .student_radio import RadioModelOutput, RadioStudentMixin
 from .weights_radio import HEADS, check_found, check_used, may_be_new
@@ -326,6 +326,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             generator (`torch.Generator`, *optional*): On the CPU; equally seeded ones give all ranks the same
                 windows. Missing: torch's default CPU generator, as in a forward without `window_size`.
         """
+        check_size(height, width)
         rows, cols = height // self.patch_size, width // self.patch_size
         sizes = [
             size

@@ -125,6 +125,7 @@ class RadioVisionTower(RadioPreTrainedModel):
         except (TypeError, ValueError, RuntimeError):  # no tensor can be made of it
             sizes = torch.empty(0)
         wrong = sizes.shape != (len(pixel_values), 2) or sizes.is_floating_point() or sizes.is_complex()
+        wrong = wrong or sizes.layout != torch.strided
         wrong = wrong or sizes.device.type == "meta" and pixel_values.device.type != "meta"
         limit = sizes.new_tensor([height, width])
         if wrong or ((sizes % step != 0) | (sizes < step) | (sizes > limit)).any():

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .adaptors_radio import AdaptorOutput
-from .inputs_radio import check_tensor
+from .inputs_radio import check_mask
 from .student_radio import RadioModelOutput
 
 
@@ -23,14 +23,7 @@ def padded_grids(pixel_mask: torch.Tensor, pixel_values: torch.Tensor, patch_siz
         ValueError: The mask has another shape, or does not mark one rectangle at the top left of every image.
     """
     expected = (pixel_values.shape[0], *pixel_values.shape[-2:])
-    check_tensor("pixel_mask", pixel_mask, "ones and zeros (batch, height, width)")
-    if pixel_mask.shape != expected or pixel_mask.is_complex():
-        raise ValueError(
-            f"pixel_mask has shape {tuple(pixel_mask.shape)} and dtype {pixel_mask.dtype}, expected ones and zeros "
-            f"{expected}: one value for each pixel of the images."
-        )
-    if pixel_mask.device.type == "meta":
-        raise ValueError("pixel_mask is on the meta device, which holds no values; make it on that of the images.")
+    check_mask(pixel_mask, expected)
     inside = pixel_mask.bool()
     sides = torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)  # (B, 2)
     # the mask itself, not `inside`: its values must be 0 and 1

@@ -81,9 +81,8 @@ class RadioStudentMixin:
         Raises:
             ValueError: The number of features does not fit the image size.
         """
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # sizes are symbols there
-            check_tensor("features", features, "tokens (batch, h * w, channels)")
-            check_size(height, width)
+        check_tensor("features", features, "tokens (batch, h * w, channels)")
+        check_size(height, width)
         if features.ndim != 3:
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (batch, h * w, channels).")
         rows, cols = height // self.patch_size, width // self.patch_size

@@ -100,7 +100,7 @@ def load_transformers_text_encoder(checkpoint: str) -> TransformersTextEncoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError, ImportError, *OF_DAMAGED_FILES) as error:
         raise ValueError(
-            f"{checkpoint} has no tokenizer that can be loaded ({one_line(error)}): save the checkpoint's own into the same "
-            "folder (AutoTokenizer ... .save_pretrained)"
+            f"{checkpoint} has no tokenizer that can be loaded ({one_line(error)}): save the checkpoint's own into "
+            "the same folder (AutoTokenizer ... .save_pretrained)"
         ) from error
     return TransformersTextEncoder(model, tokenizer)

@@ -368,9 +368,8 @@ def transformers_teacher(
     except OSError as error:
         if Path(checkpoint).is_dir():
             raise
-        raise FileNotFoundError(
-            f"there is no folder {checkpoint}, and as a Hub id it failed: {one_line(error)}"
-        ) from error
+        reason = one_line(error).removeprefix(f"{checkpoint}: ")
+        raise FileNotFoundError(f"there is no folder {checkpoint}, and as a Hub id it failed: {reason}") from error
     if model_type is None and not options.get("trust_remote_code"):
         raise ValueError(f"the configuration of {checkpoint} names no model_type, so it is no transformers model")
     if not isinstance(model_type, (str, type(None))):
