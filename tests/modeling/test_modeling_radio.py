@@ -186,7 +186,7 @@ def test_final_norm_mean_summary_and_mlp_norm_against_native_layers():
         (torch.rand(1, 3, 64, 96), {"window_size": 2.0}, ["2.0", "whole number"]),
         (torch.rand(0, 3, 64, 96), {}, ["no image"]),
         (np.zeros((1, 3, 32, 32), np.float32), {}, ["ndarray", "torch.as_tensor"]),
-        (torch.rand(6, 768), {"image_grid_hw": [[2, 3]]}, ["list", "torch.tensor"]),
+        (torch.rand(6, 768), {"image_grid_hw": [[2, 3]]}, ["list", "torch.as_tensor"]),
         (torch.rand(0, 768), {"image_grid_hw": torch.zeros(0, 2, dtype=torch.long)}, ["no image"]),
         (torch.rand(1, 3, 64, 96), {"adaptors": ["clip"]}, ["clip"]),
         (torch.rand(5, 768), {"image_grid_hw": torch.tensor([[2, 3]])}, ["(5, 768)", "(6, 768)"]),

@@ -4,10 +4,12 @@ import re
 from dataclasses import field, fields
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import RadioConfig as NativeRadioConfig
+
+from .errors_radio import shown
+from .fields_radio import CheckedConfigMixin, is_integer
 
 # width, depth, heads, MLP width; patch 16 throughout
 _SIZES = {
@@ -29,10 +31,17 @@ _ADAPTOR_OPTIONAL = {
     "spatial_mlp_version": None,
     "upsample_factor": 1,
 }
+_ADAPTOR_SIZES = {
+    "summary_dim": (1, 65536),
+    "feature_dim": (1, 65536),
+    "hidden_dim": (1, 65536),
+    "mlp_num_inner": (0, 100),
+    "upsample_factor": (1, 64),
+}
+_REFUSAL = "transformers' own RADIO class cannot read this checkpoint"
 
 
-@strict
-class RadioConfig(NativeRadioConfig):
+class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
     """Configuration of a [`RadioModel`]; all fields of `transformers.RadioConfig` keep their meaning and default.
 
     Args:
@@ -71,11 +80,6 @@ class RadioConfig(NativeRadioConfig):
 
     model_type = "radio"
 
-    # `to_dict` writes a sentence into this field when transformers' own class would misread the checkpoint: it is
-    # typed `bool` there, so that class stops and prints the sentence. Ours never has another value than False.
-    use_swiglu_ffn: bool | str = False  # type: ignore[assignment]
-
-    mlp_ratio: float | int = 4.0
     adaptors: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary_type: Literal["cls", "mean"] = "cls"
     final_norm: bool = False
@@ -92,30 +96,29 @@ class RadioConfig(NativeRadioConfig):
     preferred_resolution: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.patch_size < 1 or self.num_attention_heads < 1:
-            raise ValueError(
-                f"RadioConfig: patch_size is {self.patch_size} and num_attention_heads {self.num_attention_heads}, "
-                "expected positive numbers."
-            )
-        if isinstance(self.use_swiglu_ffn, str):
-            self.use_swiglu_ffn = False
-        self.mlp_ratio = float(self.mlp_ratio)  # transformers' own class reads nothing else
-        self._complete_adaptors()
+        self._check_adaptors()
         if self.summary_idxs is None:
             tokens = {a["summary_token"] for a in self.adaptors.values() if a.get("summary_dim") is not None}
             # without adaptors: the first two tokens, as transformers does
             self.summary_idxs = sorted(tokens) or list(range(min(2, self.num_cls_tokens)))
         if self.preferred_resolution is None:
-            self.preferred_resolution = min(432, self.max_img_size) // self.patch_size * self.patch_size
+            self.preferred_resolution = max(min(432, self.max_img_size) // self.patch_size, 1) * self.patch_size
         self.cpe_scale = list(self.cpe_scale)
         super().__post_init__(**kwargs)
-        self.validate_radio()  # `@strict` runs it again, but would hide the ValueError behind its own type
+        self.validate()
 
-    def validate_radio(self):
-        """Check what the types alone cannot say (called by `@strict` after construction and before saving)."""
-        self._complete_adaptors()  # they may have been set after construction, as from_pretrained(adaptors=...) does
-        for name, adaptor in self.adaptors.items():
-            self._validate_adaptor(name, adaptor)
+    def __setattr__(self, name: str, value: Any):
+        # `to_dict` writes a sentence into this field when transformers' own class would misread the checkpoint: it is
+        # typed `bool` there, so that class stops and prints the sentence
+        if name == "use_swiglu_ffn" and isinstance(value, str) and value.startswith(_REFUSAL):
+            value = False
+        super().__setattr__(name, value)
+
+    def validate(self):
+        """Check what concerns several fields; models do it before they are built, and saving does."""
+        super().validate()
+        self._check_adaptors()  # they may have been set after construction, as from_pretrained(adaptors=...) does
+        channels = (1, self.num_channels)
         for name, ok, expected in (
             ("use_swiglu_ffn", self.use_swiglu_ffn is False, "False: this model has the plain MLP"),
             (
@@ -124,13 +127,13 @@ class RadioConfig(NativeRadioConfig):
                 "None: this model takes images only",
             ),
             ("num_attention_heads", self.hidden_size % self.num_attention_heads == 0, "a divisor of hidden_size"),
+            ("mlp_ratio", self.hidden_size * self.mlp_ratio >= 1, "at least one channel in the MLP"),
             ("max_img_size", self.max_img_size % self.patch_size == 0, f"a multiple of patch_size {self.patch_size}"),
             (
                 "preferred_resolution",
-                0 < self.preferred_resolution and self.preferred_resolution % self.patch_size == 0,
+                self.preferred_resolution and self.preferred_resolution % self.patch_size == 0,
                 f"a positive multiple of patch_size {self.patch_size}",
             ),
-            ("num_registers", self.num_registers >= 0, "0 or more"),
             (
                 "num_cls_tokens",
                 self.num_cls_tokens >= (1 if self.summary_type == "cls" else 0),
@@ -139,38 +142,28 @@ class RadioConfig(NativeRadioConfig):
             (
                 "summary_idxs",
                 self.summary_type == "mean"
-                or (self.summary_idxs and all(0 <= i < self.num_cls_tokens for i in self.summary_idxs)),
+                or (self.summary_idxs and all(i < self.num_cls_tokens for i in self.summary_idxs)),
                 f"a non-empty list of CLS tokens below num_cls_tokens {self.num_cls_tokens}",
             ),
-            ("window_size", self.window_size is None or self.window_size > 0, "a positive number of patches or None"),
-            ("window_num_global", self.window_num_global >= 1, "1 or more"),
-            (
-                "window_num_windowed",
-                self.window_num_windowed is None or self.window_num_windowed >= 0,
-                "0 or more, or None",
-            ),
-            (
-                "train_window_sizes",
-                self.train_window_sizes is None or all(size > 0 for size in self.train_window_sizes),
-                "positive numbers of patches",
-            ),
-            ("train_window_probability", 0 <= self.train_window_probability <= 1, "between 0 and 1"),
-            ("pos_dropout", 0 <= self.pos_dropout < 1, "in [0, 1)"),
             (
                 "cpe_scale",
                 len(self.cpe_scale) == 2 and 0 < self.cpe_scale[0] <= self.cpe_scale[1] <= 1,
                 "[smallest, largest] with 0 < smallest <= largest <= 1",
             ),
+            ("norm_mean", len(self.norm_mean) in channels, f"one number for each of {self.num_channels} channels"),
+            ("norm_std", len(self.norm_std) in channels, f"one number for each of {self.num_channels} channels"),
         ):
             if not ok:
-                raise ValueError(f"RadioConfig: {name} is {getattr(self, name)!r}, expected {expected}.")
+                raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {expected}.")
 
-    def _complete_adaptors(self):
+    def _check_adaptors(self):
         self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
+        for name, adaptor in self.adaptors.items():
+            self._validate_adaptor(name, adaptor)
 
     def _validate_adaptor(self, name: str, adaptor: dict[str, Any]):
-        where = f"RadioConfig: adaptor {name!r}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        where = f"{type(self).__name__}: adaptor {shown(name)}"
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(f"{where}: use letters, digits, `_` and `-` only, the name is part of the weights' keys.")
         if hasattr(nn.ModuleDict(), name):  # where the model keeps its adaptors
             raise ValueError(f"{where}: torch's ModuleDict has an attribute of this name; choose another one.")
@@ -181,27 +174,28 @@ class RadioConfig(NativeRadioConfig):
             raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}; the keys are {allowed}.")
         if adaptor["summary_dim"] is None and adaptor["feature_dim"] is None:
             raise ValueError(f"{where}: summary_dim and feature_dim are both None, give at least one.")
-        for key, smallest in (
-            ("summary_dim", 1),
-            ("feature_dim", 1),
-            ("hidden_dim", 1),
-            ("mlp_num_inner", 0),
-            ("upsample_factor", 1),
-        ):
+        for key, (smallest, largest) in _ADAPTOR_SIZES.items():
             value = adaptor[key]
             if value is None and key in ("summary_dim", "feature_dim"):
                 continue
-            if not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{where}: {key} is {value!r}, expected an integer of at least {smallest}.")
+            if not is_integer(value, smallest, largest):
+                raise ValueError(
+                    f"{where}: {key} is {shown(value)}, expected an integer from {smallest} to {largest}."
+                )
         tokens = self.num_cls_tokens if self.summary_type == "cls" else 1
         token = adaptor["summary_token"]
-        if not isinstance(token, int) or not 0 <= token < max(tokens, 1):
-            raise ValueError(f"{where}: summary_token is {token!r}, but the summary has {tokens} token(s), from 0 on.")
+        if not is_integer(token, 0, max(tokens, 1) - 1):
+            raise ValueError(
+                f"{where}: summary_token is {shown(token)}, but the summary has {tokens} token(s), from 0 on."
+            )
+        for key in ("teacher", "teacher_weights"):
+            if not isinstance(adaptor[key], str):
+                raise ValueError(f"{where}: {key} is {shown(adaptor[key])}, expected text.")
         if adaptor["mlp_version"] not in ("v1", "v2"):
-            raise ValueError(f'{where}: mlp_version is {adaptor["mlp_version"]!r}, expected "v1" or "v2".')
+            raise ValueError(f'{where}: mlp_version is {shown(adaptor["mlp_version"])}, expected "v1" or "v2".')
         if adaptor["spatial_mlp_version"] not in (None, "v1", "v2", "attn"):
             version = adaptor["spatial_mlp_version"]
-            raise ValueError(f'{where}: spatial_mlp_version is {version!r}, expected "v1", "v2", "attn" or None.')
+            raise ValueError(f'{where}: spatial_mlp_version is {shown(version)}, expected "v1", "v2", "attn" or None.')
 
     @property
     def global_blocks(self) -> list[int]:
@@ -279,7 +273,7 @@ class RadioConfig(NativeRadioConfig):
         ours = [f"{name}={getattr(self, name)!r}" for name in native if getattr(self, name) != native[name]]
         if ours:
             output["use_swiglu_ffn"] = (
-                f"transformers' own RADIO class cannot read this checkpoint ({', '.join(ours)}): load it with "
+                f"{_REFUSAL} ({', '.join(ours)}): load it with "
                 "AutoModel.from_pretrained(..., trust_remote_code=True), or `pip install transformers_radio` and use "
                 "transformers_radio.RadioModel.from_pretrained(...)"
             )

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_radio import RadioConfig
+from .fields_radio import CheckedConfigMixin
 
 
-@strict
-class RadioVisionTowerConfig(PreTrainedConfig):
+class RadioVisionTowerConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
 
     It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is
@@ -31,14 +30,25 @@ class RadioVisionTowerConfig(PreTrainedConfig):
     image_size: int | None = None
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.radio_config, PreTrainedConfig):
-            self.radio_config = self.radio_config.to_dict()
-        super().__post_init__(**kwargs)  # makes it a RadioConfig of our own
+        fields = self.radio_config
+        if isinstance(fields, PreTrainedConfig):
+            fields = RadioConfig.adopt(fields).to_dict()
+        self.radio_config = RadioConfig.from_dict({} if fields is None else fields)  # our own
+        super().__post_init__(**kwargs)
         self.radio_config.adaptors = {}
         if self.image_size is None:
             self.image_size = self.radio_config.preferred_resolution
-        if self.image_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(f"image_size is {self.image_size}, expected a multiple of patch_size {self.patch_size}")
+        self.validate()
+
+    def validate(self):
+        """Check what concerns several fields; models do it before they are built, and saving does."""
+        super().validate()
+        self.radio_config.validate()
+        if not self.image_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f"{type(self).__name__}: image_size is {self.image_size}, expected a multiple of patch_size "
+                f"{self.patch_size}."
+            )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,13 +1,20 @@
 """Checks of what a RADIO model is called with; all raise ValueError with the value and the fix."""
 
 import math
+from typing import Any
 
 import torch
 
+from .errors_radio import shown
+from .fields_radio import is_integer
 
-def check_images(pixel_values: torch.Tensor, num_channels: int, step: int):
-    """Floats `(batch, num_channels, height, width)`, sides multiples of `step` pixels."""
-    check_floats(pixel_values)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_images(pixel_values: torch.Tensor, num_channels: int, step: int, weight: torch.Tensor):
+    """Floats `(batch, num_channels, height, width)`, sides multiples of `step` pixels, for a model with `weight`."""
+    check_floats(pixel_values, weight)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {num_channels}, height, width); "
@@ -24,49 +31,87 @@ def check_images(pixel_values: torch.Tensor, num_channels: int, step: int):
         )
 
 
-def check_packed(pixel_values: torch.Tensor, image_grid_hw: torch.Tensor, patch_dim: int) -> list[tuple[int, int]]:
+def check_packed(
+    pixel_values: torch.Tensor, image_grid_hw: torch.Tensor, patch_dim: int, weight: torch.Tensor
+) -> list[tuple[int, int]]:
     """Floats `(total patches, patch_dim)` that fit the grids `(images, 2)`; returns the grids."""
-    check_floats(pixel_values)
-    if not isinstance(image_grid_hw, torch.Tensor):
-        raise ValueError(
-            f"image_grid_hw is a {type(image_grid_hw).__name__}, expected a tensor of integers (images, 2): pass "
-            "torch.tensor([[rows, columns], ...])."
-        )
-    if image_grid_hw.shape[0] == 0:
-        raise ValueError("image_grid_hw holds no image; leave empty batches out.")
-    if image_grid_hw.ndim != 2 or image_grid_hw.shape[1] != 2 or image_grid_hw.is_floating_point():
+    check_floats(pixel_values, weight)
+    check_tensor("image_grid_hw", image_grid_hw, "integers (images, 2)")
+    if image_grid_hw.ndim != 2 or image_grid_hw.shape[1] != 2 or image_grid_hw.dtype not in _INTEGERS:
         raise ValueError(
             f"image_grid_hw has shape {tuple(image_grid_hw.shape)} and dtype {image_grid_hw.dtype}, expected integers "
             "(images, 2): rows and columns of patches of each image."
         )
+    if image_grid_hw.shape[0] == 0:
+        raise ValueError("image_grid_hw holds no image; leave empty batches out.")
+    if image_grid_hw.device.type == "meta":
+        raise ValueError("image_grid_hw is on the meta device, which holds no values; make it on the CPU.")
     grids = [(rows, cols) for rows, cols in image_grid_hw.tolist()]
     total = sum(rows * cols for rows, cols in grids)
     if tuple(pixel_values.shape) != (total, patch_dim) or any(side < 1 for grid in grids for side in grid):
         raise ValueError(
-            f"packed pixel_values have shape {tuple(pixel_values.shape)}, but the grids {grids} need "
+            f"packed pixel_values have shape {tuple(pixel_values.shape)}, but the grids {shown(grids)} need "
             f"({total}, {patch_dim}): all patches of all images, each flattened channel by channel."
         )
     return grids
 
 
-def check_floats(pixel_values: torch.Tensor):
-    if not isinstance(pixel_values, torch.Tensor):
+def check_tensor(name: str, tensor: Any, expected: str):
+    """A dense tensor; `expected` says of what."""
+    if not isinstance(tensor, torch.Tensor):
         raise ValueError(
-            f"pixel_values is a {type(pixel_values).__name__}, expected a torch.Tensor; pass "
-            "torch.as_tensor(pixel_values)."
+            f"{name} is a {type(tensor).__name__}, expected a torch.Tensor of {expected}; pass "
+            f"torch.as_tensor({name})."
         )
-    if not pixel_values.is_floating_point():
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name} is a {kind} tensor, expected a dense one of {expected}; convert it or stack it.")
+
+
+def check_floats(pixel_values: torch.Tensor, weight: torch.Tensor):
+    """A dense tensor of floats, with values if the model's `weight` has some."""
+    check_tensor("pixel_values", pixel_values, "floats in [0, 1]")
+    if pixel_values.dtype not in _FLOATS:
         raise ValueError(
-            f"pixel_values are {pixel_values.dtype}, expected floats in [0, 1]; for integers in [0, 255] divide by "
-            "255 (pixel_values / 255)."
+            f"pixel_values are {pixel_values.dtype}, expected float32, bfloat16, float16 or float64 in [0, 1]; for "
+            "integers in [0, 255] divide by 255 (pixel_values / 255)."
         )
+    if pixel_values.device.type == "meta" and weight.device.type != "meta":
+        raise ValueError("pixel_values are on the meta device, which holds no values; make them on the model's.")
+
+
+def check_outputs(output_hidden_states: Any, output_attentions: Any):
+    """Flags; layers may be chosen instead of a flag for hidden states, by number."""
+    layers = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
+    if not all(layer is None or isinstance(layer, (bool, int)) for layer in layers):
+        raise ValueError(
+            f"output_hidden_states is {shown(output_hidden_states)}, expected True, False or None, or numbers of "
+            "layers."
+        )
+    if output_attentions is not None and not isinstance(output_attentions, bool):
+        raise ValueError(f"output_attentions is {shown(output_attentions)}, expected True, False or None.")
+
+
+def check_layers(output_hidden_states: Any, count: int) -> set[int]:
+    """The chosen ones of `count` hidden states: all for True; negative numbers count from the end."""
+    if output_hidden_states is None or output_hidden_states is False:
+        return set()
+    if output_hidden_states is True:
+        return set(range(count))
+    layers = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
+    if not all(is_integer(layer, -count, count - 1) for layer in layers):
+        raise ValueError(
+            f"output_hidden_states is {shown(output_hidden_states)}, expected True, False, or numbers of layers from "
+            f"{-count} to {count - 1}: the embeddings and {count - 1} blocks."
+        )
+    return {layer % count for layer in layers}
 
 
 def check_window(window_size: int, rows: int, cols: int, patch_size: int):
     """A window side in patches, 0 for none, must divide the patch grid."""
-    if not isinstance(window_size, int) or window_size < 0:
+    if not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 0:
         raise ValueError(
-            f"window_size is {window_size!r}, expected a whole number of patches, or 0 for global attention."
+            f"window_size is {shown(window_size)}, expected a whole number of patches, or 0 for global attention."
         )
     if window_size and (rows % window_size or cols % window_size):
         height, width = (nearest_multiple(side, window_size) * patch_size for side in (rows, cols))
@@ -80,9 +125,42 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
     """The adaptors to run: all of them for `None`."""
     if adaptors is None:
         return available
-    if isinstance(adaptors, str) or any(name not in available for name in adaptors):
-        raise ValueError(f"adaptors is {adaptors!r}, expected a list out of {available}; None runs all, [] none.")
-    return list(adaptors)
+    is_list = hasattr(adaptors, "__iter__") and not isinstance(adaptors, (str, torch.Tensor))
+    names = list(adaptors) if is_list else []
+    if not is_list or any(not isinstance(name, str) or name not in available for name in names):
+        raise ValueError(f"adaptors is {shown(adaptors)}, expected a list out of {available}; None runs all, [] none.")
+    return names
+
+
+def check_mask(pixel_mask: Any, expected: tuple[int, ...]):
+    """A dense tensor of real numbers or booleans with values, one for each pixel."""
+    check_tensor("pixel_mask", pixel_mask, "ones and zeros (batch, height, width)")
+    if pixel_mask.shape != expected or pixel_mask.dtype not in (torch.bool, *_INTEGERS, *_FLOATS):
+        raise ValueError(
+            f"pixel_mask has shape {tuple(pixel_mask.shape)} and dtype {pixel_mask.dtype}, expected ones and zeros "
+            f"{expected}: one value for each pixel of the images."
+        )
+    if pixel_mask.device.type == "meta":
+        raise ValueError("pixel_mask is on the meta device, which holds no values; make it on that of the images.")
+
+
+def check_size(height: Any, width: Any):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are symbols there
+        return
+    if any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in (height, width)):
+        raise ValueError(
+            f"height and width are {shown(height)} and {shown(width)}, expected positive integers: the image's "
+            "sides in pixels."
+        )
+
+
+def check_labels(labels: Any, expected: str, weight: torch.Tensor):
+    """A dense tensor of real numbers, with values if the model's `weight` has some; `expected` says which."""
+    check_tensor("labels", labels, expected)
+    if labels.device.type == "meta" and weight.device.type != "meta":
+        raise ValueError("labels are on the meta device, which holds no values; make them on the model's.")
+    if labels.dtype not in (*_INTEGERS, *_FLOATS, torch.bool):
+        raise ValueError(f"labels are {labels.dtype}, expected {expected}; convert them, e.g. labels.long().")
 
 
 def check_classes(labels: torch.Tensor, num_labels: int, ignore_index: int):

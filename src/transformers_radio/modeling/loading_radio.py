@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .errors_radio import check_source, shown
 from .modeling_radio import RadioModel
 
 logger = logging.get_logger(__name__)
@@ -34,8 +35,11 @@ def load_student(model: nn.Module, student: Any) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: nothing of RADIO in `model`, or its configuration is not the student's.
+        OSError: there is no such student.
+        ValueError: nothing of RADIO in `model`, its configuration is not the student's, or the student is damaged.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {shown(model)}, expected a torch.nn.Module with a RADIO backbone or tower in it.")
     parts = [module for module in model.modules() if isinstance(module, RadioModel)]
     if not parts:
         raise ValueError(
@@ -44,6 +48,7 @@ def load_student(model: nn.Module, student: Any) -> nn.Module:
             "vision_config=RadioVisionTowerConfig.from_pretrained(student)."
         )
     if not isinstance(student, RadioModel):
+        check_source("student", student)
         student = RadioModel.from_pretrained(student)
     weights = student.state_dict()
     for part in parts:

@@ -15,9 +15,11 @@ from transformers.utils import can_return_tuple, logging
 from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
 from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
-from .inputs_radio import check_adaptors, check_images, check_packed, check_window
+from .errors_radio import check_source, naming_checkpoint
+from .inputs_radio import check_adaptors, check_images, check_outputs, check_packed, check_size, check_window
 from .padding_radio import forward_padded, padded_grids
 from .student_radio import RadioModelOutput, RadioStudentMixin
+from .weights_radio import HEADS, check_found, check_used, may_be_new
 from .windows_radio import RadioWindows
 
 logger = logging.get_logger(__name__)
@@ -172,6 +174,17 @@ class RadioEncoder(nn.Module):
         )
 
 
+def check_summary_idxs(model: nn.Module):
+    """The selection of CLS tokens in the checkpoint is that of the configuration."""
+    if not isinstance(model, RadioModel) or model.summary_idxs.is_meta:
+        return
+    if model.summary_idxs.tolist() != model.config.summary_idxs:
+        raise ValueError(
+            f"config.summary_idxs is {model.config.summary_idxs}, but the checkpoint's summary_idxs are "
+            f"{model.summary_idxs.tolist()}. Load without summary_idxs, then select from last_hidden_state."
+        )
+
+
 class RadioPreTrainedModel(PreTrainedModel):
     config_class = RadioConfig
     base_model_prefix = "model"
@@ -212,50 +225,57 @@ class RadioPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args, allow_missing: Sequence[str] = (), output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a weight that the checkpoint lacks is an error instead of a random tensor.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but a checkpoint and a configuration that do not belong together are an error.
 
         Args:
             allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialization, e.g.
                 `["classifier"]` to put a new head on a backbone. Of these alone may the shape differ with
                 `ignore_mismatched_sizes=True`.
+            allow_unexpected (`Sequence[str]`): Prefixes of weights of the checkpoint that may be left out. Those of a
+                task head always may, and those of adaptors where `adaptors` are passed.
 
         Raises:
-            ValueError: The checkpoint lacks other weights of this model, has them in other shapes, or contradicts
-                `config.summary_idxs`.
+            OSError: There is no checkpoint, or part of it is not there.
+            ValueError: The checkpoint is damaged, lacks other weights of this model, has them in other shapes, has
+                weights that the model lacks, or contradicts `config.summary_idxs`.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        may_be_new = tuple(allow_missing)
-        misfits = [entry for entry in info["mismatched_keys"] if not entry[0].startswith(may_be_new)]
-        if misfits:  # only with ignore_mismatched_sizes=True, which is meant for heads
-            key, stored, expected = min(misfits)
-            raise ValueError(
-                f"{cls.__name__}: {len(misfits)} weights have other shapes in the checkpoint and would be random: "
-                f"{key} is {tuple(stored)} there and {tuple(expected)} here. Load with the checkpoint's own config; "
-                f"ignore_mismatched_sizes is for weights named in allow_missing, here {list(allow_missing)}."
-            )
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith(may_be_new))
-        if missing:
-            if any(key.startswith("radio_model.") for key in info["unexpected_keys"]):
-                fix = (
-                    "It has the layout of NVIDIA's releases: open it with transformers.RadioModel.from_pretrained and "
-                    "write it with save_pretrained(folder, save_original_format=False), then load that folder"
+        if pretrained_model_name_or_path is not None or "state_dict" not in kwargs:
+            check_source(cls.__name__, pretrained_model_name_or_path)
+        left_out = (*allow_unexpected, *HEADS, *(["adaptors."] if "adaptors" in kwargs else []))
+        token = may_be_new.set(tuple(allow_missing))
+        try:
+            with naming_checkpoint(pretrained_model_name_or_path):
+                loaded: Any = super().from_pretrained(
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
                 )
-            else:
-                heads = sorted({key.split(".")[0] for key in missing})
-                fix = f"Check the checkpoint and its config, or pass allow_missing={heads} to train these from scratch"
-            raise ValueError(
-                f"{cls.__name__}: {len(missing)} weights are not in the checkpoint and would be random: "
-                f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}. {fix}."
-            )
-        backbone = model.base_model
-        if isinstance(backbone, RadioModel) and backbone.summary_idxs.tolist() != backbone.config.summary_idxs:
-            raise ValueError(
-                f"config.summary_idxs is {backbone.config.summary_idxs}, but the checkpoint's summary_idxs are "
-                f"{backbone.summary_idxs.tolist()}. Load without summary_idxs, then select from last_hidden_state."
-            )
+                model, info = loaded
+                check_found(cls.__name__, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"], True)
+                check_used(cls.__name__, info["unexpected_keys"], left_out)
+                check_summary_idxs(model.base_model)
+        finally:
+            may_be_new.reset(token)
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # before memory is taken for what the checkpoint lacks: a mistyped width could need more than there is
+        check_found(
+            type(model).__name__,
+            loading_info.missing_keys,
+            loading_info.mismatched_keys,
+            loading_info.unexpected_keys,
+            load_config.ignore_mismatched_sizes,
+        )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; the folder carries this code, and one with a head opens as a bare student too."""
@@ -291,6 +311,11 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
         )
         self.post_init()
 
+    def check_images(self, pixel_values: torch.Tensor):
+        """Raises ValueError unless these are images that `forward` takes (packed ones aside)."""
+        config, weight = self.config, self.embeddings.cls_register_token
+        check_images(pixel_values, config.num_channels, config.patch_size, weight)
+
     def sample_window_size(self, height: int, width: int, generator: torch.Generator | None = None) -> int:
         """Draw the window of one training forward for images of `height` x `width` pixels.
 
@@ -301,6 +326,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             generator (`torch.Generator`, *optional*): On the CPU; equally seeded ones give all ranks the same
                 windows. Missing: torch's default CPU generator, as in a forward without `window_size`.
         """
+        check_size(height, width)
         rows, cols = height // self.patch_size, width // self.patch_size
         sizes = [
             size
@@ -342,6 +368,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 not fit the images.
         """
         config = self.config
+        check_outputs(output_hidden_states, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         # not `bool(...)`: callers that select one layer may pass its index, 0 included
@@ -353,21 +380,22 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 "output_attentions attend eagerly, which takes more memory."
             )
         names = check_adaptors(adaptors, list(self.adaptors))
+        weight = self.embeddings.cls_register_token
         if pixel_mask is not None:
             if image_grid_hw is not None:
                 raise ValueError("Packed images (image_grid_hw) have no padding; leave pixel_mask out.")
-            check_images(pixel_values, config.num_channels, self.patch_size)
+            self.check_images(pixel_values)
             sides = padded_grids(pixel_mask, pixel_values, self.patch_size, self.min_resolution_step)  # (B, 2)
             window_size = (config.window_size or 0) if window_size is None else window_size
             if (sides * self.patch_size < sides.new_tensor(pixel_values.shape[-2:])).any():
                 options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
                 return forward_padded(self, pixel_values, sides, window_size, adaptors=names, **options)
-        dtype = self.embeddings.cls_register_token.dtype  # quantization leaves it alone, unlike the weights of Linears
+        dtype = weight.dtype  # quantization leaves it alone, unlike the weights of Linears
         num_prefix = config.num_summary_tokens
         windows, lengths = None, None
 
         if image_grid_hw is None:
-            check_images(pixel_values, config.num_channels, self.patch_size)
+            self.check_images(pixel_values)
             rows, cols = (side // self.patch_size for side in pixel_values.shape[-2:])
             grids = [(rows, cols)]
             if window_size is None and self.training and config.train_window_sizes:
@@ -379,7 +407,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 windows = RadioWindows((rows, cols), window_size, num_prefix, config.window_prefix == "average")
             hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(dtype))
         else:
-            grids = check_packed(pixel_values, image_grid_hw, config.num_channels * self.patch_size**2)
+            grids = check_packed(pixel_values, image_grid_hw, config.num_channels * self.patch_size**2, weight)
             if window_size or (window_size is None and config.window_size):
                 raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
             lengths = [num_prefix + rows * cols for rows, cols in grids]

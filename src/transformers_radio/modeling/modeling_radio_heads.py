@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoBackbone
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -17,9 +17,10 @@ from transformers.utils import can_return_tuple
 
 from .configuration_radio import RadioConfig
 from .configuration_radio_backbone import RadioBackboneConfig
-from .inputs_radio import can_read_values, check_classes
+from .inputs_radio import can_read_values, check_classes, check_labels, check_layers
 from .loading_radio import warn_if_random, weight_state
 from .modeling_radio import RadioModel, RadioPreTrainedModel
+from .weights_radio import HEADS
 
 _IGNORED_CLASS = -100  # by cross-entropy, in torch and transformers
 
@@ -43,9 +44,7 @@ class RadioHeadModel(RadioPreTrainedModel):
         self.model = RadioModel(config)
 
     @classmethod
-    def from_pretrained(
-        cls, *args, allow_missing: Sequence[str] = ("summary_norm.", "batch_norm.", "classifier."), **kwargs
-    ):
+    def from_pretrained(cls, *args, allow_missing: Sequence[str] = HEADS, **kwargs):
         """As [`RadioModel.from_pretrained`]; only the head may be missing, and transformers then reports it as new."""
         return super().from_pretrained(*args, allow_missing=allow_missing, **kwargs)
 
@@ -103,6 +102,7 @@ class RadioForImageClassification(RadioHeadModel):
             ValueError: a class index that is no class; another number of labels than of images.
         """
         if labels is not None:
+            self.model.check_images(pixel_values)
             labels = self._checked_labels(labels, len(pixel_values))
         outputs = self.model(
             pixel_values,
@@ -125,6 +125,7 @@ class RadioForImageClassification(RadioHeadModel):
         )
 
     def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
+        check_labels(labels, "one class index per image, or float targets", self.model.embeddings.cls_register_token)
         if labels.ndim == 0 or len(labels) != num_images:
             count = 1 if labels.ndim == 0 else len(labels)
             raise ValueError(f"got {count} labels for {num_images} images; give one label per image")
@@ -142,6 +143,14 @@ class RadioForImageClassification(RadioHeadModel):
                     f"{num_labels})"
                 )
             self.check_classes(labels, _IGNORED_CLASS)
+        else:
+            is_regression = problem == "regression" or (problem is None and num_labels == 1)
+            shapes = [(num_images, num_labels)] + [(num_images,)] * (num_labels == 1)
+            if tuple(labels.shape) not in shapes or not (labels.is_floating_point() or is_regression):
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected float targets "
+                    f"({num_images}, {num_labels}), one for each of num_labels {num_labels}"
+                )
         return labels
 
 
@@ -182,13 +191,20 @@ class RadioForSemanticSegmentation(RadioHeadModel):
         Raises:
             ValueError: a label that is neither a class nor the ignored one; maps of another shape.
         """
-        if labels is not None and (labels.ndim != 3 or len(labels) != len(pixel_values) or labels.is_floating_point()):
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers per "
-                f"image: ({len(pixel_values)}, label_height, label_width)"
-            )
         ignore_index = getattr(self.config, "semantic_loss_ignore_index", 255)
         if labels is not None:
+            self.model.check_images(pixel_values)
+            check_labels(labels, "a map of class indices per image", self.model.embeddings.cls_register_token)
+            if (
+                labels.ndim != 3
+                or len(labels) != len(pixel_values)
+                or labels.is_floating_point()
+                or not labels.numel()
+            ):
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers "
+                    f"per image: ({len(pixel_values)}, label_height, label_width)"
+                )
             labels = labels.long()  # all that cross_entropy takes
             self.check_classes(labels, ignore_index)
         outputs = self.model(
@@ -227,7 +243,6 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
     """
 
     config_class = RadioBackboneConfig
-    _keys_to_ignore_on_load_unexpected = [r"adaptors\.", r"encoder\.layer\."]
 
     def __init__(self, config, out_features: list[str] | None = None, out_indices: list[int] | None = None):
         config = RadioBackboneConfig.adopt(config)
@@ -237,16 +252,18 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
         super().__init__(config)
         config = self.config
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-        del self.model.encoder.layer[self.stage_names.index(self.out_features[-1]) :]  # stage n is after block n
+        built = self.stage_names.index(self.out_features[-1])  # stage n is after block n
+        del self.model.encoder.layer[built:]
+        left_out = "|".join(map(str, range(built, config.num_hidden_layers)))
+        self._keys_to_ignore_on_load_unexpected = [r"adaptors\.", rf"encoder\.layer\.({left_out})\."]
         self.post_init()
         self.built_with = weight_state(self.model)
 
     @can_return_tuple
-    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
         **kwargs,
@@ -262,7 +279,8 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
             request: the whole sequences (batch_size, prefix + patches, hidden_size) up to the last map.
 
         Raises:
-            ValueError: `out_features` were changed to a stage after the last block that was built.
+            ValueError: `out_features` were changed to a stage after the last block that was built; hidden states that
+                there are not.
         """
         warn_if_random(self)
         stages = self.stage_names[: 1 + len(self.model.encoder.layer)]
@@ -271,6 +289,9 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
                 f"out_features are {self.out_features}, but this backbone was built up to {stages[-1]!r}; build or "
                 "load it with these out_features."
             )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        wanted = check_layers(output_hidden_states, len(stages))
         outputs = self.model(
             pixel_values,
             adaptors=[],
@@ -289,8 +310,15 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
                     feature_maps.append(self.model.features_to_grid(patches, height, width))
                 else:
                     feature_maps.append(self.model.summary_and_patches(tokens))
+        hidden_states = None
+        if wanted:
+            hidden_states = tuple(
+                tokens if layer in wanted else None for layer, tokens in enumerate(outputs.hidden_states)
+            )
         return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            feature_maps=tuple(feature_maps),
+            hidden_states=hidden_states,  # type: ignore[arg-type]
+            attentions=outputs.attentions,
         )
 
 

@@ -6,6 +6,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_radio_tower import RadioVisionTowerConfig
+from .errors_radio import shown
+from .inputs_radio import check_layers
 from .loading_radio import warn_if_random, weight_state
 from .modeling_radio import RadioModel, RadioPreTrainedModel
 from .padding_radio import top_left
@@ -86,6 +88,7 @@ class RadioVisionTower(RadioPreTrainedModel):
         warn_if_random(self)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        wanted = check_layers(output_hidden_states, 1 + len(self.model.encoder.layer))
         inside, pixel_mask = None, None
         if image_sizes is not None:
             inside, pixel_mask = self._check_sizes(image_sizes, pixel_values)
@@ -101,10 +104,7 @@ class RadioVisionTower(RadioPreTrainedModel):
             return self.model.summary_and_patches(tokens) if inside is None else self._pack(tokens, inside)
 
         hidden_states = None
-        if output_hidden_states is not None and output_hidden_states is not False:  # 0 is a layer
-            count = len(outputs.hidden_states)
-            layers = range(count) if output_hidden_states is True else output_hidden_states
-            wanted = {layer % count for layer in ([layers] if isinstance(layers, int) else layers)}
+        if wanted:
             hidden_states = tuple(
                 summary_and_patches(self.model.norm(tokens)) if layer in wanted else None
                 for layer, tokens in enumerate(outputs.hidden_states)
@@ -118,12 +118,20 @@ class RadioVisionTower(RadioPreTrainedModel):
 
     def _check_sizes(self, image_sizes, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(batch, 2)` sizes -> patches of each image that are on it (batch, h, w), pixels that are (batch, H, W)."""
-        sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
+        self.model.check_images(pixel_values)
         step, (height, width) = self.model.min_resolution_step, pixel_values.shape[-2:]
+        try:
+            sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
+        except (TypeError, ValueError, RuntimeError):  # no tensor can be made of it
+            sizes = torch.empty(0)
+        wrong = sizes.shape != (len(pixel_values), 2) or sizes.is_floating_point() or sizes.is_complex()
+        wrong = wrong or sizes.layout != torch.strided
+        wrong = wrong or sizes.device.type == "meta" and pixel_values.device.type != "meta"
         limit = sizes.new_tensor([height, width])
-        if sizes.shape != (len(pixel_values), 2) or (sizes % step != 0).any() or (sizes > limit).any():
+        if wrong or ((sizes % step != 0) | (sizes < step) | (sizes > limit)).any():
+            found = image_sizes if wrong else sizes.tolist()
             raise ValueError(
-                f"image_sizes are {sizes.tolist()}, expected (height, width) of each of {len(pixel_values)} images, "
+                f"image_sizes are {shown(found)}, expected (height, width) of each of {len(pixel_values)} images, "
                 f"multiples of {step} up to {height}x{width}, as RadioLlavaProcessor returns them."
             )
         patch = self.patch_size

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .adaptors_radio import AdaptorOutput
+from .inputs_radio import check_mask
 from .student_radio import RadioModelOutput
 
 
@@ -22,16 +23,15 @@ def padded_grids(pixel_mask: torch.Tensor, pixel_values: torch.Tensor, patch_siz
         ValueError: The mask has another shape, or does not mark one rectangle at the top left of every image.
     """
     expected = (pixel_values.shape[0], *pixel_values.shape[-2:])
-    if not isinstance(pixel_mask, torch.Tensor) or pixel_mask.shape != expected:
-        got = tuple(pixel_mask.shape) if isinstance(pixel_mask, torch.Tensor) else type(pixel_mask).__name__
-        raise ValueError(f"pixel_mask is {got}, expected a tensor {expected}: one value for each pixel of the images.")
+    check_mask(pixel_mask, expected)
     inside = pixel_mask.bool()
     sides = torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)  # (B, 2)
-    is_rectangle = (inside == top_left(sides, *expected[1:])).flatten(1).all(1) & (sides[:, 0] > 0)
+    # the mask itself, not `inside`: its values must be 0 and 1
+    is_rectangle = (pixel_mask == top_left(sides, *expected[1:])).flatten(1).all(1) & (sides[:, 0] > 0)
     if not is_rectangle.all():
         raise ValueError(
-            f"pixel_mask of image {int(is_rectangle.int().argmin())} is not a rectangle at the top left; pad images "
-            "at the bottom and right only, as RadioImageProcessor does, and mark their pixels with 1."
+            f"pixel_mask of image {int(is_rectangle.int().argmin())} is not a rectangle at the top left, of ones with "
+            "zeros around it; pad images at the bottom and right only, as RadioImageProcessor does."
         )
     return (sides + step - 1) // step * (step // patch_size)
 

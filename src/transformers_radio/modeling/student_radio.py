@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from .adaptors_radio import AdaptorOutput
 from .embeddings_radio import RadioExternalConditioner
-from .inputs_radio import can_read_values, describe_range_error, nearest_multiple
+from .inputs_radio import can_read_values, check_size, check_tensor, describe_range_error, nearest_multiple
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +69,7 @@ class RadioStudentMixin:
 
     def get_nearest_supported_resolution(self, height: int, width: int) -> tuple[int, int]:
         """The nearest `(height, width)` in pixels that the model takes."""
+        check_size(height, width)
         step = self.min_resolution_step
         return nearest_multiple(height, step), nearest_multiple(width, step)
 
@@ -80,6 +81,10 @@ class RadioStudentMixin:
         Raises:
             ValueError: The number of features does not fit the image size.
         """
+        check_tensor("features", features, "tokens (batch, h * w, channels)")
+        check_size(height, width)
+        if features.ndim != 3:
+            raise ValueError(f"features have shape {tuple(features.shape)}, expected (batch, h * w, channels).")
         rows, cols = height // self.patch_size, width // self.patch_size
         is_patch_grid = features.shape[1] == rows * cols  # first, for compilers: they cannot trace isqrt
         factor = 1 if is_patch_grid else math.isqrt(features.shape[1] // max(rows * cols, 1))

@@ -54,9 +54,12 @@ def build_teacher(
             `trust_remote_code` and `revision` for models whose code is in their repository.
 
     Raises:
-        ValueError: for an unknown type or option, an impossible image_size, or weights that do not fit.
+        OSError: when there is no such checkpoint.
+        ValueError: for an unknown type or option, an impossible image_size, or weights that are damaged or do not fit.
         ImportError: when the type's library is not installed; names the pip extra.
     """
+    from transformers_radio.modeling.errors_radio import naming_checkpoint
+
     from .base import check_options
     from .checkpoints import resolve_checkpoint
 
@@ -66,6 +69,8 @@ def build_teacher(
     make = getattr(import_module(f".{module}", __name__), name)
     if type not in ("transformers", "python"):  # these two check the options of the class that they choose
         check_options(f"the {type} teacher", make, options)
-    if type != "python":  # whose checkpoint is its own affair
-        checkpoint = resolve_checkpoint(checkpoint)
-    return make(checkpoint, image_size, dtype, **options)
+    if type == "python":  # whose checkpoint is its own affair
+        return make(checkpoint, image_size, dtype, **options)
+    checkpoint = resolve_checkpoint(checkpoint)
+    with naming_checkpoint(checkpoint):
+        return make(checkpoint, image_size, dtype, **options)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Teacher(nn.Module):
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
 
     Raises:
-        ValueError: for an unknown dtype.
+        ValueError: for an unknown dtype; for a mean or std of other than three numbers.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class Teacher(nn.Module):
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        for name, values, smallest in (("mean", mean, -math.inf), ("std", std, 0.0)):
+            if isinstance(values, str) or len(values) != 3 or not all(smallest < value < math.inf for value in values):
+                raise ValueError(f"{name} is {values!r}, expected a {'positive ' * (name == 'std')}number per channel")
         self.dtype = DTYPES[dtype]
         self.model: Any = model.to(self.dtype).requires_grad_(False)
         self.image_size = image_size

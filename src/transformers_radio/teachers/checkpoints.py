@@ -3,12 +3,13 @@
 import argparse
 import logging
 import os
-import pickle
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from transformers_radio.modeling.errors_radio import naming_checkpoint, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +68,34 @@ def read_file(path: str | Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
+        with naming_checkpoint(path):
+            return load_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options, which many scripts save too
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({one_line(error)})") from error
+    except Exception as error:  # damaged bytes make the reader of pickles raise nearly anything
         raise ValueError(unsafe_file_message(path)) from error
 
 
 def unwrap(saved: Any, path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict within what a file holds, under plain names; `saved` itself when it is one."""
+    outer: list[Any] = []
     while found := [key for key in WRAPPERS if isinstance(saved, dict) and isinstance(saved.get(key), dict)]:
+        if any(saved is one for one in outer):
+            raise ValueError(f"{path} holds a dict that contains itself, and no plain state dict (name -> tensor)")
+        outer.append(saved)
         if len(found) > 1:
             logger.warning("%s: reading the weights under %r, not those under %s", path, found[0], found[1:])
         saved = saved[found[0]]
-    if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+    if not isinstance(saved, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in saved.items()
+    ):
         raise ValueError(f"{path} holds no plain state dict (name -> tensor), also not under {', '.join(WRAPPERS)}")
-    while prefix := next((one for one in PREFIXES if saved and all(name.startswith(one) for name in saved)), None):
+    if not saved:
+        raise ValueError(f"{path} holds no weights: the state dict in it is empty; save the model again")
+    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in saved)), None):
         saved = {name.removeprefix(prefix): value for name, value in saved.items()}
     return saved
 

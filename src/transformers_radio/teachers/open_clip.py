@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line
 from transformers_radio.teachers.base import (
     Teacher,
     TeacherOutput,
@@ -101,7 +102,8 @@ def load_text_encoder(checkpoint: str) -> OpenClipTextEncoder:
     """
     open_clip = require("open_clip")
     checkpoint = resolve_checkpoint(checkpoint)
-    model, _ = _load_open_clip(checkpoint)
+    with naming_checkpoint(checkpoint):
+        model, _ = _load_open_clip(checkpoint)
     del model.visual
     return OpenClipTextEncoder(model, open_clip.get_tokenizer(_split_checkpoint(checkpoint)[0]))
 
@@ -152,8 +154,8 @@ def _load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any
             )
     except pickle.UnpicklingError as error:
         raise ValueError(unsafe_file_message(weights or name)) from error
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"OpenCLIP could not load {checkpoint}: {error}") from error
+    except (OSError, ValueError, *OF_DAMAGED_FILES) as error:
+        raise ValueError(f"OpenCLIP could not load {checkpoint}: {one_line(error)}") from error
     if is_vit and image_size not in (None, native):
         # After loading, in float32: OpenCLIP would resize what the file holds, and a CPU cannot do that in half.
         visual = model.visual

@@ -4,6 +4,7 @@ import pickle
 import re
 from typing import Any
 
+from transformers_radio.modeling.errors_radio import naming_checkpoint, shown
 from transformers_radio.teachers.base import DTYPES
 from transformers_radio.teachers.checkpoints import PREFIXES, unsafe_file_message
 
@@ -13,7 +14,11 @@ TRAINING_PREFIXES = rf"^({'|'.join(map(re.escape, PREFIXES))})+"
 def config_dict(checkpoint: str, revision: str | None = None) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
-    return PretrainedConfig.get_config_dict(checkpoint, revision=revision)[0]
+    with naming_checkpoint(checkpoint):
+        written = PretrainedConfig.get_config_dict(checkpoint, revision=revision)[0]
+    if not isinstance(written, dict):
+        raise ValueError(f"the config.json of {checkpoint} holds {shown(written)}, expected fields by name")
+    return written
 
 
 def load_pretrained(
@@ -84,6 +89,10 @@ def normalization(checkpoint: str, revision: str | None = None) -> dict[str, lis
         ) from error
     if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise ValueError(f"{checkpoint} rescales pixels by {processor['rescale_factor']}, but only 1/255 is supported")
+    if not isinstance(processor.get("do_normalize", True), bool):
+        raise ValueError(
+            f"{checkpoint} has do_normalize={processor['do_normalize']!r} in its preprocessor_config.json"
+        )
     if not processor.get("do_normalize", True):
         return {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     if "image_mean" not in processor or "image_std" not in processor:

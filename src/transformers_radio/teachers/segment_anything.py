@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_radio.modeling.errors_radio import one_line
 from transformers_radio.teachers.base import (
     Teacher,
     TeacherOutput,
@@ -197,8 +198,10 @@ def _faults_named(checkpoint: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"{checkpoint} is no original SAM checkpoint: it lacks the key {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit the architecture read off its own shapes: {error}") from error
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
+        raise ValueError(
+            f"{checkpoint} does not fit the architecture read off its own shapes: {one_line(error)}"
+        ) from error
 
 
 def _count(shape: dict[str, tuple[int, ...]], prefix: str) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line
 from transformers_radio.teachers.checkpoints import resolve_checkpoint
 from transformers_radio.teachers.pretrained import config_dict, load_pretrained
 
@@ -86,19 +87,20 @@ def load_transformers_text_encoder(checkpoint: str) -> TransformersTextEncoder:
     checkpoint = resolve_checkpoint(checkpoint)
     config = config_dict(checkpoint)
     model_type = config.get("model_type")
-    if model_type not in TOWERS:
+    if not isinstance(model_type, str) or model_type not in TOWERS:
         raise ValueError(f"{checkpoint} has model_type {model_type!r}; text towers exist for {', '.join(TOWERS)}")
     config_name, class_name = TOWERS[model_type]
-    text_config = getattr(transformers, config_name).from_pretrained(checkpoint)
-    if model_type == "clip":  # a full CLIP keeps the width of its projections outside the text part
-        text_config.projection_dim = config.get("projection_dim", text_config.projection_dim)
     unused = ("vision_model.", "visual_projection.", "logit_scale", "logit_bias")
-    model = load_pretrained(checkpoint, class_name, "float32", unused, text_config)
+    with naming_checkpoint(checkpoint):
+        text_config = getattr(transformers, config_name).from_pretrained(checkpoint)
+        if model_type == "clip":  # a full CLIP keeps the width of its projections outside the text part
+            text_config.projection_dim = config.get("projection_dim", text_config.projection_dim)
+        model = load_pretrained(checkpoint, class_name, "float32", unused, text_config)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, *OF_DAMAGED_FILES) as error:
         raise ValueError(
-            f"{checkpoint} has no tokenizer that can be loaded ({error}): save the checkpoint's own into the same "
-            "folder (AutoTokenizer ... .save_pretrained)"
+            f"{checkpoint} has no tokenizer that can be loaded ({one_line(error)}): save the checkpoint's own into "
+            "the same folder (AutoTokenizer ... .save_pretrained)"
         ) from error
     return TransformersTextEncoder(model, tokenizer)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, one_line
 from transformers_radio.teachers.base import (
     Teacher,
     TeacherOutput,
@@ -96,5 +97,5 @@ def _load_timm(checkpoint: str) -> Any:
         overlay = {"state_dict": load_weights(weights)} if weights else None
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"timm could not load {checkpoint}: {error}") from error
+    except (OSError, ValueError, *OF_DAMAGED_FILES) as error:
+        raise ValueError(f"timm could not load {checkpoint}: {one_line(error)}") from error

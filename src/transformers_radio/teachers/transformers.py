@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from transformers_radio.modeling.errors_radio import one_line
 from transformers_radio.teachers.base import (
     Teacher,
     TeacherOutput,
@@ -367,9 +368,12 @@ def transformers_teacher(
     except OSError as error:
         if Path(checkpoint).is_dir():
             raise
-        raise FileNotFoundError(f"there is no folder {checkpoint}, and as a Hub id it failed: {error}") from error
+        reason = one_line(error).removeprefix(f"{checkpoint}: ")
+        raise FileNotFoundError(f"there is no folder {checkpoint}, and as a Hub id it failed: {reason}") from error
     if model_type is None and not options.get("trust_remote_code"):
         raise ValueError(f"the configuration of {checkpoint} names no model_type, so it is no transformers model")
+    if not isinstance(model_type, (str, type(None))):
+        raise ValueError(f"the configuration of {checkpoint} has model_type {model_type!r}, expected a name")
     teacher = BY_MODEL_TYPE.get(model_type or "", VisionModelTeacher)
     check_options(f"the {model_type} teacher", teacher, options)
     return teacher(checkpoint, image_size, dtype, **options)

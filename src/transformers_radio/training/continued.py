@@ -50,7 +50,9 @@ def continued_student(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> Ra
     as_saved = RadioConfig.from_dict({**config.to_dict(), **recipe.student.config})
     try:
         saved = RadioModel.from_pretrained(checkpoint, config=as_saved)
-    except RuntimeError as error:  # other shapes
+    except ValueError as error:
+        if "other shapes" not in str(error):
+            raise
         raise ValueError(
             f"the weights of student.checkpoint {checkpoint} do not have the shapes that student.config "
             f"{recipe.student.config} gives them; leave out the fields that change shapes"

@@ -1,0 +1,99 @@
+"""Errors in one line: of values, and of the files that a checkpoint consists of."""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+_LONGEST_VALUE = 100
+_LONGEST_MESSAGE = 1000
+# what readers of JSON, safetensors, pickles and ZIP archives raise at a file that is damaged or holds something else
+OF_DAMAGED_FILES = (
+    SafetensorError,
+    StrictDataclassError,  # of the configurations of transformers
+    pickle.UnpicklingError,
+    EOFError,
+    StopIteration,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,  # RecursionError included
+    ArithmeticError,
+    AssertionError,
+)
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: in one line, and not all of it where it is long."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}" if not value.is_nested else "a nested tensor"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line, or its type where it says nothing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"there is no {text}"
+    text = (text if text.endswith("..") else text.removesuffix(".")) or type(error).__name__
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
+
+
+def check_source(owner: str, source: Any):
+    """A folder, a file or a Hub id, as text or path."""
+    if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
+        raise ValueError(f"{owner}: the checkpoint is {shown(source)}, expected the path of a folder or a Hub id.")
+    name = os.fspath(source)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # and no Hub id
+    if is_path and not os.path.exists(name):
+        raise FileNotFoundError(
+            f"{owner}: there is no folder {name}; give an existing one, or a Hub id such as owner/name."
+        )
+
+
+@contextlib.contextmanager
+def naming_checkpoint(source: Any) -> Iterator[None]:
+    """What goes wrong inside becomes a ValueError (an OSError stays one) in one line that names the checkpoint.
+
+    Running out of memory and unknown keyword arguments are no faults of the checkpoint, and stay what they are.
+    """
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{source}: a .json file in it is damaged ({one_line(error)}). Get or save the checkpoint again."
+        ) from error
+    except (OSError, ValueError) as error:
+        message = str(error)
+        if str(source).rpartition(":")[2] in message and "\n" not in message:  # of NAME:FILE the file
+            raise
+        kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
+        raise kind(f"{source}: {one_line(error)}.") from error
+    except OF_DAMAGED_FILES as error:
+        if isinstance(error, torch.OutOfMemoryError) or "keyword argument" in str(error):
+            raise
+        raise ValueError(
+            f"{damaged_file(source)} cannot be read ({one_line(error)}): it is damaged, incomplete or no checkpoint "
+            "of this kind. Get or save it again."
+        ) from error
+
+
+def damaged_file(source: Any) -> Any:
+    """The first safetensors file of a folder whose header cannot be read; else `source` itself."""
+    for path in sorted(Path(str(source)).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return path
+        except OSError:
+            continue
+    return source

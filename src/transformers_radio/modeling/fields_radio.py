@@ -1,0 +1,215 @@
+"""What each field of a RADIO configuration may hold, and the class that checks it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+
+from .errors_radio import check_source, naming_checkpoint, one_line, shown
+
+_LARGEST = 65536  # of a width or side: a mistyped one must not take all memory
+_DEEPEST = 1000
+_MODEL_TYPES = ("radio", "radio_backbone", "radio_vision_tower")
+_Check = tuple[Callable[[Any], bool], str]
+
+
+def is_integer(value: Any, smallest: int = 0, largest: int = _LARGEST) -> bool:
+    """Neither a boolean, which Python counts among the integers, nor a whole float."""
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(smallest: int, largest: int = _LARGEST) -> _Check:
+    return lambda value: is_integer(value, smallest, largest), f"an integer from {smallest} to {largest}"
+
+
+def _number(smallest: float, largest: float) -> _Check:
+    return lambda value: is_number(value) and smallest <= value <= largest, f"a number from {smallest} to {largest}"
+
+
+def _share() -> _Check:
+    return lambda value: is_number(value) and 0 <= value < 1, "a number in [0, 1)"
+
+
+def _choice(*choices: str) -> _Check:
+    return lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
+
+
+def _list(is_item: Callable[[Any], bool], expected: str) -> _Check:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(is_item, value)), f"a list of {expected}"
+
+
+def _optional(check: _Check) -> _Check:
+    return lambda value: value is None or check[0](value), f"{check[1]}, or None"
+
+
+def _is_dtype(value: Any) -> bool:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_label_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(label, str) and (is_integer(key, -_LARGEST) or isinstance(key, str) and key.isdecimal())
+        for key, label in value.items()
+    )
+
+
+_STAGES = (
+    lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value),
+    "a non-empty list of names of stages",
+)
+_INDICES = (
+    lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(is_integer(i, -_DEEPEST) for i in value),
+    "a non-empty list of integers",
+)
+_BOOLEAN: _Check = (lambda value: isinstance(value, bool), "true or false")
+
+FIELDS: dict[str, _Check] = {
+    "hidden_size": _integer(1),
+    "num_hidden_layers": _integer(1, _DEEPEST),
+    "num_attention_heads": _integer(1),
+    "num_channels": _integer(1, 1024),
+    "patch_size": _integer(1, 1024),
+    "image_size": _optional(_integer(1)),
+    "max_img_size": _integer(1),
+    "preferred_resolution": _optional(_integer(1)),
+    "num_cls_tokens": _integer(0, 1024),
+    "num_registers": _integer(0, 1024),
+    "num_labels": _optional(_integer(0, 1_000_000)),
+    "summary_idxs": _optional(_list(is_integer, "CLS tokens, integers from 0 on")),
+    "window_size": _optional(_integer(1)),
+    "window_num_global": _integer(1),
+    "window_num_windowed": _optional(_integer(0)),
+    "train_window_sizes": _optional(_list(lambda size: is_integer(size, 1), "integers, positive numbers of patches")),
+    "mlp_ratio": _number(1e-3, 64),
+    "layer_norm_eps": _number(0, 0.1),
+    "initializer_range": _number(0, 100),
+    "layerscale_value": _number(-1e4, 1e4),
+    "attention_probs_dropout_prob": _number(0, 1),
+    "hidden_dropout_prob": _number(0, 1),
+    "drop_path_rate": _share(),
+    "pos_dropout": _share(),
+    "train_window_probability": _number(0, 1),
+    "cpe_scale": _list(is_number, "two numbers"),
+    "norm_mean": _list(is_number, "numbers, one for each channel"),
+    "norm_std": _list(lambda std: is_number(std) and std > 0, "positive numbers, one for each channel"),
+    "summary_type": _choice("cls", "mean"),
+    "window_prefix": _choice("bypass", "average"),
+    "hidden_act": _choice(*ACT2FN),
+    "qkv_bias": _BOOLEAN,
+    "final_norm": _BOOLEAN,
+    "mlp_norm": _BOOLEAN,
+    "cpe_sampling": _BOOLEAN,
+    "reshape_hidden_states": _BOOLEAN,
+    "out_features": _optional(_STAGES),
+    "out_indices": _optional(_INDICES),
+    "output_attentions": _optional(_BOOLEAN),
+    "adaptors": (
+        lambda value: isinstance(value, dict) and all(isinstance(adaptor, dict) for adaptor in value.values()),
+        "a dict of adaptors by name, each a dict",
+    ),
+    # of transformers' configurations in general, which does not check them
+    "id2label": _optional((_is_label_map, "a dict of names by number")),
+    "label2id": _optional((lambda value: isinstance(value, dict), "a dict of numbers by name")),
+    "problem_type": _optional(_choice("regression", "single_label_classification", "multi_label_classification")),
+    "architectures": _optional(_list(lambda name: isinstance(name, str), "names of classes")),
+    "output_hidden_states": _optional(_BOOLEAN),
+    "return_dict": _optional(_BOOLEAN),
+    "is_encoder_decoder": _BOOLEAN,
+    "chunk_size_feed_forward": _integer(0),
+    "transformers_version": _optional((lambda value: isinstance(value, str), "text")),
+    "dtype": _optional((_is_dtype, "a floating point type of torch such as float32")),
+}
+# transformers' own class takes no integers for these
+_FLOATS = (
+    "mlp_ratio",
+    "layer_norm_eps",
+    "initializer_range",
+    "layerscale_value",
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "drop_path_rate",
+)
+
+
+class CheckedConfigMixin:
+    """First base of a configuration: a field of another type or out of its range is a ValueError where it is set.
+
+    `@strict`, with which transformers' own classes check types, raises an error of two lines that is no ValueError.
+    """
+
+    def __setattr__(self, name: str, value: Any):
+        public = name.removeprefix("_")  # those of a backbone are kept as _out_features and _out_indices
+        is_right, expected = FIELDS.get(public, (None, ""))
+        if is_right is not None and not is_right(value):
+            raise ValueError(f"{type(self).__name__}: {public} is {shown(value)}, expected {expected}.")
+        if name in _FLOATS:
+            value = float(value)
+        elif name in ("norm_mean", "norm_std"):
+            value = [float(number) for number in value]
+        if callable(getattr(type(self), name, None)):
+            raise ValueError(f"{type(self).__name__} has no field {name}: it is a method; leave it out.")
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:
+            kind = self.__dataclass_fields__[name].type  # type: ignore[attr-defined]
+            expected = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{type(self).__name__}: {name} is {shown(value)}, expected {expected}.") from error
+        except AttributeError as error:
+            raise ValueError(f"{type(self).__name__}: {name} follows from other fields; leave it out.") from error
+
+    def validate(self):
+        """Check what concerns several fields; models do it before they are built, and saving does."""
+        try:
+            super().validate()  # type: ignore[misc]
+        except StrictDataclassError as error:
+            raise ValueError(f"{type(self).__name__}: {one_line(error.__cause__ or error)}.") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: `config_dict` is no dict of fields, or a field is out of range.
+        """
+        if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
+            raise ValueError(f"{cls.__name__}: the configuration is {shown(config_dict)}, expected a dict of fields.")
+        kind = config_dict.get("model_type", _MODEL_TYPES[0])
+        if kind not in _MODEL_TYPES:
+            raise ValueError(
+                f"{cls.__name__}: model_type is {shown(kind)}, expected one of {', '.join(_MODEL_TYPES)}."
+            )
+        try:
+            made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except (AttributeError, TypeError, KeyError) as error:  # e.g. of fields that transformers reads itself
+            raise ValueError(f"{cls.__name__}: the configuration cannot be read ({one_line(error)}).") from error
+        (made[0] if isinstance(made, tuple) else made).validate()  # keyword arguments were set after construction
+        return made
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            OSError: no configuration there, or no JSON.
+            ValueError: the configuration of another kind of model, or a field is out of range.
+        """
+        check_source(cls.__name__, pretrained_model_name_or_path)
+        with naming_checkpoint(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if not config_dict:  # transformers takes the defaults, which are another model's
+            raise FileNotFoundError(
+                f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
+            )
+        return config_dict, kwargs
