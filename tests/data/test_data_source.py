@@ -284,7 +284,7 @@ def test_paths_in_parquet_files_stay_below_their_root(tmp_path):
     assert set(first_epoch(config)) == {f"train.parquet/{row}" for row in (1, 2, 4, 5)}
     pq.write_table(pa.table({"image": records[3:]}), root / "train.parquet")
     config.image_root = None
-    with pytest.raises(ValueError, match=r"12 missing.*start from .*/data'.*set data.image_root to the folder"):
+    with pytest.raises(ValueError, match=r"12 missing.*Paths must lead below .*/data', or else set data.image_root"):
         first_epoch(config)
 
 

@@ -234,10 +234,7 @@ class ImageStream:
                 f" data.min_side={self.config.min_side} right?"
             )
             if set(first) == {"missing"} and source.kind == "parquet":
-                hint += (
-                    f" If it holds paths: they start from {source.image_root!r}, and files outside of it are not"
-                    f" opened; set {source.where}.image_root to the folder that they are in."
-                )
+                hint += f" Paths must lead below {source.image_root!r}, or else set {source.where}.image_root."
             raise ValueError(
                 f"{source.where}.path={source.path!r}: none of the first {len(names)} images can be used"
                 f" ({reasons_text(first)}): {', '.join(names[:MAX_OFFENDERS])}. {hint}"
