@@ -348,7 +348,7 @@ def test_a_full_disk_is_reported_and_breaks_no_shard(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         caches = open_caches(tmp_path)
         caches["clip"].targets(*batch_of(range(12, 20)), CountingTeacher())
-        with pytest.raises(OSError, match=r"outputs could not be written.*Make room"):
+        with pytest.raises(OSError, match=r"pending.tmp/00000-000001.safetensors could not be written .*make room on the disk"):
             caches.flush()
 
     process = FORK.Process(target=write_into_a_full_disk)
