@@ -222,14 +222,18 @@ class TeacherCaches(dict[str, TeacherCache]):
                     f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose "
                     "another folder"
                 ) from error
-        for name, fingerprint in fingerprints.items():
-            path = self.folder / name / "fingerprint.json"
-            with writing(path):
-                path.parent.mkdir(exist_ok=True)
-                path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
-                os.replace(path.with_suffix(".tmp"), path)
-            if (path.parent / "pending.tmp").exists():  # of a run that was killed
-                shutil.rmtree(path.parent / "pending.tmp")
+        try:
+            for name, fingerprint in fingerprints.items():
+                path = self.folder / name / "fingerprint.json"
+                with writing(path):
+                    path.parent.mkdir(exist_ok=True)
+                    path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+                    os.replace(path.with_suffix(".tmp"), path)
+                if (path.parent / "pending.tmp").exists():  # of a run that was killed
+                    shutil.rmtree(path.parent / "pending.tmp")
+        except OSError:
+            self._lock.close()
+            raise
 
 
 def _checksum(key: str, grid: tuple[int, int], output: dict[str, torch.Tensor]) -> int:

@@ -130,6 +130,8 @@ def check_student(recipe: Recipe) -> None:
         wrong, fix = _differing(student, files), f"delete this folder, and the same command makes it again from {last}"
     else:
         wrong, fix = _unreadable(student), "restore it, or set overwrite=true (start over)"
+        if find_checkpoints(student.parent):
+            fix = "delete this folder, and the same command goes on from the last checkpoint"
     if wrong is not None:
         raise ValueError(f"{student} is damaged ({wrong}): {fix}")
 
@@ -178,7 +180,8 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     checkpoints = find_checkpoints(output_dir)
     finished = (output_dir / "student").exists()
     if output_dir.exists() and not (output_dir / RUN_FILE).exists():
-        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN)
+        before = [*BEFORE_RUN, *([] if recipe.teacher_cache is None else [Path(recipe.teacher_cache).name])]
+        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in before)
         if foreign:
             listed = ", ".join(foreign[:MAX_LISTED])
             more = f" and {len(foreign) - MAX_LISTED} more" if len(foreign) > MAX_LISTED else ""
@@ -263,6 +266,15 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = _lock(output_dir)
+    try:
+        _prepare_folder(recipe, output_dir, resume_from)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _prepare_folder(recipe: Recipe, output_dir: Path, resume_from: Path | None) -> None:
     if resume_from is None:
         # RUN_FILE stays until the new one replaces it: a start that is killed in here leaves a run, not strange files.
         for name in WRITTEN:
@@ -280,7 +292,6 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
     with writing(output_dir / RUN_FILE):
         save_recipe(recipe, temporary)
         os.replace(temporary, output_dir / RUN_FILE)
-    return lock
 
 
 def _lock(output_dir: Path) -> IO[str]:
