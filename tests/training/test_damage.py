@@ -121,16 +121,6 @@ def test_a_damaged_run_says_so_and_ends_with_the_same_bits(start, runs, change, 
     assert steps == sorted(set(steps)) and steps[-1] == 6
 
 
-def test_statistics_that_no_checkpoint_vouches_for_are_measured(start, runs):
-    """A start that was killed before its first checkpoint may have left any."""
-
-    def change(run):
-        shutil.rmtree(run / "checkpoints")
-        damaged(STATISTICS[0], "flip")(run)
-
-    assert start("unfinished", change).step == 6 and weights(runs / "run") == weights(runs / "finished")
-
-
 def test_statistics_that_cannot_be_had_again_are_refused(start, monkeypatch):
     look = statistics._look
 

@@ -180,8 +180,10 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     checkpoints = find_checkpoints(output_dir)
     finished = (output_dir / "student").exists()
     if output_dir.exists() and not (output_dir / RUN_FILE).exists():
-        before = [*BEFORE_RUN, *([] if recipe.teacher_cache is None else [Path(recipe.teacher_cache).name])]
-        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in before)
+        cache = Path(recipe.teacher_cache or "").absolute()  # which may lie here, and is made earlier
+        foreign = sorted(
+            path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN and path.absolute() != cache
+        )
         if foreign:
             listed = ", ".join(foreign[:MAX_LISTED])
             more = f" and {len(foreign) - MAX_LISTED} more" if len(foreign) > MAX_LISTED else ""
