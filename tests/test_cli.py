@@ -8,6 +8,11 @@ import sys
 from importlib import resources
 
 import pytest
+from torch._utils import ExceptionWrapper
+
+from transformers_radio import cli
+from transformers_radio.data import SourceError
+from transformers_radio.training import __main__, recipe
 
 RECIPE = str(resources.files("transformers_radio.quickstart") / "recipe.yaml")
 MISTYPED = {
@@ -89,6 +94,50 @@ def test_what_is_mistyped_is_named_before_anything_large_is_loaded(tmp_path):
     for end, (line, message) in zip(ends, MISTYPED.items(), strict=True):
         assert end.startswith("error: ") and message in end and "\n" not in end, f"{line}: {end}"
     assert loaded == [] and list(tmp_path.iterdir()) == []
+
+
+def raising(error):
+    def run(*_, **__):
+        raise error
+
+    return run
+
+
+def error_of_a_worker():
+    """As the main process gets it from torch's DataLoader."""
+    try:
+        raise SourceError("tar 3 is damaged;\nmend it")
+    except SourceError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(SourceError) as raised:
+        wrapped.reraise()
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("seed is -1;\n  expected 0"), "error: seed is -1; expected 0"),
+        (OSError(28, "No space left on device", "/run"), "error: [Errno 28] No space left on device: '/run'"),
+        (ImportError("\n\ntimm is missing.\r\nInstall it\n"), "error: timm is missing. Install it"),
+        (FloatingPointError(""), "error: FloatingPointError"),
+        (error_of_a_worker, "error: tar 3 is damaged; mend it"),
+    ],
+)
+def test_errors_of_users_are_one_line_and_others_keep_their_traceback(error, line, monkeypatch):
+    error = error() if callable(error) else error
+    monkeypatch.setattr(cli, "app", raising(error))
+    monkeypatch.setattr(recipe, "load_recipe", raising(error))
+    for command in (cli.main, lambda: __main__.main(["recipe.yaml"])):
+        with pytest.raises(SystemExit) as ended:
+            command()
+        assert ended.value.code == line
+    for bug in (KeyError("x"), RuntimeError("CUDA"), AssertionError()):
+        monkeypatch.setattr(cli, "app", raising(bug))
+        monkeypatch.setattr(recipe, "load_recipe", raising(bug))
+        for command in (cli.main, lambda: __main__.main(["recipe.yaml"])):
+            with pytest.raises(type(bug)):
+                command()
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from transformers_radio.data import SourceError
+from transformers_radio.data import USER_ERRORS, one_line
 
 
 class Commands(TyperGroup):
@@ -160,8 +160,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError, ImportError, FloatingPointError, SourceError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {one_line(error)}") from error
 
 
 if __name__ == "__main__":

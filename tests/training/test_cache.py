@@ -332,6 +332,59 @@ def test_a_damaged_shard_is_named_and_its_images_are_encoded_again(tmp_path, cap
     assert {path: path.read_bytes() for path in kept} == kept and len(shards(tmp_path)) == len(kept) + 1
 
 
+@pytest.mark.parametrize("part", ["features", "summary", "mean", "checksums"])
+def test_a_flipped_bit_in_an_output_is_refused_by_name(part, tmp_path):
+    fill(tmp_path)
+    path, *_ = shards(tmp_path)
+    data = bytearray(path.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + header])[part]["data_offsets"]
+    data[8 + header + random.Random(part).randrange(begin, end)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=rf"{path.name} is damaged: the outputs of train.tar/00\d have another checksum"
+    ):
+        open_caches(tmp_path)["clip"].targets(*batch_of(range(8)), CountingTeacher())
+    path.unlink()
+    found = open_caches(tmp_path)["clip"].targets(*batch_of(range(12)), CountingTeacher())
+    assert torch.equal(found.features, round_to_bf16(CountingTeacher()(batch_of(range(12))[1]).features))
+
+
+def test_shards_of_older_versions_without_checksums_are_read(tmp_path, caplog):
+    fill(tmp_path)
+    for path in shards(tmp_path):
+        with safe_open(path, "pt") as shard:
+            tensors = {name: shard.get_tensor(name) for name in shard.keys() if name != "checksums"}
+            metadata = shard.metadata()
+        cache_module.save_file(tensors, path, metadata)
+    teacher = CountingTeacher()
+    open_caches(tmp_path)["clip"].targets(*batch_of(range(12)), teacher)
+    assert teacher.seen == [] and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, metadata: metadata.update(grid="[3, 2]"),
+        lambda tensors, metadata: metadata.update(grid="2"),
+        lambda tensors, metadata: metadata.clear(),
+        lambda tensors, metadata: tensors.update(keys=tensors["keys"][:-1].clone()),
+        lambda tensors, metadata: tensors.update(mean=tensors["mean"][:-1].clone()),
+        lambda tensors, metadata: tensors.pop("features"),
+    ],
+)
+def test_a_shard_whose_parts_do_not_fit_is_named_and_encoded_again(change, tmp_path, caplog):
+    fill(tmp_path)
+    path, *_ = shards(tmp_path)
+    with safe_open(path, "pt") as shard:
+        tensors, metadata = {name: shard.get_tensor(name) for name in shard.keys()}, shard.metadata()
+    change(tensors, metadata)
+    cache_module.save_file(tensors, path, metadata)
+    teacher = CountingTeacher()
+    open_caches(tmp_path)["clip"].targets(*batch_of(range(8)), teacher)
+    assert teacher.seen == list(range(8)) and f"{path} is damaged" in caplog.text
+
+
 def test_another_image_under_a_known_name_is_refused(tmp_path):
     fill(tmp_path)
     keys, images = batch_of(range(4))
@@ -348,7 +401,7 @@ def test_a_full_disk_is_reported_and_breaks_no_shard(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         caches = open_caches(tmp_path)
         caches["clip"].targets(*batch_of(range(12, 20)), CountingTeacher())
-        with pytest.raises(OSError, match=r"outputs could not be written.*Make room"):
+        with pytest.raises(OSError, match=r"pending.tmp/\S+ could not be written .*make room"):
             caches.flush()
 
     process = FORK.Process(target=write_into_a_full_disk)
@@ -431,7 +484,7 @@ def test_the_estimate_is_what_the_shards_take_and_room_is_asked_for_the_rest(tmp
     with safe_open(path, "pt") as shard:
         extra = shard.get_tensor("keys").nbytes + shard.get_tensor("mean").nbytes
     held = path.stat().st_size
-    assert 0 < held - estimate_bytes(12, shapes) - extra < 1000  # the header
+    assert 0 < held - estimate_bytes(12, shapes) - extra < 1000  # the header and the checksums
 
     usage = SimpleNamespace(free=10_000)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage if Path(folder).exists() else None)

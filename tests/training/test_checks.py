@@ -36,6 +36,9 @@ def refused_by_both(recipe, match, tmp_path):
         (["student.config.train_window_sizes=[3, 4]"], r"train_window_sizes is \[3, 4\].*sides of \[4\]"),
         (["stages.main.resolution=36"], "the nearest is"),
         (["data.lanes=3", "data.num_workers=2"], "data.lanes is 3"),
+        (["student.config.mlp_ratio=1e308"], "mlp_ratio"),
+        (["student.config.num_channels=-1"], "num_channels"),
+        (["student.config.hidden_act=nosuch"], "hidden_act"),
     ],
 )
 def test_what_needs_no_weights(overrides, message, make_recipe, tmp_path):

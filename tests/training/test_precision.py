@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 
 from transformers_radio import precision
@@ -95,6 +96,24 @@ def test_a_run_records_what_auto_meant_and_keeps_it_elsewhere(machine, make_reci
     for name in ("model.safetensors", "config.json"):
         same = [(tmp_path / run / "student" / name).read_bytes() for run in ("plain", "moved")]
         assert same[0] == same[1]
+
+
+def test_overwriting_continues_an_unfinished_run_of_another_machine(machine, make_recipe, tmp_path, monkeypatch):
+    """Its precision is the recorded one; a damaged record begins anew, in what is good here."""
+    machine(bf16=False)
+    short = [*AUTO, "stages.main.steps=4", "stages.main.warmup_steps=1", "overwrite=true"]
+    monkeypatch.setattr(StopSignal, "agreed", lambda self, accelerator: True)
+    assert train(load_recipe(make_recipe(), short)).step == 1
+    machine(bf16=True)
+    assert train(load_recipe(make_recipe(), short)).step == 2
+    assert run_file(tmp_path / "run").mixed_precision == "no"
+    (tmp_path / "run" / "run.yaml").write_text("mixed_precision: [")
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is one of the process
+    try:
+        assert train(load_recipe(make_recipe(), short)).step == 1
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert run_file(tmp_path / "run").mixed_precision == "bf16"
 
 
 def test_plan_warns_of_a_slow_precision(machine, make_recipe, caplog, capsys):

@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from .config import DataConfig as DataConfig
     from .config import SourceConfig as SourceConfig
     from .count import count_images as count_images
+    from .errors import USER_ERRORS as USER_ERRORS
     from .errors import SourceError as SourceError
+    from .errors import one_line as one_line
     from .images import decode_rgb as decode_rgb
     from .images import random_crop as random_crop
     from .listing import keep_files as keep_files
@@ -22,11 +24,13 @@ _MODULES = {
     "ImageStream": "stream",
     "SourceConfig": "config",
     "SourceError": "errors",
+    "USER_ERRORS": "errors",
     "count_images": "count",
     "decode_rgb": "images",
     "keep_files": "listing",
     "list_files": "listing",
     "merge_states": "stream",
+    "one_line": "errors",
     "random_crop": "images",
 }
 __all__ = list(_MODULES)

@@ -1,8 +1,8 @@
 """Which images are read, and how they are cropped and shuffled."""
 
-import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -88,21 +88,36 @@ class DataConfig:
                 " is a folder, file, pattern or Hub dataset id; data.sources mixes several of them by weight."
             )
         self._validate_sources()
-        checks = {
-            "num_workers": (self.num_workers >= 0, "0 or more"),
-            "shuffle_window": (self.shuffle_window >= 1, "1 (no shuffling within a shard) or more"),
-            "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "shares 0 < smallest <= largest <= 1"),
-            "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "two numbers 0 < smallest <= largest"),
-            "max_skipped_share": (0 <= self.max_skipped_share <= 1, "a share between 0 and 1"),
-            "min_side": (self.min_side >= 1, "1 pixel or more"),
+        # field -> smallest, largest, in words
+        whole = {
+            "num_workers": (0, 1024, "0 or more, at most 1024"),
+            "shuffle_window": (1, 10**7, "1 (no shuffling within a shard) or more, at most 10 million"),
+            "min_side": (1, 2**16, "1 pixel or more, at most 65536"),
             # more would still end at the limit that Pillow has of its own
-            "max_pixels": (1 <= self.max_pixels <= 178_956_970, "1 to 178956970 pixels"),
-            "lanes": (self.lanes is None or self.lanes >= 1, "empty (None) or 1 or more"),
-            "retry_seconds": (0 <= self.retry_seconds < math.inf, "0 (give up at once) or more seconds"),
+            "max_pixels": (1, 178_956_970, "1 to 178956970 pixels"),
+            "lanes": (1, 10**5, "empty (None) or 1 or more, at most 100000"),
         }
-        for name, (valid, expected) in checks.items():
-            if not valid:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}: expected {expected}.")
+        numbers = {
+            "max_skipped_share": (0, 1, "a share between 0 and 1"),
+            "retry_seconds": (0, 10**9, "0 (give up at once) or more seconds"),
+        }
+        for name, (low, high, expected) in {**whole, **numbers}.items():
+            value = getattr(self, name)
+            if not (name == "lanes" and value is None) and not _within(value, low, high, only_whole=name in whole):
+                raise ValueError(f"data.{name}={value!r}: expected {expected}.")
+        for name, largest, expected in (
+            ("crop_scale", 1, "shares 0 < smallest <= largest <= 1"),
+            # an image of one row of pixels has no more
+            ("crop_ratio", 10**5, "two numbers 0 < smallest <= largest, at most 100000"),
+        ):
+            pair = getattr(self, name)
+            if not (
+                isinstance(pair, tuple | list)
+                and len(pair) == 2
+                and all(_within(value, 0, largest) for value in pair)
+                and 0 < pair[0] <= pair[1]
+            ):
+                raise ValueError(f"data.{name}={pair!r}: expected {expected}.")
 
     def _validate_sources(self) -> None:
         for name, source in self.sources.items():
@@ -112,7 +127,7 @@ class DataConfig:
                 raise ValueError(
                     f"data.sources.{name}.path={source.path!r}: expected a folder, file, pattern or Hub dataset id."
                 )
-            if not 0 < source.weight < math.inf:
+            if not (_within(source.weight, 0, 10**18) and source.weight > 0):
                 raise ValueError(
                     f"data.sources.{name}.weight={source.weight!r}: expected a number > 0. Leave out a data set that"
                     " is not to be used."
@@ -123,3 +138,9 @@ class DataConfig:
                     f"data.{key}={getattr(self, key)!r} says nothing beside data.sources: set"
                     f" data.sources.{next(iter(self.sources))}.{key} instead."
                 )
+
+
+def _within(value: Any, low: float, high: float, only_whole: bool = False) -> bool:
+    """Whether it is a number from low to high. True and False are no numbers."""
+    number = isinstance(value, int if only_whole else int | float) and not isinstance(value, bool)
+    return number and low <= value <= high

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from transformers_radio.data import SourceError
+from transformers_radio.data import USER_ERRORS, one_line
 
 
 def main(arguments: list[str]) -> int:
@@ -21,8 +21,8 @@ def main(arguments: list[str]) -> int:
         from .train import train
 
         result = train(recipe)
-    except (ValueError, OSError, ImportError, FloatingPointError, SourceError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {one_line(error)}") from error
     except KeyboardInterrupt:  # before the first step, or a second time: else the step ends and is saved
         print("stopped at once; the same command begins, or goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -3,7 +3,7 @@
 folder/<teacher>/
   fingerprint.json                  what the outputs depend on; a cache of anything else is refused
   000002/                           the outputs that the third flush added
-    00000-000007.safetensors        of some images, in bf16, with their keys: shard 7 of process 0
+    00000-000007.safetensors        of some images, in bf16, with their keys and checksums: shard 7 of process 0
   pending.tmp/                      shards since the last flush
 """
 
@@ -11,22 +11,24 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from transformers_radio.data import DataConfig
+from transformers_radio.data import DataConfig, one_line
 from transformers_radio.teachers import Teacher, TeacherOutput
 
 from .processes import on_main_process
 from .recipe import TeacherRecipe
-from .run_folder import existing, fcntl
+from .run_folder import existing, fcntl, writing
 
 if TYPE_CHECKING:
     from .distill import TeacherShape
@@ -67,7 +69,7 @@ class TeacherCache:
             images: (B, 3, side, side) in [0, 1]. Those that are new run through the teacher together.
 
         Raises:
-            ValueError: an image is not the one that was encoded under its name.
+            ValueError: an image is not the one that was encoded under its name; its outputs are damaged on the disk.
             OSError: a shard could not be written.
         """
         means = images.mean(dim=(1, 2, 3)).cpu()  # (B, 3, side, side) -> (B,)
@@ -96,17 +98,14 @@ class TeacherCache:
         path = self.folder / "pending.tmp" / name
         outputs = list(self._recent.values())
         tensors = {part: torch.stack([output[part] for output in outputs]) for part in outputs[0]}
+        sums = [_checksum(key, self._grid, output) for key, output in self._recent.items()]
+        tensors["checksums"] = torch.tensor(sums)
         tensors["keys"] = torch.frombuffer(bytearray(json.dumps(list(self._recent)).encode()), dtype=torch.uint8)
-        try:
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, path, metadata={"grid": json.dumps(self._grid)})
             with path.open("rb+") as file:
                 os.fsync(file.fileno())  # a power cut must not leave the name without the contents
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"a teacher's outputs could not be written to {self.folder} ({error}). Make room on the disk and run "
-                "the same command again: it goes on from the last checkpoint"
-            ) from error
         self._paths[name] = path
         self._index.update({key: (name, row) for row, key in enumerate(self._recent)})
         self._recent = {}
@@ -121,10 +120,8 @@ class TeacherCache:
         # Two processes may have encoded the same image before they heard of each other: each goes on with its own.
         for path in sorted(new, key=lambda path: (not path.name.startswith(self.writer), path)):
             try:
-                with safe_open(path, "pt") as shard:
-                    keys = json.loads(shard.get_tensor("keys").numpy().tobytes())
-                    self._grid = tuple(json.loads(shard.metadata()["grid"]))
-            except (OSError, SafetensorError) as error:
+                keys, self._grid = _read_keys(path)
+            except (OSError, ValueError) as error:
                 logger.warning("%s is damaged (%s): delete it; its images are encoded again", path, error)
                 continue
             for row, key in enumerate(keys):
@@ -148,10 +145,18 @@ class TeacherCache:
             if not outputs[i]:
                 in_shard[self._index[key][0]].append(i)
         for name, places in in_shard.items():
-            with safe_open(self._paths[name], "pt") as shard:
+            path = self._paths[name]
+            with safe_open(path, "pt") as shard:
                 slices = {part: shard.get_slice(part) for part in shard.keys() if part != "keys"}
                 for i in places:
                     outputs[i] = {part: rows[self._index[keys[i]][1]] for part, rows in slices.items()}
+                    # caches of older versions have none
+                    wanted = outputs[i].pop("checksums", None)
+                    if wanted is not None and wanted != _checksum(keys[i], self._grid, outputs[i]):
+                        raise ValueError(
+                            f"{path} is damaged: the outputs of {keys[i]} have another checksum. Delete the file and "
+                            "run the same command again; its images are encoded again"
+                        )
         return outputs
 
 
@@ -217,13 +222,46 @@ class TeacherCaches(dict[str, TeacherCache]):
                     f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose "
                     "another folder"
                 ) from error
-        for name, fingerprint in fingerprints.items():
-            path = self.folder / name / "fingerprint.json"
-            path.parent.mkdir(exist_ok=True)
-            path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)
-            if (path.parent / "pending.tmp").exists():  # of a run that was killed
-                shutil.rmtree(path.parent / "pending.tmp")
+        try:
+            for name, fingerprint in fingerprints.items():
+                path = self.folder / name / "fingerprint.json"
+                with writing(path):
+                    path.parent.mkdir(exist_ok=True)
+                    path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+                    os.replace(path.with_suffix(".tmp"), path)
+                if (path.parent / "pending.tmp").exists():  # of a run that was killed
+                    shutil.rmtree(path.parent / "pending.tmp")
+        except OSError:
+            self._lock.close()
+            raise
+
+
+def _checksum(key: str, grid: tuple[int, int], output: dict[str, torch.Tensor]) -> int:
+    """Below 2**63. A sum, as a CRC of features that are read in every epoch would take longer than reading them."""
+    total = zlib.crc32(f"{key} {grid}".encode())
+    for part in sorted(output):
+        data = output[part].reshape(-1).view(torch.uint8).numpy()
+        total += int(data.view(np.uint64 if data.nbytes % 8 == 0 else np.uint16).sum(dtype=np.uint64))
+    return total % 2**63
+
+
+def _read_keys(path: Path) -> tuple[list[str], tuple[int, int]]:
+    """The names of a shard's images, and the grid of their features.
+
+    Raises:
+        OSError, ValueError: the file is damaged, as far as names and shapes tell.
+    """
+    try:
+        with safe_open(path, "pt") as shard:
+            keys = json.loads(shard.get_tensor("keys").numpy().tobytes())
+            height, width = json.loads(shard.metadata()["grid"])
+            shapes = {part: shard.get_slice(part).get_shape() for part in shard.keys() if part != "keys"}
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(one_line(error)) from error
+    whole = {"mean", "features"} <= shapes.keys() and all(shape[:1] == [len(keys)] for shape in shapes.values())
+    if not whole or shapes["features"][1] != height * width:
+        raise ValueError(f"{len(keys)} names, a grid of {height} x {width} and shapes {shapes} do not fit together")
+    return keys, (height, width)
 
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:

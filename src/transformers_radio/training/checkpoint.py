@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -35,7 +34,8 @@ from transformers_radio.data import merge_states
 from .ema import EMA
 from .export import WHOLE_ON_MAIN, whole_state, write_student
 from .phi_s import PhiS
-from .run_folder import MANIFEST, checksum, existing, find_checkpoints
+from .processes import on_main_process
+from .run_folder import MANIFEST, STATE, find_checkpoints, size_and_checksum, writing
 
 
 def save_checkpoint(
@@ -76,45 +76,46 @@ def save_checkpoint(
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_MAIN)
     averages = None if ema is None else ema.state_dict()
     error = None
+    fix = "the last good one is kept; make room on the disk and run the same command again"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(_random_state(accelerator), folder / f"random_{accelerator.process_index}.pt")
-        if accelerator.is_main_process:
-            save_file(model_state, folder / "model.safetensors")
-            torch.save(optimizer_state, folder / "optimizer.pt")
-            if accelerator.scaler is not None:
-                torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
-            if averages is not None:
-                save_file(averages, folder / "ema.safetensors")
-            write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    except (OSError, RuntimeError, SafetensorError) as failure:  # what each library makes of a full disk
-        nearest = existing(path.absolute())
-        free = shutil.disk_usage(nearest).free
-        error = f"{nearest} has {free:,} bytes free; {type(failure).__name__}: {failure}"
+        with writing(path, fix):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(_random_state(accelerator), folder / f"random_{accelerator.process_index}.pt")
+            if accelerator.is_main_process:
+                save_file(model_state, folder / "model.safetensors")
+                torch.save(optimizer_state, folder / "optimizer.pt")
+                if accelerator.scaler is not None:
+                    torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
+                if averages is not None:
+                    save_file(averages, folder / "ema.safetensors")
+                write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
+                (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    except OSError as failure:
+        error = str(failure)
     errors = [one for one in gather_object([error]) if one is not None]
-    if accelerator.is_main_process:
-        if errors:
+
+    def finish() -> None:
+        try:
+            if errors:
+                raise OSError(errors[0])
+            with writing(path, fix):
+                _write_manifest(temporary)
+                os.replace(temporary, path)
+        except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            _write_manifest(temporary)
-            os.replace(temporary, path)
-            for old in find_checkpoints(output_dir)[:-keep]:
-                doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
-    accelerator.wait_for_everyone()
-    if errors:
-        raise OSError(
-            f"the checkpoint {path} could not be written: {errors[0]}. The last good one is kept; make room on the "
-            "disk and run the same command again"
-        )
+            raise
+        for old in find_checkpoints(output_dir)[:-keep]:
+            doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+
+    on_main_process(accelerator, finish)
     return state
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The state that save_checkpoint returned."""
-    return json.loads((checkpoint / "training_state" / "state.json").read_text(encoding="utf-8"))
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module, same_stage: bool) -> None:
@@ -170,7 +171,7 @@ def skipped_images(state: dict[str, Any]) -> dict[str, int]:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
+    manifest = {path.relative_to(folder).as_posix(): size_and_checksum(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from transformers_radio.data import one_line
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput, portable_checkpoint
 
@@ -103,8 +104,14 @@ def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioMod
     }
     try:
         student = continued_student(recipe, adaptors) if recipe.student.checkpoint else _fresh(recipe, adaptors)
-    except (StrictDataclassError, TypeError) as error:  # a field of student.config has a wrong type
-        raise ValueError(f"student.config {recipe.student.config}: {error}") from error
+    except (StrictDataclassError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if not recipe.student.config:
+            raise
+        # a field of a wrong type, or a value that layers cannot have
+        raise ValueError(
+            f"student.config {recipe.student.config} gives no student ({type(error).__name__}: {one_line(error)}); "
+            "correct the field, or leave it out for the size's own value"
+        ) from error
     return student
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from transformers_radio.modeling import RadioConfig, RadioImageProcessor, RadioModel
 
 from .phi_s import PhiS
-from .run_folder import MANIFEST
+from .run_folder import MANIFEST, writing
 from .spectral import fold_spectral
 
 PREFIX = "student."
@@ -70,8 +70,9 @@ def publish_student(checkpoint: Path, output_dir: Path) -> Path:
     """
     temporary, path = output_dir / "student.tmp", output_dir / "student"
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
-    os.replace(temporary, path)
+    with writing(path):
+        shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
+        os.replace(temporary, path)
     return path
 
 

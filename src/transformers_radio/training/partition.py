@@ -40,9 +40,12 @@ class Group:
 
     def takes_part(self, step: int) -> bool:
         """Whether the group's turn is in this step of the stage, from 0: evenly spread, the first step included."""
+        return self.turns_before(step + 1) > self.turns_before(step)
+
+    def turns_before(self, step: int) -> int:
+        """In how many steps of the stage, from 0, before this one it takes part."""
         # A little less than 1, so that the rounding of rates such as 1/3 moves no turn.
-        turns_before, turns_after = (int(1 - 1e-9 + n * self.rate) for n in (step, step + 1))
-        return turns_after > turns_before
+        return int(1 - 1e-9 + step * self.rate)
 
 
 def stage_groups(

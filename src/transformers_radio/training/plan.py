@@ -21,6 +21,7 @@ from .partition import Group, stage_groups
 from .placement import load_teacher, sharding_ranks
 from .processes import resolve_precision, warn_of_slow_precision
 from .recipe import Recipe, StageRecipe, TeacherRecipe, expand_paths
+from .run_folder import check_writable
 from .validate import validate
 
 # In characters: all tables fit.
@@ -252,6 +253,7 @@ def _notes(recipe: Recipe, groups: dict[str, list[Group]], student: RadioModel, 
     for size, sides in unused_windows(student, groups).items():
         notes.append(f"student.config.train_window_sizes: {size} is never drawn, as the grids have sides of {sides}")
     try:
+        check_writable(Path(recipe.output_dir), "output_dir")
         check_disk(recipe, student)
     except OSError as error:  # of this machine; the run may have another disk
         notes.append(str(error))
@@ -275,7 +277,7 @@ def _ranges(ranks: tuple[int, ...]) -> str:
 
 def _turns(stage: StageRecipe, group: Group) -> int:
     """The steps of the stage in which the group takes part."""
-    return stage.steps if group.rate == 1 else sum(group.takes_part(step) for step in range(stage.steps))
+    return group.turns_before(stage.steps)
 
 
 def _samples(stage: StageRecipe, group: Group) -> int:

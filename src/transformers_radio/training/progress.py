@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers_radio.data import Batch
 
 from .recipe import Recipe
+from .run_folder import writing
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[int, torch.Tensor]:
@@ -72,7 +73,7 @@ class Log:
         }
         if self.accelerator.is_main_process:
             line = {"step": step, "stage": stage, **values}
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             heads = " ".join(f"{name}={values[name]:.3f}" for name in values if "/" in name)
             progress.set_postfix_str(f"{values['images_per_second']:.0f} images/s loss={values['loss']:.3f} {heads}")

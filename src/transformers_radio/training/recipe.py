@@ -4,16 +4,18 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from transformers_radio.data import DataConfig
+from transformers_radio.data import DataConfig, one_line
 
 from .validate import validate
 
@@ -185,29 +187,59 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value, e.g. stages.main.steps=100")
     _check_emptied(overrides)
-    try:
+    with _one_line_errors(f"{path} cannot be read as YAML"):
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path} is not a mapping of recipe fields")
-    written = OmegaConf.merge(loaded, OmegaConf.from_dotlist([quoted(Recipe, override) for override in overrides]))
-    assert isinstance(written, DictConfig)
-    _check_names(written, Recipe, "")
+    for part in [loaded, *map(_parse_override, overrides)]:
+        _check_form(OmegaConf.to_container(part, resolve=False), Recipe, "")
     try:
+        recipe = _build(path, loaded, overrides)
+        validate(recipe)
+    except ValueError as error:
+        raise ValueError(f"{error}{_meant(str(error), loaded, overrides)}") from error
+    return recipe
+
+
+def _build(path: Path, loaded: DictConfig, overrides: list[str]) -> Recipe:
+    with _one_line_errors(f"recipe {path}"):
+        written = OmegaConf.merge(loaded, OmegaConf.from_dotlist([quoted(Recipe, override) for override in overrides]))
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), written)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ValueError(f"recipe {path} leaves {', '.join(missing)} unset")
-        recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"recipe {path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+        missing = sorted(OmegaConf.missing_keys(written) | OmegaConf.missing_keys(merged))
+        recipe = None if missing else OmegaConf.to_object(merged)
+    if missing:
+        raise ValueError(f"recipe {path} leaves {', '.join(missing)} unset")
     assert isinstance(recipe, Recipe)
     if recipe.mixed_precision == "False":  # YAML reads a bare no as false
         recipe.mixed_precision = "no"
-    recipe = expand_paths(recipe)
-    validate(recipe)
-    return recipe
+    return expand_paths(recipe)
+
+
+def _parse_override(override: str) -> DictConfig:
+    with _one_line_errors(f"override {override!r}"):
+        return OmegaConf.from_dotlist([quoted(Recipe, override)])
+
+
+@contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """What the libraries of YAML and settings raise, as a ValueError that begins with `what`."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        hint = " (a tab? YAML is indented with spaces)" if "cannot start any token" in (problem or "") else ""
+        raise ValueError(f"{what}: {place}{problem or one_line(error)}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what}: it is not UTF-8 text ({error}); save it as such") from error
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        hint = r" (a ${ that stands for itself is written \${)" if isinstance(error, GrammarParseError) else ""
+        raise ValueError(f"{what}: {key}{str(error).splitlines()[0]}{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what}: values are nested too deeply") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
 
 
 def expand_paths(recipe: Recipe) -> Recipe:
@@ -263,16 +295,80 @@ def _check_emptied(overrides: list[str]) -> None:
             )
 
 
-def _check_names(written: Any, schema: Any, prefix: str) -> None:
-    """OmegaConf rejects unknown fields, but does not say which field was probably meant."""
-    if is_dataclass(schema):
+def _check_form(written: Any, schema: Any, name: str) -> None:
+    """Unknown fields, with the one that was probably meant, and values of another form: OmegaConf says either less.
+
+    Args:
+        written: plain dicts, lists and values. Interpolations are left to OmegaConf.
+        schema: the type that the field `name` has.
+    """
+    parts = get_args(schema)
+    if written == MISSING or (isinstance(written, str) and "${" in written):
+        return
+    if type(None) in parts:  # X | None
+        if written is not None:
+            _check_form(written, parts[0], name)
+    elif is_dataclass(schema):
         known = get_type_hints(schema)
-        for key, value in written.items_ex(resolve=False) if isinstance(written, DictConfig) else ():
+        _expect(isinstance(written, dict), name, written, f"a mapping with fields of {', '.join(known)}")
+        for key, value in written.items():
+            inner = f"{name}.{key}" if name else f"{key}"
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"unknown recipe field {prefix}{key!s}; {hint}")
-            _check_names(value, known[key], f"{prefix}{key!s}.")
-    elif isinstance(written, DictConfig) and get_args(schema) and is_dataclass(get_args(schema)[-1]):
-        for key, value in written.items_ex(resolve=False):
-            _check_names(value, get_args(schema)[-1], f"{prefix}{key!s}.")
+                meant = inner.removesuffix(f"{key}") + "".join(near)
+                hint = f"did you mean {meant}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown recipe field {inner}; {hint}")
+            _check_form(value, known[key], inner)
+    elif get_origin(schema) is dict:
+        _expect(isinstance(written, dict), name, written, "a mapping, as name: value")
+        for key, value in written.items():
+            _expect(isinstance(key, str), f"a name in {name}", key, "a text: write it in quotes")
+            _check_form(value, parts[1], f"{name}.{key}")
+    elif parts:  # of a list or tuple
+        expected = f"a list of {len(parts)} numbers" if get_origin(schema) is tuple else "a list, as [one, another]"
+        _expect(isinstance(written, list), name, written, expected)
+        _expect(get_origin(schema) is list or len(written) == len(parts), name, written, expected)
+        for value in written:
+            _check_form(value, parts[0], name)
+    elif schema is not Any:
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[schema]
+        _expect(_is_a(written, schema), name, written, expected)
+
+
+def _is_a(value: Any, schema: type) -> bool:
+    """Whether a value can become an int, float, bool or str. Numbers may be written as text."""
+    if value is None or isinstance(value, dict | list | bytes):
+        return False
+    if schema is bool:
+        return isinstance(value, bool | str) or value in (0, 1)
+    if schema is str:
+        return True
+    if isinstance(value, bool) or (schema is int and isinstance(value, float)):
+        return False
+    try:
+        return schema(value) is not None
+    except (ValueError, OverflowError):
+        return False
+
+
+def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        found = "null" if value is None else repr(value)
+        raise ValueError(f"{name} is {found}; expected {expected}")
+
+
+def _meant(message: str, loaded: DictConfig, overrides: list[str]) -> str:
+    """The name in the file that an override probably meant, where the message is about one that it has made."""
+    for override in overrides:
+        level, name = OmegaConf.to_container(loaded, resolve=False), ""
+        for part in override.partition("=")[0].split("."):
+            if not isinstance(level, dict):
+                break
+            if part not in level:
+                parts = get_args(_type_at(Recipe, name.rstrip(".")))
+                near = difflib.get_close_matches(part, map(str, level), n=1)
+                if near and parts and is_dataclass(parts[-1]) and f"{name}{part}" in message:
+                    return f"; did you mean {name}{near[0]}?"
+                break
+            level, name = level[part], f"{name}{part}."
+    return ""

@@ -14,8 +14,14 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+
+from transformers_radio.data import one_line
 
 from .recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
 
@@ -28,6 +34,8 @@ except ImportError:  # Windows
 
 RUN_FILE = "run.yaml"
 MANIFEST = "manifest.json"  # of a checkpoint
+STATE = "training_state/state.json"
+NEEDED = {STATE, "training_state/model.safetensors", "training_state/optimizer.pt", "config.json"}
 # A start leaves these before RUN_FILE, which says that the rest of WRITTEN is a run's.
 BEFORE_RUN = (".lock", f"{RUN_FILE}.tmp")
 # What a new run deletes of the one before, in this order: a run that is finished counts as such until it is gone.
@@ -49,7 +57,9 @@ FREE_PATTERN = re.compile(  # as data.path: the same files elsewhere; and what o
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints, oldest first; unfinished (`.tmp`) and damaged ones do not count."""
-    return sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.suffix == "")
+    return sorted(
+        path for path in (output_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)
+    )
 
 
 def existing(path: Path) -> Path:
@@ -57,26 +67,101 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def checksum(path: Path) -> int:
-    """CRC-32, which finds what a dying disk or machine leaves."""
+def size_and_checksum(path: Path) -> list[int] | None:
+    """Bytes and CRC-32, which finds what a dying disk or machine leaves; None where no file is."""
+    if not path.is_file():
+        return None
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             value = zlib.crc32(chunk, value)
-    return value
+    return [path.stat().st_size, value]
+
+
+@contextmanager
+def writing(
+    path: Path, fix: str = "make room on the disk, or mend it, and run the same command again"
+) -> Iterator[None]:
+    """What libraries make of a full or broken disk, as one OSError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        nearest = existing(path.absolute())
+        free = shutil.disk_usage(nearest).free
+        raise OSError(
+            f"{path} could not be written ({type(error).__name__}: {one_line(error)}; {nearest} has {free:,} bytes "
+            f"free): {fix}"
+        ) from error
+
+
+def read_manifest(checkpoint: Path) -> dict[str, list[int]]:
+    """File -> [bytes, checksum], of all files of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not NEEDED <= manifest.keys():
+        raise ValueError(f"{MANIFEST} does not list {', '.join(sorted(NEEDED))}")
+    return manifest
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, compared with its manifest; None when it is whole."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        for name, (size, crc) in manifest.items():
-            if (found := (checkpoint / name).stat().st_size) != size:
-                return f"{name} has {found} bytes instead of {size}"
-            if checksum(checkpoint / name) != crc:
-                return f"{name} has another checksum"
+        manifest = read_manifest(checkpoint)
+        wrong = _differing(checkpoint, manifest)
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8")) if wrong is None else None
     except (OSError, ValueError) as error:
-        return str(error)
+        return one_line(error)
+    if state is not None and checkpoint.name != f"step-{state['step']:08d}":
+        return f"it holds step {state['step']}, of another name"
+    return wrong
+
+
+def check_student(recipe: Recipe) -> None:
+    """ValueError when the finished student is not that of the last checkpoint, or, where this is gone, unreadable."""
+    student = Path(recipe.output_dir) / "student"
+    steps = sum(stage.steps for stage in recipe.stages.values())
+    last = student.parent / "checkpoints" / f"step-{steps:08d}"
+    if damage(last) is None:
+        files = {name: entry for name, entry in read_manifest(last).items() if not name.startswith("training_state/")}
+        wrong, fix = _differing(student, files), f"delete this folder, and the same command makes it again from {last}"
+    else:
+        wrong, fix = _unreadable(student), "restore it, or set overwrite=true (start over)"
+        if find_checkpoints(student.parent):
+            fix = "delete this folder, and the same command goes on from the last checkpoint"
+    if wrong is not None:
+        raise ValueError(f"{student} is damaged ({wrong}): {fix}")
+
+
+def _unreadable(student: Path) -> str | None:
+    """What is wrong with a student, as far as it can be told from the student alone."""
+    try:
+        json.loads((student / "config.json").read_text(encoding="utf-8"))
+        if not any(student.glob("*.safetensors")):
+            return "it has no weights"
+        for path in student.glob("*.safetensors"):
+            with safe_open(path, "pt"):  # compares the size with what the header says
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return one_line(error)
+    return None
+
+
+def _differing(folder: Path, manifest: dict[str, list[int]]) -> str | None:
+    for name, entry in manifest.items():
+        found = size_and_checksum(folder / name)
+        if found is None:
+            return f"{name} is missing"
+        if found != entry:
+            size = entry[0] if isinstance(entry, list) and entry else None
+            return (
+                f"{name} has {found[0]} bytes instead of {size}"
+                if found[0] != size
+                else f"{name} has another checksum"
+            )
     return None
 
 
@@ -88,13 +173,17 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     Raises:
         FileExistsError: the folder holds a run of another recipe, or files of no run (without run.yaml, whatever their
             names: they may be the user's).
-        ValueError: all checkpoints are damaged.
+        ValueError: all checkpoints are damaged, or RUN_FILE or the finished student is.
+        OSError: the folder cannot be written.
     """
     output_dir = Path(recipe.output_dir)
     checkpoints = find_checkpoints(output_dir)
     finished = (output_dir / "student").exists()
     if output_dir.exists() and not (output_dir / RUN_FILE).exists():
-        foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN)
+        cache = Path(recipe.teacher_cache or "").absolute()  # which may lie here, and is made earlier
+        foreign = sorted(
+            path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN and path.absolute() != cache
+        )
         if foreign:
             listed = ", ".join(foreign[:MAX_LISTED])
             more = f" and {len(foreign) - MAX_LISTED} more" if len(foreign) > MAX_LISTED else ""
@@ -102,13 +191,17 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
                 f"output_dir {output_dir} is not empty and holds no run: it has {listed}{more}, but no {RUN_FILE}; "
                 "choose another output_dir"
             )
+    if not finished:
+        check_writable(output_dir, "output_dir")
+        if recipe.teacher_cache is not None:
+            check_writable(Path(recipe.teacher_cache), "teacher_cache")
+    if (output_dir / ".lock").exists():
+        _lock(output_dir).close()
     if not (checkpoints or finished):
         return False, None
-    try:
-        changed = _changed_fields(recipe, output_dir / RUN_FILE)
-    except ValueError as error:
-        changed = [f"{RUN_FILE}, which cannot be read ({error})"]
-    if recipe.overwrite and (changed or finished or all(damage(one) for one in checkpoints)):
+    before = recorded_recipe(recipe)
+    changed = [] if before is None else _changed_fields(recipe, before)
+    if before is None or (recipe.overwrite and (changed or finished)):
         return False, None
     if changed:
         raise FileExistsError(
@@ -116,29 +209,51 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
             "Restore these to continue it, choose another output_dir, or set overwrite=true to delete it"
         )
     if finished:
+        check_student(recipe)
         return True, None
+    reasons = []
     for checkpoint in reversed(checkpoints):
         wrong = damage(checkpoint)
         if wrong is None:
             return False, checkpoint
-        logger.warning("checkpoint %s is damaged (%s); falling back to the one before", checkpoint, wrong)
+        reasons.append(f"{checkpoint.name}: {wrong}")
+        if not recipe.overwrite or len(checkpoints) > 1:
+            logger.warning("checkpoint %s is damaged (%s); falling back to the one before", checkpoint, wrong)
+    if recipe.overwrite:
+        return False, None
     raise ValueError(
-        f"all checkpoints in {output_dir / 'checkpoints'} are damaged; restore one, or set overwrite=true (start over)"
+        f"all checkpoints in {output_dir / 'checkpoints'} are damaged ({'; '.join(reasons)}); restore one, or set "
+        "overwrite=true (start over)"
     )
 
 
 def recorded_recipe(recipe: Recipe) -> Recipe | None:
-    """The recipe of the run in output_dir that this start may continue, if there is one. Changes nothing."""
+    """The recipe of the run in output_dir that this start may continue, if there is one. Changes nothing.
+
+    Raises:
+        ValueError: there is one, and nobody knows which, as RUN_FILE is damaged.
+    """
     output_dir = Path(recipe.output_dir)
     finished = (output_dir / "student").exists()
     if not (finished or find_checkpoints(output_dir)) or (finished and recipe.overwrite):
         return None
     try:
         return load_recipe(output_dir / RUN_FILE)
-    except (ValueError, FileNotFoundError):
+    except (ValueError, OSError) as error:
         if recipe.overwrite:  # it will be deleted
             return None
-        raise
+        raise ValueError(
+            f"{output_dir / RUN_FILE} cannot be read ({error}), so nobody knows which run this is; restore the file, "
+            "choose another output_dir, or set overwrite=true (start over)"
+        ) from error
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """OSError when a folder cannot be made or written into. Changes nothing."""
+    nearest = existing(folder.absolute())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "may not be written into" if nearest.is_dir() else "is no folder"
+        raise OSError(f"{field} {folder} cannot be written: {nearest} {reason}; choose another {field}")
 
 
 def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
@@ -152,49 +267,77 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
     """
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(output_dir)
+    try:
+        _prepare_folder(recipe, output_dir, resume_from)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _prepare_folder(recipe: Recipe, output_dir: Path, resume_from: Path | None) -> None:
+    if resume_from is None:
+        # RUN_FILE stays until the new one replaces it: a start that is killed in here leaves a run, not strange files.
+        for name in WRITTEN:
+            path = output_dir / name
+            if name == "student" and path.is_dir():  # half of it must not count as a finished run
+                path = path.rename(output_dir / "student.tmp")
+            _remove(path)
+    for leftover in (output_dir / "checkpoints").glob("*.tmp"):
+        _remove(leftover)
+    for newer in find_checkpoints(output_dir):
+        if resume_from is not None and newer > resume_from:  # damaged: out of the way of the one to be written again
+            _remove(newer.with_name(newer.name + ".damaged"))
+            os.replace(newer, newer.with_name(newer.name + ".damaged"))
+    temporary = output_dir / f"{RUN_FILE}.tmp"
+    with writing(output_dir / RUN_FILE):
+        save_recipe(recipe, temporary)
+        os.replace(temporary, output_dir / RUN_FILE)
+
+
+def _lock(output_dir: Path) -> IO[str]:
     lock = (output_dir / ".lock").open("w")
     if fcntl is not None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.close()
             raise FileExistsError(
                 f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another"
             ) from error
-    if resume_from is None:
-        # RUN_FILE stays until the new one replaces it: a start that is killed in here leaves a run, not strange files.
-        for name in WRITTEN:
-            path = output_dir / name
-            if path.is_dir():
-                if name == "student":  # half of it must not count as a finished run
-                    path = path.rename(output_dir / "student.tmp")
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    for leftover in (output_dir / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(leftover)
-    for newer in find_checkpoints(output_dir):
-        if resume_from is not None and newer > resume_from:  # damaged: out of the way of the one to be written again
-            shutil.rmtree(newer.with_name(newer.name + ".damaged"), ignore_errors=True)
-            os.replace(newer, newer.with_name(newer.name + ".damaged"))
-    temporary = output_dir / f"{RUN_FILE}.tmp"
-    save_recipe(recipe, temporary)
-    os.replace(temporary, output_dir / RUN_FILE)
     return lock
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines that a killed run wrote after the checkpoint it is continued from."""
+    """Drops the lines that a killed run wrote after the checkpoint it is continued from, and damaged ones."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    kept, damaged = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last line break is what a kill has cut off
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            damaged.append(str(number))
+    if damaged:
+        logger.warning("%s: dropping the damaged lines %s", path, ", ".join(damaged))
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(temporary, path)
 
 
-def _changed_fields(recipe: Recipe, run_file: Path) -> list[str]:
-    before = _flatten(recipe_to_dict(load_recipe(run_file)))
+def _changed_fields(recipe: Recipe, recorded: Recipe) -> list[str]:
+    before = _flatten(recipe_to_dict(recorded))
     now = _flatten(recipe_to_dict(recipe))
     return [
         f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)"

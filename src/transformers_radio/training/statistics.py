@@ -1,10 +1,17 @@
-"""PHI-S statistics of the teachers' features, measured once a run and kept in output_dir/statistics."""
+"""PHI-S statistics of the teachers' features, measured once a run and kept in output_dir/statistics.
 
+A checkpoint knows the size and checksum of those that it was trained with. What differs from these is measured again,
+on the same images, and has to come out the same.
+"""
+
+import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -14,8 +21,12 @@ from transformers_radio.teachers import Teacher
 from .distill import TeacherShape
 from .partition import Group
 from .phi_s import FeatureMoments, PhiS
+from .processes import on_main_process
 from .progress import to_device
 from .recipe import Recipe
+from .run_folder import size_and_checksum, writing
+
+logger = logging.getLogger(__name__)
 
 
 def standardize_teachers(
@@ -24,7 +35,8 @@ def standardize_teachers(
     groups: list[Group],
     teachers: dict[str, Teacher],
     shapes: dict[str, TeacherShape],
-) -> dict[str, PhiS]:
+    known: dict[str, list[int]] | None,
+) -> tuple[dict[str, PhiS], dict[str, list[int]]]:
     """PHI-S of every teacher of the groups whose features are taught; empty when the recipe has no standardization.
 
     Every process gets all of them; those that serve a teacher look at `loss.statistics_images` together.
@@ -32,29 +44,68 @@ def standardize_teachers(
     Args:
         groups: of a stage and of those before it: heads that rest speak standardised features too, and every
             checkpoint folds all of them back.
+        known: teacher -> [bytes, checksum] of the file that the run has been trained with so far; None when it goes on
+            from a checkpoint of an older version, which does not say: every file that is there counts then.
+
+    Returns:
+        Teacher -> transform, and what `known` is from now on.
+
+    Raises:
+        ValueError: a file that the run has been trained with is damaged, and cannot be had again.
     """
     transforms: dict[str, PhiS] = {}
+    now: dict[str, list[int]] = {}
     if recipe.loss.standardization == "none":
-        return transforms
+        return transforms, now
     folder = Path(recipe.output_dir) / "statistics"
     names = {name for group in groups for name in group.teachers if recipe.teachers[name].feature_weight > 0}
     for name in [name for name in recipe.teachers if name in names]:
         path = folder / f"{name}.safetensors"
-        known = torch.tensor(int(path.exists()), device=accelerator.device)
-        if int(accelerator.reduce(known, "sum")) < accelerator.num_processes:
+        expected = None if known is None else known.get(name, [])
+        found = on_main_process(accelerator, partial(size_and_checksum, path))
+        if found is None or (expected is not None and found != expected):
+            if expected:
+                logger.warning("%s is damaged or missing; it is measured again", path)
             group = next(group for group in groups if name in group.teachers)
             moments = FeatureMoments(shapes[name].feature_dim, accelerator.device)
             if group.index is not None:
                 _look(recipe, group, name, teachers[name], moments, accelerator)
             moments.all_reduce(lambda tensor: accelerator.reduce(tensor, "sum"))
-            if accelerator.is_main_process:
-                folder.mkdir(exist_ok=True)
-                tensors = PhiS.from_moments(moments).to("cpu", torch.float32).to_tensors()
-                save_file(tensors, path.with_suffix(".tmp"))
-                os.replace(path.with_suffix(".tmp"), path)
-            accelerator.wait_for_everyone()
-        transforms[name] = PhiS.from_tensors(load_file(path)).to(accelerator.device)
-    return transforms
+            tensors = PhiS.from_moments(moments).to("cpu", torch.float32).to_tensors()
+            found = on_main_process(accelerator, partial(_write, tensors, path))
+            if expected and found != expected:
+                raise ValueError(
+                    f"{path} was damaged or missing, and what was measured again is not what the run has been trained "
+                    "with (other devices, processes or data.num_workers?): restore the file, or set overwrite=true "
+                    "(start over)"
+                )
+        transforms[name] = _read(path, shapes[name].feature_dim).to(accelerator.device)
+        now[name] = found
+    return transforms, now
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> list[int]:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    found = size_and_checksum(path)
+    assert found is not None
+    return found
+
+
+def _read(path: Path, channels: int) -> PhiS:
+    try:
+        transform = PhiS.from_tensors(load_file(path))
+        whole = transform.mean.shape == (channels,) and transform.rotation.shape == (channels, channels)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or set overwrite=true (start over)") from error
+    if not whole:
+        raise ValueError(
+            f"{path} has a mean of shape {tuple(transform.mean.shape)}, expected ({channels},), as the teacher has; "
+            "restore it, or set overwrite=true (start over)"
+        )
+    return transform
 
 
 def _look(

@@ -121,7 +121,7 @@ def _distil(
     """Runs the stages from the checkpoint on, and publishes the student at the end."""
     output_dir = Path(recipe.output_dir)
     total_steps = sum(stage.steps for stage in recipe.stages.values())
-    state: dict[str, Any] = {"step": 0, "stage": None, "streams": {}}
+    state: dict[str, Any] = {"step": 0, "stage": None, "streams": {}, "statistics": {}}
     if checkpoint is not None:
         state = read_state(checkpoint)
         accelerator.print(f"continuing {output_dir} from step {state['step']} of {total_steps}")
@@ -145,7 +145,9 @@ def _distil(
         for name, stage in recipe.stages.items():
             met += groups[name]
             if state["step"] < first_step + stage.steps and stop.number is None:
-                standardize = standardize_teachers(recipe, accelerator, met, teachers, shapes)
+                known = state.get("statistics")
+                standardize, known = standardize_teachers(recipe, accelerator, met, teachers, shapes, known)
+                state = {**state, "statistics": known}
                 state = _run_stage(
                     recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, caches, state,
                     progress, stop,

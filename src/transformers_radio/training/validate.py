@@ -1,9 +1,9 @@
 """What can be wrong with a recipe's values by themselves: no file, teacher or process group is needed to tell."""
 
-import math
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from transformers_radio.data import DataConfig
 from transformers_radio.teachers import TEACHERS
 
 if TYPE_CHECKING:
@@ -18,18 +18,54 @@ STUDENT_CONFIG_FIELDS = (
     *("image_size", "initializer_range", "is_encoder_decoder", "label2id", "layer_norm_eps", "layerscale_value"),
     *("max_img_size", "mlp_norm", "mlp_ratio", "norm_mean", "norm_std", "num_attention_heads", "num_channels"),
     *("num_hidden_layers", "num_registers", "output_hidden_states", "patch_dim", "patch_size", "pos_dropout"),
-    *("problem_type", "qkv_bias", "return_dict", "train_window_probability", "train_window_sizes"),
+    *("problem_type", "qkv_bias", "train_window_probability", "train_window_sizes"),
     *("transformers_version", "use_swiglu_ffn", "video_patch_dim", "video_temporal_patch_size"),
     *("window_num_global", "window_num_windowed", "window_prefix", "window_size"),
 )
+
+
+# What each numeric field may be; whole numbers, up to what no machine or schedule exceeds. A round bracket leaves out
+# its end: "(0, 1]" is above 0 and at most 1. Where null is allowed, it is so beside these. Relations between fields,
+# and the ranges of `data` (`DataConfig.validate`), are apart.
+RANGES: dict[str, dict[str, str]] = {
+    "Recipe": {
+        "ema_decay": "(0, 1)",
+        # NumPy's generators take 32 bits; the number of the step, or of the process, is added
+        "seed": "[0, 2147483648)",
+        "log_every_steps": "[1, 100000000)",
+    },
+    "StudentRecipe": {"head_hidden_dim": "[1, 65536]", "weight_noise": "[0, 1)"},
+    "TeacherRecipe": {"image_size": "[1, 16384]", "summary_weight": "[0, inf)", "feature_weight": "[0, inf)"},
+    "LossRecipe": {
+        **{"cosine_weight": "[0, inf)", "smooth_l1_weight": "[0, inf)", "smooth_l1_beta": "[0, inf)"},
+        "statistics_images": "[1, 1000000000]",
+    },
+    "OptimizerRecipe": {
+        **{"learning_rate": "(0, inf)", "weight_decay": "[0, inf)", "beta1": "[0, 1)", "beta2": "[0, 1)"},
+        **{"eps": "(0, inf)", "max_grad_norm": "(0, inf]"},  # inf: gradients are not clipped
+    },
+    "GroupRecipe": {
+        **{"resolution": "[1, 16384]", "batch_size": "[1, 1000000]", "micro_batch_size": "[1, 1000000]"},
+        **{"share": "(0, inf)", "rate": "(0, 1]"},
+    },
+    "StageRecipe": {
+        "steps": "[1, 100000000)",  # of all stages together, too: checkpoints are numbered with eight digits
+        # of the only group; 0 where there are several
+        **{"resolution": "[0, 16384]", "batch_size": "[1, 1000000]", "micro_batch_size": "[1, 1000000]"},
+        **{"warmup_steps": "[0, 100000000)", "learning_rate": "(0, inf)", "weight_decay": "[0, inf)"},
+        "freeze_trunk_steps": "[0, 100000000)",
+    },
+    "CheckpointRecipe": {"every_steps": "[1, 100000000)", "keep": "[1, 1000000]"},
+}
+WHOLE = (int, int | None)  # types of fields of whole numbers
 
 
 def validate(recipe: "Recipe") -> None:
     """Raises ValueError with the field, its value and what was expected."""
     _require(bool(recipe.teachers), "teachers", recipe.teachers, "at least one teacher")
     _require(bool(recipe.stages), "stages", recipe.stages, "at least one stage")
-    # NumPy's generators take 32 bits; the number of the step, or of the process, is added
-    _require(0 <= recipe.seed < 2**31, "seed", recipe.seed, "0 or more, and below 2**31")
+    _validate_ranges(recipe, "")
+    _require(bool(recipe.output_dir), "output_dir", recipe.output_dir, "the folder of the run")
     _one_of("mixed_precision", recipe.mixed_precision, ("no", "bf16", "fp16", "auto"))
     _validate_student(recipe)
     for name, teacher in recipe.teachers.items():
@@ -38,8 +74,6 @@ def validate(recipe: "Recipe") -> None:
         _one_of(f"{where}.type", teacher.type, tuple(TEACHERS))
         _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16", "auto"))
         _one_of(f"{where}.placement", teacher.placement, ("device", "offloaded", "sharded"))
-        for key in ("summary_weight", "feature_weight"):
-            _at_least_zero(f"{where}.{key}", getattr(teacher, key))
     if recipe.teacher_cache is not None:
         _require(recipe.data.frozen_crops, "data.frozen_crops", False, "true, as teacher_cache keeps outputs of crops")
         for name, teacher in recipe.teachers.items():  # its processes would have to encode equally many images
@@ -47,30 +81,46 @@ def validate(recipe: "Recipe") -> None:
                 teacher.placement != "sharded", f"teachers.{name}.placement", "sharded", "another, with teacher_cache"
             )
     for name, stage in recipe.stages.items():
+        _require(bool(name), "stages", list(recipe.stages), "a name for each stage")
         _validate_stage(f"stages.{name}", stage, tuple(recipe.teachers))
+    steps = sum(stage.steps for stage in recipe.stages.values())
+    _require(steps < 10**8, "the sum of stages.NAME.steps", steps, "less than 100000000")
     for name in recipe.teachers:
         if not any(name in stage.teacher_names(recipe) for stage in recipe.stages.values()):
             raise ValueError(f"teachers.{name} teaches in no stage; remove it, or name it in a stage's teachers")
     _one_of("loss.grid", recipe.loss.grid, ("larger", "smaller"))
     _one_of("loss.balancing", recipe.loss.balancing, ("naive", "uncertainty", "adaloss", "amtml_kd"))
     _one_of("loss.standardization", recipe.loss.standardization, ("none", "phi_s"))
-    for key in ("cosine_weight", "smooth_l1_weight", "smooth_l1_beta"):
-        _at_least_zero(f"loss.{key}", getattr(recipe.loss, key))
-    for key in ("learning_rate", "max_grad_norm", "eps"):
-        _require(getattr(recipe.optimizer, key) > 0, f"optimizer.{key}", getattr(recipe.optimizer, key), "> 0")
-    _at_least_zero("optimizer.weight_decay", recipe.optimizer.weight_decay)
-    for key in ("beta1", "beta2"):
-        _require(0 <= getattr(recipe.optimizer, key) < 1, f"optimizer.{key}", getattr(recipe.optimizer, key), "[0, 1)")
-    if recipe.ema_decay is not None:
-        _require(0 < recipe.ema_decay < 1, "ema_decay", recipe.ema_decay, "null, or between 0 and 1")
-    for where, value in (
-        ("loss.statistics_images", recipe.loss.statistics_images),
-        ("checkpoints.every_steps", recipe.checkpoints.every_steps),
-        ("checkpoints.keep", recipe.checkpoints.keep),
-        ("log_every_steps", recipe.log_every_steps),
-    ):
-        _above_zero(where, value)
+    recipe.data.validate()
     _validate_adaptor_names(recipe)  # last: torch takes seconds to load
+
+
+def _validate_ranges(section: Any, where: str) -> None:
+    """Of a section of the recipe and those within it."""
+    if isinstance(section, DataConfig):
+        return
+    types, ranges = get_type_hints(type(section)), RANGES.get(type(section).__name__, {})
+    for field in fields(section):
+        value, name = getattr(section, field.name), f"{where}{field.name}"
+        if is_dataclass(value):
+            _validate_ranges(value, f"{name}.")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if is_dataclass(item):
+                    _validate_ranges(item, f"{name}.{key}.")
+        elif field.name in ranges and not (value is None and types[field.name] in (int | None, float | None)):
+            whole = types[field.name] in WHOLE
+            kind = "a whole number" if whole else "a number"
+            _require(_lies_in(value, ranges[field.name], whole), name, value, f"{kind} in {ranges[field.name]}")
+
+
+def _lies_in(value: Any, interval: str, whole: bool) -> bool:
+    """`interval`: as in RANGES."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    low, high = map(float, interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    return above and (value < high if interval[-1] == ")" else value <= high)
 
 
 def _validate_adaptor_names(recipe: "Recipe") -> None:
@@ -98,44 +148,28 @@ def _validate_student(recipe: "Recipe") -> None:
             _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
     for name in student.config:
         _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
-    if student.head_hidden_dim is not None:
-        _above_zero("student.head_hidden_dim", student.head_hidden_dim)
-    _require(0 <= student.weight_noise < 1, "student.weight_noise", student.weight_noise, "0, or a number below 1")
     _one_of("student.attn_implementation", student.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
 
 
 def _validate_stage(where: str, stage: "StageRecipe", teachers: tuple[str, ...]) -> None:
-    _above_zero(f"{where}.steps", stage.steps)
-    _require(0 <= stage.warmup_steps < stage.steps, f"{where}.warmup_steps", stage.warmup_steps, "0 <= warmup < steps")
-    _require(
-        0 <= stage.freeze_trunk_steps < stage.steps,
-        f"{where}.freeze_trunk_steps",
-        stage.freeze_trunk_steps,
-        "0 <= freeze_trunk_steps < steps",
-    )
+    for key in ("warmup_steps", "freeze_trunk_steps"):
+        value = getattr(stage, key)
+        _require(value < stage.steps, f"{where}.{key}", value, f"fewer than {where}.steps, which is {stage.steps}")
     _one_of(f"{where}.weighting", stage.weighting, ("per_image", "per_rank"))
-    if stage.learning_rate is not None:
-        _above_zero(f"{where}.learning_rate", stage.learning_rate)
-    if stage.weight_decay is not None:
-        _at_least_zero(f"{where}.weight_decay", stage.weight_decay)
     if not stage.groups:
+        _require(stage.resolution > 0, f"{where}.resolution", stage.resolution, "the student's input side in pixels")
         _validate_group(where, stage, teachers)
         return
     for key in ("resolution", "teachers", "micro_batch_size"):
         _require(not getattr(stage, key), f"{where}.{key}", getattr(stage, key), "nothing, as the stage has groups")
     for name, group in stage.groups.items():
+        _require(bool(name), f"{where}.groups", list(stage.groups), "a name for each group")
         _validate_group(f"{where}.groups.{name}", group, teachers)
-        _above_zero(f"{where}.groups.{name}.share", group.share)
-        _require(0 < group.rate <= 1, f"{where}.groups.{name}.rate", group.rate, "above 0 and at most 1")
     rates = {name: group.rate for name, group in stage.groups.items()}
     _require(max(rates.values()) == 1, f"{where}.groups", rates, "a rate of 1 for one group at least")
 
 
 def _validate_group(where: str, group: "GroupRecipe | StageRecipe", teachers: tuple[str, ...]) -> None:
-    _above_zero(f"{where}.resolution", group.resolution)
-    _above_zero(f"{where}.batch_size", group.batch_size)
-    if group.micro_batch_size is not None:
-        _above_zero(f"{where}.micro_batch_size", group.micro_batch_size)
     _require(group.teachers != [], f"{where}.teachers", group.teachers, "null for all, or at least one name")
     for name in group.teachers or []:
         _one_of(f"{where}.teachers", name, teachers)
@@ -148,11 +182,3 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     _require(value in known, name, value, f"one of {', '.join(known)}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, name, value, "a number > 0")
-
-
-def _at_least_zero(name: str, value: float) -> None:
-    _require(math.isfinite(value) and value >= 0, name, value, "a finite number >= 0")
