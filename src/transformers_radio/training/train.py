@@ -145,6 +145,10 @@ def _distil(
             met += groups[name]
             if state["step"] < first_step + stage.steps and stop.number is None:
                 standardize = standardize_teachers(recipe, accelerator, met, teachers, shapes)
+                to_come = list(recipe.stages)[list(recipe.stages).index(name) :]
+                needed = {teacher for one in to_come for group in groups[one] for teacher in group.teachers}
+                for teacher in teachers.keys() - needed:
+                    del teachers[teacher]  # no stage from here on asks it: its memory is free for the others
                 state = _run_stage(
                     recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, caches, state,
                     progress, stop,
