@@ -74,7 +74,7 @@ def save_checkpoint(
     # Sharded weights are gathered by all processes; only the main one has the result.
     model_state = whole_state(model)
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_MAIN)
-    averages = None if ema is None else ema.state_dict()
+    averages = None if ema is None else ema.state_dict(keep=accelerator.is_main_process)
     error = None
     fix = "the last good one is kept; make room on the disk and run the same command again"
     try:

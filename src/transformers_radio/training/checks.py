@@ -10,10 +10,11 @@ from transformers_radio.data import ImageStream
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
-from .distill import build_distillation, distillation_losses, raise_if_not_finite, teacher_targets
+from .distill import build_distillation, distillation_losses, teacher_targets
 from .hadamard import hadamard
 from .optimizer import build_optimizer
 from .partition import Group
+from .progress import raise_if_not_finite
 from .recipe import Recipe
 from .run_folder import existing, find_checkpoints
 
@@ -164,7 +165,7 @@ def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, 
             f"stages.{where}: the student's heads do not fit the teachers' outputs ({error}); a student from a "
             "checkpoint needs adaptors of the recipe's teachers with the same widths"
         ) from error
-    raise_if_not_finite(terms, 0)
+    raise_if_not_finite({term: values.mean().item() for term, values in terms.items()}, 0)
 
 
 def checkpoint_bytes(recipe: Recipe, student: RadioModel) -> int:

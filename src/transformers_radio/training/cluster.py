@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from transformers_radio.modeling import RadioConfig
 from transformers_radio.teachers import Teacher
 
 from .dry_run import StepCost, TeacherCost, window_saving
 from .gpus import GPU
 from .partition import Group
+from .placement import stack
 from .recipe import Recipe
 
 STEPS_LOOKED_AT = 10_000  # over which the turns of groups with a rate below 1 are averaged
@@ -151,14 +154,22 @@ def uneven_shares(groups: list[Group], shares: dict[str, float], processes: int)
 
 
 def _teacher_bytes(recipe: Recipe, groups: dict[str, list[Group]], rank: int, teachers: dict[str, Teacher]) -> float:
-    """Of the weights on this process's device. An offloaded teacher is there a block at a time."""
-    shares: dict[str, float] = {}
+    """Of the weights on this process's device: whole, or but for two blocks sharded or elsewhere (the block that
+    computes, and the one on its way)."""
+    placed: dict[str, tuple[str, int]] = {}
     for group in (group for stage in groups.values() for group in stage if rank in group.ranks):
-        for name in group.teachers:
-            placement = recipe.teachers[name].placement
-            shares[name] = {"device": 1.0, "sharded": 1 / len(group.ranks), "offloaded": 0.0}[placement]
-    return sum(
-        share * parameter.numel() * parameter.element_size()
-        for name, share in shares.items()
-        for parameter in teachers[name].parameters()
-    )
+        placed |= {name: (recipe.teachers[name].placement, len(group.ranks)) for name in group.teachers}
+    total = 0.0
+    for name, (placement, ranks) in placed.items():
+        whole = _bytes(teachers[name])
+        if placement == "device":
+            total += whole
+        else:
+            blocks = sorted(_bytes(block) for block in stack(teachers[name].model))
+            share = sum(blocks) / ranks if placement == "sharded" else 0.0
+            total += whole - sum(blocks) + share + sum(blocks[-2:])
+    return total
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -257,19 +257,3 @@ def distillation_losses(
                 loss.smooth_l1_beta,
             )
     return terms
-
-
-def raise_if_not_finite(terms: dict[str, torch.Tensor], step: int) -> None:
-    """One device synchronisation; names the teacher and head of the first terms that are NaN or infinite.
-
-    Args:
-        terms: name -> any shape.
-    """
-    means = torch.stack([term.detach().mean() for term in terms.values()])
-    if bool(means.isfinite().all()):
-        return
-    bad = [f"{term} = {mean.item()}" for term, mean in zip(terms, means, strict=True) if not mean.isfinite()]
-    raise FloatingPointError(
-        f"the loss is not finite at step {step}: {', '.join(bad)} (teacher/head). The last good checkpoint is kept; "
-        "lower optimizer.learning_rate, set mixed_precision=bf16 or no, or look at that teacher's outputs"
-    )

@@ -33,12 +33,14 @@ class EMA:
         for name, weight in self._weights():
             _local(self.averages[name]).lerp_(_local(weight).float(), 1 - self.decay)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Whole averages by name of the parameter, on the CPU."""
-        return {
-            name: (average.full_tensor() if isinstance(average, DTensor) else average).to("cpu", copy=True)
-            for name, average in self.averages.items()
-        }
+    def state_dict(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """Whole averages by name of the parameter, on the CPU; nothing without `keep`, where only others need them."""
+        whole = {}
+        for name, average in self.averages.items():
+            gathered = average.full_tensor() if isinstance(average, DTensor) else average
+            if keep:
+                whole[name] = gathered.to("cpu", copy=True)
+        return whole
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Takes what `state_dict` returned, of a model sharded alike or otherwise.

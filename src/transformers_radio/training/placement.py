@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, cpu_offload_with_hook
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +23,7 @@ from .cache import TeacherCaches, cache_fingerprint, cache_name, check_room, est
 from .checks import checkpoint_bytes
 from .distill import TeacherShape
 from .partition import Group
-from .processes import on_main_process
+from .processes import LONGEST_WAIT, on_main_process
 from .recipe import Recipe, TeacherRecipe
 from .run_folder import existing
 
@@ -40,8 +41,11 @@ def build_teachers(
     own = {name for stage in groups.values() for group in stage if group.index is not None for name in group.teachers}
     teachers = {}
     for name, spec in recipe.teachers.items():
-        # All processes have to call it, also those that are not in it.
-        mesh = DeviceMesh(torch.device(device).type, list(ranks[name])) if len(ranks.get(name, ())) > 1 else None
+        mesh = None
+        if len(ranks.get(name, ())) > 1:
+            # All processes have to call it, also those that are not in it.
+            group: Any = torch.distributed.new_group(list(ranks[name]), timeout=LONGEST_WAIT)
+            mesh = DeviceMesh.from_group(group, torch.device(device).type) if name in own else None
         if name in own:
             teacher = load_teacher(name, spec)
             teachers[name] = _place(teacher, spec, torch.device(device), mesh)
@@ -153,20 +157,65 @@ def _layers(teacher: Teacher) -> int:
 
 
 def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:
-    teacher.to(device)
-    if spec.placement == "offloaded":
-        hook = None
-        for block in _stack(teacher.model):  # on the device while it computes; the next block sends it back
-            _, hook = cpu_offload_with_hook(block, device, prev_module_hook=hook)
+    """Blocks that are sharded or offloaded never are on the device together."""
+    blocks = list(stack(teacher.model))
     if mesh is not None:
-        for block in _stack(teacher.model):
-            fully_shard(block, mesh=mesh)
+        for block in blocks:
+            fully_shard(block.to(device), mesh=mesh)
+            # Each block is its own root, which FSDP2 would keep whole after the forward pass.
+            block.register_forward_hook(lambda block, *_: block.reshard())
+    if spec.placement == "offloaded" and device.type != "cpu":
+        offload(teacher, blocks, device)
+    else:
+        teacher.to(device)
     if spec.compile:
         teacher.encode = torch.compile(teacher.encode)  # type: ignore[method-assign]
     return teacher
 
 
-def _stack(network: nn.Module) -> Iterable[nn.Module]:
+def offload(teacher: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
+    """Moves all but the blocks to the device. A block is there while it computes and, on its way, while the one before
+    it does; its weights stay in pinned memory, from where they are copied and to where nothing goes back."""
+    homes = [[(tensor, tensor.data.pin_memory()) for tensor in _tensors(block)] for block in blocks]
+    in_blocks = {id(tensor) for home in homes for tensor, _ in home}
+    for tensor in _tensors(teacher):
+        if id(tensor) not in in_blocks:
+            tensor.data = tensor.data.to(device)
+    module = torch.get_device_module(device)
+    copies, fetched = module.Stream(device), set[int]()
+
+    def fetch(index: int) -> None:
+        if index in fetched or index >= len(blocks):
+            return
+        fetched.add(index)
+        with module.stream(copies):
+            for tensor, pinned in homes[index]:
+                tensor.data = pinned.to(device, non_blocking=True)
+
+    def before(index: int) -> None:
+        fetch(index)
+        compute = module.current_stream(device)
+        compute.wait_stream(copies)
+        for tensor, _ in homes[index]:
+            tensor.data.record_stream(compute)  # its memory is free again after this block, not before
+        fetch(index + 1)
+
+    def after(index: int) -> None:
+        fetched.discard(index)
+        for tensor, pinned in homes[index]:
+            tensor.data = pinned
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: before(index))
+        block.register_forward_hook(lambda *_, index=index: after(index))
+        after(index)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def stack(network: nn.Module) -> Iterable[nn.Module]:
     """The blocks of a transformer, which hold nearly all of its weights; the network itself where there are none."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     stacks = [stack for stack in lists if len(stack) > 1]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from transformers_radio.precision import resolve_dtype, resolve_mixed_precision,
 
 from .recipe import Recipe
 from .run_folder import recorded_recipe
+
+# Of one process for the others: for a download, a checkpoint on a slow disk, the listing of a large folder.
+LONGEST_WAIT = timedelta(hours=6)
 
 Result = TypeVar("Result")
 
@@ -79,7 +83,8 @@ def settle_precision(recipe: Recipe) -> Recipe:
     is good at. A CPU that is slow in the result is warned about.
     """
     # Without an accelerator, Accelerate would take each process of a group for the only one.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
 
     def settle() -> Recipe:
         before = recorded_recipe(recipe) if uses_auto_precision(recipe) else None

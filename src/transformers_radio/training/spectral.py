@@ -59,9 +59,7 @@ class SpectralReparam(nn.Module):
 
     @torch.no_grad()
     def power_step(self, weight: torch.Tensor) -> None:
-        """One step of power iteration. For a sharded weight: on all processes together."""
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
+        """One step of power iteration."""
         with torch.autocast(weight.device.type, enabled=False):
             v = F.normalize(weight.float().T @ self._u.float(), dim=0)
             u = F.normalize(weight.float() @ v, dim=0)
@@ -145,7 +143,39 @@ def _scaled(weight: torch.Tensor, rho: torch.Tensor, sigma: torch.Tensor, versio
 def power_steps(model: nn.Module) -> None:
     """One step of power iteration for every reparametrised weight. Call once an optimizer step, before its first pass:
     the passes of a step, whose number depends on the processes, and layers that gradient checkpointing computes again,
-    then see the same u and v. Sharded weights are gathered for it, on all processes together."""
-    for module in model.modules():
-        if isinstance(module, ParametrizationList) and isinstance(module[0], SpectralReparam):
-            module[0].power_step(module.original)
+    then see the same u and v. With sharded weights: on all processes together."""
+    lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+    found = [(module[0], module.original) for module in lists if isinstance(module[0], SpectralReparam)]
+    sharded = [(reparam, weight) for reparam, weight in found if isinstance(weight, DTensor)]
+    for reparam, weight in found:
+        if not isinstance(weight, DTensor):
+            reparam.power_step(weight)
+    if sharded:
+        _sharded_power_steps(sharded)
+
+
+@torch.no_grad()
+def _sharded_power_steps(found: list[tuple[SpectralReparam, DTensor]]) -> None:
+    """As `power_step`, on the rows that this process holds: two sums over the processes for all weights together."""
+    meshes = {weight.device_mesh for _, weight in found}
+    (mesh,) = meshes
+    dim = next(i for i, placement in enumerate(found[0][1].placements) if placement.is_shard(0))
+    group = mesh.get_group(dim)
+    rank, size = mesh.get_local_rank(dim), mesh.size(dim)
+
+    parts = []
+    for reparam, weight in found:
+        local = weight.to_local().float()  # (rows, in); torch.chunk's share of (out, in)
+        start = min(rank * math.ceil(len(weight) / size), len(weight))
+        parts.append((reparam, local, slice(start, start + len(local))))
+    v = torch.cat([local.T @ reparam._u.float()[rows] for reparam, local, rows in parts])
+    torch.distributed.all_reduce(v, group=group)
+    vs = [F.normalize(one, dim=0) for one in v.split([reparam._v.numel() for reparam, _ in found])]
+    us = [torch.zeros_like(reparam._u, dtype=torch.float32) for reparam, _ in found]
+    for u, one, (_, local, rows) in zip(us, vs, parts, strict=True):
+        u[rows] = local @ one
+    u = torch.cat(us)
+    torch.distributed.all_reduce(u, group=group)
+    for (reparam, _), one, length in zip(found, vs, u.split([one.numel() for one in us]), strict=True):
+        reparam._v.copy_(one)
+        reparam._u.copy_(F.normalize(length, dim=0))

@@ -25,7 +25,6 @@ from .distill import (
     TeacherShape,
     build_distillation,
     build_student,
-    raise_if_not_finite,
     teacher_targets,
     term_weights,
 )
@@ -35,7 +34,7 @@ from .optimizer import build_optimizer, start_schedule
 from .partition import Group, passes_in_step, stage_groups
 from .placement import build_teachers, gather_shapes, open_caches
 from .processes import build_accelerator, on_main_process, settle_precision, threads_beside_workers
-from .progress import Log, StopSignal, TermSums, to_device
+from .progress import STEPS_PER_AGREEMENT, FiniteCheck, Log, StopSignal, TermSums, to_device
 from .recipe import Recipe, expand_paths
 from .run_folder import find_run, open_run, truncate_metrics
 from .spectral import power_steps
@@ -148,6 +147,10 @@ def _distil(
                 known = state.get("statistics")
                 standardize, known = standardize_teachers(recipe, accelerator, met, teachers, shapes, known)
                 state = {**state, "statistics": known}
+                to_come = list(recipe.stages)[list(recipe.stages).index(name) :]
+                needed = {teacher for one in to_come for group in groups[one] for teacher in group.teachers}
+                for teacher in teachers.keys() - needed:
+                    del teachers[teacher]  # no stage from here on asks it: its memory is free for the others
                 state = _run_stage(
                     recipe, name, first_step, accelerator, student, teachers, groups[name], standardize, caches, state,
                     progress, stop,
@@ -213,6 +216,7 @@ def _run_stage(
     balancing = accelerator.unwrap_model(model).balancing
     log = Log(accelerator, output_dir / "metrics.jsonl", recipe, terms)
     balanced = TermSums(terms, accelerator.device)
+    finite = FiniteCheck([*terms, "gradient norm"], accelerator.device)
 
     step = state["step"]
     stopped = False
@@ -235,15 +239,14 @@ def _run_stage(
                     side = own[0].resolution
                     pixels = torch.zeros(1, 3, side, side, device=accelerator.device)
                 else:
-                    batch = next(batches[group.name])
+                    with log.waiting():
+                        batch = next(batches[group.name])
                     images = to_device(batch, accelerator.device)
                     pixels, weight, window = images[group.resolution], group.image_weight, windows[group.name]
                     group_teachers = {name: teachers[name] for name in group.teachers}
                     targets = teacher_targets(group_teachers, images, standardize, batch.keys, caches)
                 with accelerator.autocast():
                     totals, losses = model(pixels, targets, window_size=window)  # (B,), name -> (B,)
-                if losses:
-                    raise_if_not_finite(losses, step + 1)
                 loss = weight * totals.sum()
                 # The processes' gradients are averaged, but their losses are parts of one sum.
                 accelerator.backward(loss * accelerator.num_processes)
@@ -253,8 +256,8 @@ def _run_stage(
             if isinstance(balancing, AdaLossBalancing):
                 balanced.add(losses)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
-        if accelerator.scaler is None:  # a scaler, in fp16, expects overflows and skips the step
-            raise_if_not_finite({"gradient norm": torch.as_tensor(grad_norm)}, step + 1)
+        finite.check()
+        finite.put(step + 1, log.terms.sums[0], grad_norm, scaled=accelerator.scaler is not None)
         optimizer.step()
         optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler found an overflow
@@ -268,10 +271,13 @@ def _run_stage(
         progress.update()
         at_end = step == first_step + stage.steps
         if step % recipe.log_every_steps == 0 or at_end:
+            finite.check()
             skipped = sum(sum(stream.skipped.values()) for stream in streams.values())
             log.write(step, stage_name, float(max(schedule.get_last_lr())), grad_norm, skipped, progress)
-        stopped = stop.agreed(accelerator)
-        if step % recipe.checkpoints.every_steps == 0 or at_end or stopped:
+        is_due = step % recipe.checkpoints.every_steps == 0 or at_end
+        stopped = (is_due or step % STEPS_PER_AGREEMENT == 0) and stop.agreed(accelerator)
+        if is_due or stopped:
+            finite.check()
             if caches is not None:  # before the checkpoint: what it has seen is on the disk
                 caches.flush()
             state = {**state, "step": step, "stage": stage_name, "schedule": schedule.state_dict()}
