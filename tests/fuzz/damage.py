@@ -19,8 +19,10 @@ EXTREME = (
 def damage(rng: np.random.Generator, data: bytes, first: int = 0, last: int | None = None) -> tuple[str, bytes]:
     """-> (what was done, the damaged bytes): at one place, from byte `first` on and before `last`."""
     last = len(data) if last is None else last
-    header = rng.random() < 0.3  # where a change says most
-    place = int(rng.integers(first, max(first + 1, min(last, first + 64) if header else last)))
+    low, high = choose(
+        rng, ((first, last), (first, last), (first, min(last, first + 64)), (max(first, last - 64), last))
+    )
+    place = int(rng.integers(low, max(low + 1, high)))  # often in headers and trailers, where a change says most
     length = int(rng.choice([1, 2, 4, 16, 200]))
     kind = str(rng.choice(["flip", "flip", "flip", "cut", "extreme", "zero", "insert", "delete", "repeat", "garbage"]))
     if kind == "flip":

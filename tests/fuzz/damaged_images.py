@@ -72,7 +72,7 @@ def prepare(folder: Path) -> dict[str, bytes]:
 
 
 def draw(rng: np.random.Generator, files: dict[str, bytes], folder: Path) -> Case:
-    name = choose(rng, files)
+    name = choose(rng, choose(rng, (files, [name for name in files if name.endswith("png")])))  # with checksums
     what, data = damage(rng, files[name])
     if name.endswith("png") and rng.random() < 0.3:
         what, data = f"{what}, checksums made anew", with_checksums(data)

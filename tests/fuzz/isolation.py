@@ -99,7 +99,8 @@ class Worker:
         if outcome in ("hang", "crash"):
             self.process.kill()
             self.close()
-            message += ": " + " < ".join(line.strip() for line in self._output().splitlines() if line[:6] == "  File")
+            stack = self._output().split("most recent call first")[-1].splitlines()  # of the main thread
+            message += ": " + " < ".join(line.strip() for line in stack[:16] if line[:6] == "  File")
         return Result(number, what, outcome, message)
 
     def close(self) -> None:

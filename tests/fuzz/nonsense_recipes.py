@@ -102,7 +102,7 @@ def draw(rng: np.random.Generator, images: str, folder: Path) -> Case:
             text = yaml.safe_dump(values, sort_keys=False)
     elif kind in ("field", "override"):
         overrides = [choose(rng, OVERRIDES)]
-        names, what = (*names, overrides[0].split("=")[0][:100], "override"), f"override {overrides[0]!r}"
+        names, what = ("override", *(".".join(path) for path in every if len(path) > 1)), f"override {overrides[0]!r}"
     elif kind == "text":
         names = (*names, *get_type_hints(Recipe))
         what, content = damage(rng, text.encode())
