@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations teachers test test-slow test-lmms quality bench clean
+.PHONY: help quickstart seeds ablations teachers test test-slow test-lmms fuzz quality bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -43,6 +43,9 @@ $(LMMS_VENV)/installed: setup.py pyproject.toml
 
 test-lmms: $(LMMS_VENV)/installed  ## Test against lmms-eval, in an environment of its own
 	$(LMMS_VENV)/bin/python -m pytest -m lmms tests/evaluation/test_lmms_eval.py
+
+fuzz: $(VENV)/installed  ## Damage input of every kind for ten minutes, and say what came of it
+	$(BIN)/python tests/fuzz/run.py
 
 quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/ruff check .
