@@ -10,9 +10,11 @@ library do not count as failures.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,13 +28,15 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent / "gpu_parts"
 SECONDS = 480
 FAILED = ("error", "FAIL", "killed", "hung")
-PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "segment-anything", "accelerate", "triton", "flash-attn")
+PACKAGES = (
+    *("torch", "transformers", "timm", "open_clip_torch", "segment-anything", "accelerate", "triton", "flash-attn"),
+)
 LOG_TAIL = 200  # characters of the last line of a log in a row
 
 
 @dataclass(frozen=True)
 class Part:
-    """`module`: a file with `cases(setup)`. `share`: of the seconds; what a part leaves over goes to the later ones."""
+    """`module`: a file with `cases(setup)`. `share`: of the seconds; what it leaves over goes to the later parts."""
 
     name: str
     module: str
@@ -56,7 +60,9 @@ class Report:
     folder: Path
     about: dict[str, Any]
     order: list[str]
+    scratch: Path  # of the parts, also of those that are killed
     rows: list[dict[str, Any]] = field(default_factory=list)
+    running: "set[Child]" = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, part: str, rows: list[dict[str, Any]]) -> None:
@@ -76,7 +82,9 @@ class Report:
         lines = []
         for part in dict.fromkeys(row["part"] for row in self.rows):
             rows = [row for row in self.rows if row["part"] == part]
-            columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("part", "reason")]
+            columns = [
+                key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("part", "reason")
+            ]
             columns += ["reason"] if any("reason" in row for row in rows) else []
             lines += ["", f"## {part}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
             lines += [f"| {' | '.join(show(row.get(key, '')) for key in columns)} |" for row in rows]
@@ -90,14 +98,19 @@ def show(value: Any) -> str:
 class Child:
     """A process that runs the cases of a part from number `first` on, and the lines that it tells."""
 
-    def __init__(self, part: Part, first: int, until: float, dry: bool, folder: Path):
+    def __init__(self, part: Part, first: int, until: float, dry: bool, folder: Path, scratch: Path):
         self.log = folder / f"gpu-{part.name}.log"
         reader, writer = os.pipe()
         command = [sys.executable, str(FOLDER / "child.py"), part.module, f"--first={first}", f"--until={until}"]
         command += [f"--descriptor={writer}", *(["--dry"] if dry else [])]
         paths = [str(FOLDER.parent.parent / "src"), str(FOLDER), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "TQDM_DISABLE": "1"}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if dry else {})}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "TMPDIR": str(scratch)}
+        environment |= {
+            "TQDM_DISABLE": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            **({"CUDA_VISIBLE_DEVICES": ""} if dry else {}),
+        }
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, pass_fds=(writer,), env=environment, start_new_session=True
@@ -165,7 +178,7 @@ def watch(child: Child, first: int, until: float, add: Callable[[list[dict[str, 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended. `number`: the case in which it did, or, with "ok" and "again", the one that would be next."""
+    """How a process ended. `number`: the case in which it did; with "ok" and "again", the one that would be next."""
 
     names: list[str]
     number: int
@@ -177,10 +190,12 @@ def run_part(part: Part, until: float, dry: bool, report: Report) -> None:
     """A row for every case of the part, until it is over or its time is."""
     first, ending = 0, Ending([], 0, "again")
     while ending.status != "ok" and time.time() < until:
-        child = Child(part, first, until, dry, report.folder)
+        child = Child(part, first, until, dry, report.folder, report.scratch)
+        report.running.add(child)
         try:
             ending = watch(child, first, until, lambda rows: report.add(part.name, rows))
         finally:
+            report.running.discard(child)
             child.end()
         first = ending.number
         if ending.status not in ("ok", "again"):
@@ -207,7 +222,13 @@ def run_parts(parts: list[Part], seconds: float, dry: bool, report: Report) -> N
             report.add(parts[number].name, [{"name": parts[number].name, "status": "error", "reason": reason}])
 
     with ThreadPoolExecutor(max_workers=2 if dry else 1) as pool:
-        list(pool.map(run, range(len(parts))))
+        try:
+            list(pool.map(run, range(len(parts))))
+        except KeyboardInterrupt:
+            for child in list(report.running):
+                child.end()
+            shutil.rmtree(report.scratch, ignore_errors=True)
+            os._exit(130)  # the threads would go on with the next cases
 
 
 def about(dry: bool) -> dict[str, Any]:
@@ -245,19 +266,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts together ({SECONDS})")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.out.mkdir(parents=True, exist_ok=True)
     for log in options.out.glob("gpu-*.log"):
         log.unlink()
     started = time.time()
-    report = Report(options.out.resolve(), about(options.dry), names)
-    print(f"{report.about['card']}, driver {report.about['driver']}, torch {report.about['versions']['torch']}", flush=True)
-    run_parts([part for part in PARTS if part.name in options.only], options.seconds, options.dry, report)
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as scratch:
+        report = Report(options.out.resolve(), about(options.dry), names, Path(scratch))
+        card, versions = report.about["card"], report.about["versions"]
+        print(f"{card}, driver {report.about['driver']}, torch {versions['torch']}", flush=True)
+        parts = [part for part in PARTS if part.name in options.only]
+        run_parts(parts, options.seconds, options.dry, report)
     print(report.tables())
     figure = [sys.executable, str(FOLDER / "figure.py"), str(report.folder / "gpu.json")]
     paths = [str(FOLDER.parent.parent / "src"), os.environ.get("PYTHONPATH", "")]
     drawn = subprocess.run(figure, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
     failed = [row for row in report.rows if row["status"] in FAILED]
-    print(f"\n{len(report.rows)} rows, {len(failed)} failed, {time.time() - started:.0f} seconds; {report.folder}/gpu.json")
+    took = time.time() - started
+    print(f"\n{len(report.rows)} rows, {len(failed)} failed, {took:.0f} seconds; {report.folder}/gpu.json")
     return 1 if failed or drawn else 0
 
 

@@ -11,8 +11,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def cases(setup: Setup) -> list[Case]:
     sides = [64, 96] if setup.dry else [8192, 4096, 16384]
     return [
-        *(Case(f"{name} matmul {side}", partial(matmul, DTYPES[name], side, setup)) for side in sides for name in DTYPES),
-        *(Case(f"{name} matmul {sides[0]}", partial(float32_matmul, name, sides[0], setup)) for name in ("tf32", "fp32")),
+        *(
+            Case(f"{name} matmul {side}", partial(matmul, DTYPES[name], side, setup))
+            for side in sides
+            for name in DTYPES
+        ),
+        *(
+            Case(f"{name} matmul {sides[0]}", partial(float32_matmul, name, sides[0], setup))
+            for name in ("tf32", "fp32")
+        ),
         Case("copy on the device", partial(copy, setup)),
         Case("copy from pinned memory", partial(upload, setup)),
     ]

@@ -33,7 +33,9 @@ def cases(setup: Setup) -> list[Case]:
             wanted += [(kind, size, 432, 32, "compiled", 0), (kind, size, 432, 1, "graph", 0)]
     for size in "BLH":
         for kind in ("ours", *OTHERS):
-            rest = [(side, batch, mode) for side in SIDES for batch in BATCHES for mode in ("eager", "compiled", "graph")]
+            rest = [
+                (side, batch, mode) for side in SIDES for batch in BATCHES for mode in ("eager", "compiled", "graph")
+            ]
             wanted += [(kind, size, *one, 0) for one in rest if one[2] != "graph" or one[1] == 1]
     if setup.dry:
         wanted = [("ours", "B", 432, 32, mode, 0) for mode in ("eager", "compiled", "graph")]

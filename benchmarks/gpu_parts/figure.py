@@ -7,7 +7,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from transformers_radio.evaluation.figure_style import BLUE, GRAY, TICK_SIZE, VERMILION, new_figure, save_figure, style_axes
+from transformers_radio.evaluation.figure_style import (
+    BLUE,
+    GRAY,
+    TICK_SIZE,
+    VERMILION,
+    new_figure,
+    save_figure,
+    style_axes,
+)
 
 MOST_BARS = 24
 PANELS = {  # part -> the column that is drawn, and its name

@@ -1,4 +1,4 @@
-"""How the parts of `benchmarks/gpu.py` measure: seconds, memory, graphs and compilers, alike on a GPU and in a dry run."""
+"""How the parts of `benchmarks/gpu.py` measure: seconds, memory, graphs and compilers, alike on a GPU and on a CPU."""
 
 import gc
 import statistics

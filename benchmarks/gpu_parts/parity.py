@@ -4,7 +4,7 @@ An error is the largest difference over the largest magnitude of the reference, 
 """
 
 import copy
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers_radio.training.distill import Distillation
 from transformers_radio.training.recipe import LossRecipe
 
 # dtype -> the largest error that rounding explains in twelve layers
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 ADAPTORS = {  # a teacher with a summary on a finer grid than the student's, and one without on a coarser
@@ -55,7 +55,7 @@ def forward_parity(kind: str, dtype: torch.dtype, attention: str, setup: Setup) 
     return verdict({"error": error}, {"error": TOLERANCES[dtype]})
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(kind: str, setup: Setup) -> dict[str, torch.Tensor]:
     return outputs(student(setup, "eager").double().eval(), kind, torch.float64, setup)
 
@@ -89,7 +89,7 @@ def training_parity(dtype: torch.dtype, attention: str, setup: Setup) -> dict[st
     return verdict(errors, {"error": TOLERANCES[dtype], "gradient error": limit})
 
 
-@lru_cache(maxsize=None)
+@cache
 def trained_reference(setup: Setup) -> dict[str, torch.Tensor]:
     return training(torch.float64, "eager", torch.device("cpu"), setup)
 
@@ -125,7 +125,7 @@ def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Se
     return {"losses": torch.stack(losses), "gradient": gradient}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _student(setup: Setup) -> RadioModel:
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "window_num_global": 1}
     tiny = tiny if setup.dry else {}

@@ -1,4 +1,4 @@
-"""Whole runs of `train` with a ViT-B: what its loop costs, where it waits for the device, DDP, FSDP2, kill and resume."""
+"""Runs of `train` with a ViT-B: what its loop costs, where it waits for the device, DDP, FSDP2, kill and resume."""
 
 import importlib
 import itertools
@@ -40,7 +40,11 @@ RECIPE = """
 output_dir: {folder}/run
 student: {{size: {size}, config: {{num_hidden_layers: {layers}, max_img_size: 512}}}}
 teachers:
-  teacher: {{type: python, checkpoint: "{teacher}", dtype: bfloat16, options: {{target: "training_runs:RandomTeacher"}}}}
+  teacher:
+    type: python
+    checkpoint: "{teacher}"
+    dtype: bfloat16
+    options: {{target: "training_runs:RandomTeacher"}}
 data: {{path: {folder}/images, num_workers: {workers}}}
 stages:
   main: {{steps: {steps}, resolution: {side}, batch_size: {batch}, warmup_steps: 2}}
@@ -76,7 +80,9 @@ class RandomTeacher(Teacher):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             random_weights(described, "cpu")
-        widths = {name: getattr(described, name) for name in ("image_size", "patch_size", "summary_dim", "feature_dim")}
+        widths = {
+            name: getattr(described, name) for name in ("image_size", "patch_size", "summary_dim", "feature_dim")
+        }
         super().__init__(described.model, **widths, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype)
         self.encode = described.encode  # type: ignore[method-assign]
 
@@ -207,7 +213,7 @@ class WarnOfItems(TorchDispatchMode):
 
 def kill_and_resume(setup: Setup) -> list[dict[str, Any]]:
     """One rank under DDP, killed after its first checkpoint, and continued to the end under FSDP2."""
-    steps, every = (40, 4) if setup.dry else (80, 40)
+    steps, every = (16, 4) if setup.dry else (80, 40)
     with tempfile.TemporaryDirectory() as name:
         path = make_recipe(Path(name), setup, steps, every)
         recipe = load_recipe(path)
@@ -230,7 +236,8 @@ def kill_and_resume(setup: Setup) -> list[dict[str, Any]]:
             process.kill()
         lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         interval = TINY["interval"] if setup.dry else INTERVAL
-        whole = code == 0 and (run / "student" / "config.json").is_file() and lines == [*range(interval, steps + 1, interval)]
+        finished = code == 0 and (run / "student" / "config.json").is_file()
+        whole = finished and lines == [*range(interval, steps + 1, interval)]
         after = milliseconds(recipe, reached + interval)
     return [
         {"name": "DDP, one rank, killed with -9", "ms": before, "last checkpoint": reached},
