@@ -1,7 +1,9 @@
 """Runs that go on elsewhere: with other passes, less memory, several data sets, or a server that was down."""
 
+import functools
 import importlib
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from safetensors.torch import load_file
 
 from transformers_radio.data import SourceError, listing
 from transformers_radio.data.files import find_files
+from transformers_radio.teachers import digest_weights
 from transformers_radio.training import load_recipe, train
+from transformers_radio.training.progress import StopSignal
 
 # Nothing is drawn at random by each pass, so that runs with other passes can be compared.
 PLAIN = ["student.config.cpe_sampling=false", "student.config.pos_dropout=0", "optimizer.eps=1e-3"]
@@ -145,3 +149,34 @@ def test_a_lost_server_stops_the_run_and_the_same_command_goes_on(make_recipe, i
     train(recipe)
     server.stop()
     assert_close(tmp_path / "whole", tmp_path / "stopped", atol=0)
+
+
+def test_a_run_does_not_go_on_with_other_weights_under_the_same_name(make_recipe, tmp_path, monkeypatch):
+    recipe = load_recipe(make_recipe(), ["stages.main.steps=4"])
+    with monkeypatch.context() as stopping:
+        stopping.setattr(StopSignal, "agreed", lambda self, accelerator: True)
+        assert train(recipe).student_dir is None
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    manifest = json.loads((checkpoint / "training_state" / "teacher_manifest.json").read_text())
+    from tiny_teachers import PatchTeacher
+
+    clip = PatchTeacher("", 24, width=16)
+    assert manifest["clip"] == {
+        "type": "python",
+        "checkpoint": "tiny_teachers:PatchTeacher",
+        "weights": digest_weights(clip),
+        "dtype": "float32",
+        "image_size": 24,
+    }
+    build = PatchTeacher.__init__
+
+    @functools.wraps(build)
+    def other(self, *arguments, **options):
+        build(self, *arguments, **options)
+        self.model.bias.data += 1e-3 * (options["width"] == 20)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(PatchTeacher, "__init__", other)
+        with pytest.raises(ValueError, match=r"teachers\.sam is not the one that taught until .*weights '\w+' there"):
+            train(recipe)
+    assert train(recipe).step == 4

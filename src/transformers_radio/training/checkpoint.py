@@ -7,6 +7,7 @@ output_dir/checkpoints/step-00001000/
     optimizer.pt, scaler.pt, ema.safetensors
     random_<rank>.pt                        random generators
     state.json                              step, stage, schedule, data positions
+    teacher_manifest.json                   which teachers taught: type, checkpoint, hash of the weights, dtype, size
   manifest.json                             bytes and checksum of every file
 """
 
@@ -30,12 +31,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from transformers_radio.data import merge_states
+from transformers_radio.teachers import portable_checkpoint
 
+from .distill import TeacherShape
 from .ema import EMA
 from .export import WHOLE_ON_MAIN, whole_state, write_student
 from .phi_s import PhiS
 from .processes import on_main_process
+from .recipe import Recipe
 from .run_folder import MANIFEST, STATE, find_checkpoints, size_and_checksum, writing
+
+TEACHERS = "teacher_manifest.json"
 
 
 def save_checkpoint(
@@ -53,11 +59,11 @@ def save_checkpoint(
 
     Args:
         model: the prepared `Distillation`.
-        state: JSON-able, the same on every process.
+        state: JSON-able, the same on every process; "teachers" is what `describe_teachers` returned.
         streams: group -> this process's ImageStream.state_dict(), of the groups that it serves.
 
     Returns:
-        The state as `read_state` will return it: with the data positions of all processes.
+        The state with the data positions of all processes, as `read_state` will return it (but for "teachers").
 
     Raises:
         OSError: on every process, when it could not be written on one; nothing is left of it.
@@ -70,6 +76,7 @@ def save_checkpoint(
         by_group.setdefault(group, []).append(position)
     merged = {group: merge_states(positions) for group, positions in by_group.items()}
     state = {**state, "streams": {**state["streams"], **merged}, "processes": accelerator.num_processes}
+    teachers = state.pop("teachers")
 
     # Sharded weights are gathered by all processes; only the main one has the result.
     model_state = whole_state(model)
@@ -90,6 +97,7 @@ def save_checkpoint(
                     save_file(averages, folder / "ema.safetensors")
                 write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
                 (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                (folder / TEACHERS).write_text(json.dumps(teachers, indent=1), encoding="utf-8")
     except OSError as failure:
         error = str(failure)
     errors = [one for one in gather_object([error]) if one is not None]
@@ -110,7 +118,38 @@ def save_checkpoint(
             shutil.rmtree(doomed)
 
     on_main_process(accelerator, finish)
-    return state
+    return {**state, "teachers": teachers}
+
+
+def describe_teachers(recipe: Recipe, shapes: dict[str, TeacherShape]) -> dict[str, dict[str, Any]]:
+    """What decides the targets, by the teachers' names. JSON-able, and without this machine's folders."""
+    return {
+        name: {
+            "type": spec.type,
+            "checkpoint": portable_checkpoint(spec.checkpoint),
+            "weights": shapes[name].weights,
+            "dtype": spec.dtype,
+            "image_size": shapes[name].image_size,
+        }
+        for name, spec in recipe.teachers.items()
+        if name in shapes
+    }
+
+
+def check_teachers(checkpoint: Path, teachers: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError if a run would go on with other teachers than it had, such as a newer revision of one."""
+    path = checkpoint / "training_state" / TEACHERS
+    if not path.exists():  # of an older version
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in before.keys() & teachers.keys():
+        fields = [key for key in ("weights", "dtype", "image_size") if before[name].get(key) != teachers[name][key]]
+        if fields:
+            differs = [f"{key} {before[name].get(key)!r} there, {teachers[name][key]!r} here" for key in fields]
+            raise ValueError(
+                f"teachers.{name} is not the one that taught until {checkpoint} ({', '.join(differs)}); bring "
+                "its weights back, or choose another output_dir"
+            )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from transformers_radio.teachers import Teacher, TeacherOutput
 
 from .balancing import AdaLossBalancing
 from .cache import TeacherCaches
-from .checkpoint import load_training, load_weights, read_state, save_checkpoint, skipped_images
+from .checkpoint import (
+    check_teachers,
+    describe_teachers,
+    load_training,
+    load_weights,
+    read_state,
+    save_checkpoint,
+    skipped_images,
+)
 from .checks import check_before_training
 from .distill import (
     TeacherShape,
@@ -90,6 +98,8 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, resume_from: Path | None)
     }
     teachers = build_teachers(recipe, groups, accelerator.device)  # those that this process serves
     shapes = gather_shapes(accelerator, recipe, teachers)  # of all
+    if resume_from is not None:
+        on_main_process(accelerator, lambda: check_teachers(resume_from, describe_teachers(recipe, shapes)))
     set_seed(recipe.seed)  # the same initial student on every process
     student = build_student(recipe, shapes)
     check_before_training(recipe, student, teachers, groups, accelerator)
@@ -124,6 +134,7 @@ def _distil(
     if checkpoint is not None:
         state = read_state(checkpoint)
         accelerator.print(f"continuing {output_dir} from step {state['step']} of {total_steps}")
+    state["teachers"] = describe_teachers(recipe, shapes)
     if accelerator.is_main_process:
         truncate_metrics(output_dir / "metrics.jsonl", state["step"])
     if recipe.tracker:
