@@ -125,13 +125,13 @@ def expand_braces(path: str) -> list[str]:
         ValueError: there are more than ten million.
     """
     parts = BRACES.split(path)  # text, inside of braces, text, ...
-    choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
+    choices = [_choices(part, path) if number % 2 else [part] for number, part in enumerate(parts)]
     if math.prod(map(len, choices)) > MAX_EXPANDED:
         raise ValueError(f"{path!r} stands for more than {MAX_EXPANDED:,} files.")
     return ["".join(combination) for combination in itertools.product(*choices)]
 
 
-def _choices(inside: str) -> list[str]:
+def _choices(inside: str, path: str) -> list[str]:
     first, _, last = inside.partition("..")
     if not (first + last).isdecimal():
         return inside.split(",")
@@ -140,7 +140,7 @@ def _choices(inside: str) -> list[str]:
     width = max(len(first), len(last)) if is_padded else 0
     numbers = range(int(first), int(last) + step, step)
     if abs(int(last) - int(first)) >= MAX_EXPANDED:  # not len(numbers), which overflows
-        raise ValueError(f"{{{inside}}} stands for more than {MAX_EXPANDED:,} files.")
+        raise ValueError(f"{path!r} stands for more than {MAX_EXPANDED:,} files.")
     return [f"{number:0{width}}" for number in numbers]
 
 

@@ -4,6 +4,8 @@ import io
 import os
 import stat
 import struct
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -72,6 +74,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         SkippedImage: the file cannot be used.
     """
     if data.startswith(PNG_SIGNATURE):
+        _check_png(data)
         try:
             image = _open(data, max_pixels)
             load_pixels(image)
@@ -162,13 +165,26 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _only_pixels(png: bytes) -> bytes:
-    """The file without texts, colour profiles and the like."""
-    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+def _check_png(png: bytes) -> None:
+    """Pillow passes over the checksums of the pixels, and makes other pixels of damaged ones without a word."""
+    for name, chunk in _chunks(png):
+        is_whole = len(chunk) == 12 + int.from_bytes(chunk[:4], "big")  # others are named truncated
+        if name == b"IDAT" and is_whole and zlib.crc32(memoryview(chunk)[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            raise SkippedImage("undecodable", "a checksum of the pixels does not fit")
+
+
+def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(name, the whole chunk: length, name, content and checksum) for each."""
+    start = len(PNG_SIGNATURE)
     while start + 8 <= len(png):
         length, name = struct.unpack_from(">I4s", png, start)
-        end = start + 12 + length  # length, name, content, checksum
-        if name[:1].isupper() or name in PNG_CHUNKS:  # upper case: a reader has to understand it
-            kept.append(png[start:end])
+        end = start + 12 + length
+        yield name, png[start:end]
         start = end
-    return b"".join(kept)
+
+
+def _only_pixels(png: bytes) -> bytes:
+    """The file without texts, colour profiles and the like."""
+    # upper case: a reader has to understand it
+    kept = [chunk for name, chunk in _chunks(png) if name[:1].isupper() or name in PNG_CHUNKS]
+    return b"".join([PNG_SIGNATURE, *kept])

@@ -18,6 +18,7 @@ from transformers.image_utils import ImageType, PILImageResampling, get_image_ty
 from transformers.processing_utils import ImagesKwargs
 
 from .decoding_radio import MAX_PIXELS, SkippedImage, decode_rgb, load_rgb, read_file
+from .errors_radio import naming_checkpoint
 
 
 class RadioImageProcessorKwargs(ImagesKwargs, total=False):
@@ -29,7 +30,11 @@ class RadioImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 _SIZES = "positive integers as {'height': h, 'width': w}, {'shortest_edge': s} or {'longest_edge': s}"
-_FILTERS = [*PILImageResampling, *InterpolationMode, *(mode.value for mode in InterpolationMode)]
+_FILTERS = [
+    *image_utils.pil_torch_interpolation_mapping,
+    *InterpolationMode,
+    *(mode.value for mode in InterpolationMode),
+]
 
 
 def _is_positive(value) -> bool:
@@ -89,6 +94,11 @@ class RadioImageProcessor(TorchvisionBackend):
     do_normalize = False
     do_convert_rgb = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        with naming_checkpoint(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def _standardize_kwargs(self, *args, **kwargs) -> dict:
         given = {name: kwargs.get(name) for name in ("size", "crop_size", "pad_size") if kwargs.get(name) is not None}
         try:
@@ -112,6 +122,11 @@ class RadioImageProcessor(TorchvisionBackend):
             raise ValueError(f"rescale_factor={kwargs['rescale_factor']}: the model takes [0, 1], which is 1 / 255")
         if kwargs["resample"] not in _FILTERS:
             raise ValueError(f"resample={kwargs['resample']!r}: expected a filter of Pillow, such as 3 (bicubic)")
+        if kwargs.get("device") is not None:
+            try:
+                torch.empty(0, device=kwargs["device"])
+            except Exception as error:  # torch has a type for each: unknown, malformed, without a driver
+                raise ValueError(f"device={kwargs['device']!r} is no device of this machine; use 'cpu'") from error
         if not _is_positive(kwargs["size_divisor"]):
             raise ValueError(
                 f"size_divisor={kwargs['size_divisor']!r} must be a positive integer; use the model's "

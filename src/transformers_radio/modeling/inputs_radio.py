@@ -1,6 +1,7 @@
 """Checks of what a RADIO model is called with; all raise ValueError with the value and the fix."""
 
 import math
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
     """The adaptors to run: all of them for `None`."""
     if adaptors is None:
         return available
-    is_list = hasattr(adaptors, "__iter__") and not isinstance(adaptors, (str, torch.Tensor))
+    is_list = isinstance(adaptors, (list, tuple, Set, Mapping))
     names = list(adaptors) if is_list else []
     if not is_list or any(not isinstance(name, str) or name not in available for name in names):
         raise ValueError(f"adaptors is {shown(adaptors)}, expected a list out of {available}; None runs all, [] none.")

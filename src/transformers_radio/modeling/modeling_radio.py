@@ -408,7 +408,9 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(dtype))
         else:
             grids = check_packed(pixel_values, image_grid_hw, config.num_channels * self.patch_size**2, weight)
-            if window_size or (window_size is None and config.window_size):
+            window_size = (config.window_size or 0) if window_size is None else window_size
+            check_window(window_size, 0, 0, self.patch_size)
+            if window_size:
                 raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
             lengths = [num_prefix + rows * cols for rows, cols in grids]
             # (total, C*p*p) -> (total, C, p, p) -> (total, C*p*p)
