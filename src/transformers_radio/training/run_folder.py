@@ -195,8 +195,8 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
         check_writable(output_dir, "output_dir")
         if recipe.teacher_cache is not None:
             check_writable(Path(recipe.teacher_cache), "teacher_cache")
-    if (output_dir / ".lock").exists():
-        _lock(output_dir).close()
+        if (output_dir / ".lock").exists():
+            _lock(output_dir).close()
     if not (checkpoints or finished):
         return False, None
     before = recorded_recipe(recipe)
@@ -297,7 +297,7 @@ def _prepare_folder(recipe: Recipe, output_dir: Path, resume_from: Path | None) 
 
 
 def _lock(output_dir: Path) -> IO[str]:
-    lock = (output_dir / ".lock").open("w")
+    lock = (output_dir / ".lock").open("a")
     if fcntl is not None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
