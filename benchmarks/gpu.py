@@ -26,7 +26,7 @@ from queue import Empty, Queue
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "gpu_parts"
-SECONDS = 480
+SECONDS, DRY_SECONDS = 480, 1800  # a dry run takes as long as other programs leave it
 FAILED = ("error", "FAIL", "killed", "hung")
 PACKAGES = (
     *("torch", "transformers", "timm", "open_clip_torch", "segment-anything", "accelerate", "triton", "flash-attn"),
@@ -263,7 +263,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of gpu.json and gpu.png")
     names = [part.name for part in PARTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all parts together ({SECONDS})")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for all parts together ({SECONDS}; of a dry run {DRY_SECONDS})"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -276,7 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         card, versions = report.about["card"], report.about["versions"]
         print(f"{card}, driver {report.about['driver']}, torch {versions['torch']}", flush=True)
         parts = [part for part in PARTS if part.name in options.only]
-        run_parts(parts, options.seconds, options.dry, report)
+        seconds = options.seconds or (DRY_SECONDS if options.dry else SECONDS)
+        run_parts(parts, seconds, options.dry, report)
     print(report.tables())
     figure = [sys.executable, str(FOLDER / "figure.py"), str(report.folder / "gpu.json")]
     paths = [str(FOLDER.parent.parent / "src"), os.environ.get("PYTHONPATH", "")]

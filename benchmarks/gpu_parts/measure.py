@@ -41,7 +41,7 @@ class Case:
     """One measurement: `run` returns the columns of its row, or several rows, each with a `name` of its own.
 
     Attributes:
-        limit: seconds after which it counts as hung, on a GPU.
+        limit: seconds after which it counts as hung; a dry run waits longer.
     """
 
     name: str

@@ -26,6 +26,7 @@ from measure import Setup, seconds
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import transformers_radio
 from transformers_radio.data import Batch
 from transformers_radio.teachers import Teacher
 from transformers_radio.training import Recipe, load_recipe
@@ -65,6 +66,7 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "RadioLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+PACKAGE = Path(transformers_radio.__file__).parent
 SYNCHRONIZING = "called a synchronizing CUDA operation"  # torch's warning
 
 
@@ -196,7 +198,7 @@ class Synchronizations:
     def _note(self, message: Any, category: Any, filename: str, line: int, *_: Any) -> None:
         if SYNCHRONIZING not in str(message):
             return
-        stack = [frame for frame in traceback.extract_stack() if "transformers_radio" in Path(frame.filename).parts]
+        stack = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
         if stack:
             filename, line = stack[-1].filename, stack[-1].lineno or 0
         self.places[f"{Path(filename).name}:{line}"] += 1
