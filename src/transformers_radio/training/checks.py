@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from transformers_radio.data import ImageStream
+from transformers_radio.data import ImageStream, one_line
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 
@@ -51,6 +51,7 @@ def check_before_training(
             build_optimizer(build_distillation(recipe, stage, student), recipe, recipe.stages[stage])
         except (ImportError, ValueError) as error:
             raise ValueError(f"stages.{stage} cannot be built: {error}") from error
+    student.to("cpu")  # each stage trains its own part of it, which FSDP2 shards: nothing else stays on the device
     check_disk(recipe, student)
 
 
@@ -144,7 +145,11 @@ def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, 
     used = {name: teachers[name] for name in group.teachers}
     sides = {group.resolution, *(teacher.image_size for teacher in used.values())}
     images = {side: torch.full((1, 3, side, side), 0.5, device=student.device) for side in sides}
-    targets = teacher_targets(used, images)
+    try:
+        targets = teacher_targets(used, images)
+    except RuntimeError as error:
+        sizes = ", ".join(f"teachers.{name}.image_size={teacher.image_size}" for name, teacher in used.items())
+        raise ValueError(f"stages.{where}: a teacher cannot compute ({one_line(error)}); look at {sizes}") from error
     for name, target in targets.items():
         summary_dim = None if target.summary is None else target.summary.shape[-1]
         found = (summary_dim, target.features.shape[-1], target.features.shape[1])

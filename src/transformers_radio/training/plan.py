@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from transformers_radio.data import one_line
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 from transformers_radio.teachers.known import is_on_disk, known_teacher
@@ -62,7 +63,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
     teachers = {name: describe_teacher(name, spec) for name, spec in recipe.teachers.items()}
     student = describe_student(recipe, teachers)
     check_layout(recipe, student, teachers, groups)
-    teacher_costs = {name: run_teacher(teacher) for name, teacher in teachers.items()}
+    teacher_costs = {name: _cost_of_teacher(name, teacher) for name, teacher in teachers.items()}
     outputs = {name: cost.output for name, cost in teacher_costs.items()}
     steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
 
@@ -104,6 +105,15 @@ def describe_teacher(name: str, spec: TeacherRecipe) -> Teacher:
         return known_teacher(spec.type, spec.checkpoint, spec.image_size, spec.dtype, **spec.options)
     except Exception as error:
         raise ValueError(f"teachers.{name} ({spec.type}): {error}") from error
+
+
+def _cost_of_teacher(name: str, teacher: Teacher) -> TeacherCost:
+    try:
+        return run_teacher(teacher)
+    except RuntimeError as error:
+        raise ValueError(
+            f"teachers.{name} cannot compute with image_size={teacher.image_size}: {one_line(error)}"
+        ) from error
 
 
 def describe_student(recipe: Recipe, teachers: dict[str, Teacher]) -> RadioModel:

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
+    LoggerType,
     broadcast_object_list,
     parse_flag_from_env,
 )
@@ -34,6 +35,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         ValueError: the tracker is not installed; fp16 without a gradient scaler; gradient accumulation by Accelerate;
             FSDP in its first version, which cannot leave out the gradients' reduction in a pass.
     """
+    if recipe.tracker is not None and recipe.tracker not in LoggerType.list():
+        raise ValueError(
+            f"tracker is {recipe.tracker!r}; expected one of Accelerate's ({', '.join(LoggerType.list())}), or null"
+        )
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         log_with=recipe.tracker,
