@@ -37,7 +37,7 @@ def draw(rng: np.random.Generator, world, folder: Path) -> Case:
     is_config = loader.endswith("Config")
     if rng.random() < (0.9 if is_config else 0.4):
         what, field = nonsense_field(rng, folder / "student" / "config.json", FIELDS)
-        names = (field, "config")
+        names = (field.lstrip("_"), "config")
     else:
         paths = [
             path

@@ -102,7 +102,8 @@ def draw(rng: np.random.Generator, images: str, folder: Path) -> Case:
             text = yaml.safe_dump(values, sort_keys=False)
     elif kind in ("field", "override"):
         overrides = [choose(rng, OVERRIDES)]
-        names, what = ("override", *(".".join(path) for path in every if len(path) > 1)), f"override {overrides[0]!r}"
+        key = overrides[0].split("=")[0]
+        names, what = (key or "override", "override", *map(".".join, every)), f"override {overrides[0]!r}"
     elif kind == "text":
         names = (*names, *get_type_hints(Recipe))
         what, content = damage(rng, text.encode())
@@ -119,13 +120,13 @@ def draw(rng: np.random.Generator, images: str, folder: Path) -> Case:
 
 def check(path: Path, overrides: list[str]) -> str:
     recipe = load_recipe(path, overrides)
-    for name, value in _flat(recipe_to_dict(recipe)):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise OtherBits(f"{name} {value} is taken")
     print_plan(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)
     with mock.patch(f"{train.__module__}._distil", return_value=None):  # all that comes before the first step
         train(recipe)
+    for name, value in _flat(recipe_to_dict(recipe)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OtherBits(f"{name} {value} is taken")
     return UNDETECTABLE
 
 

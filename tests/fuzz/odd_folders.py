@@ -81,9 +81,8 @@ def odd_list(rng, sound, data: Path) -> Case:
 
 def odd_path(rng, sound, data: Path) -> Case:
     path = choose(rng, (*(f"{data}/{pattern}" for pattern in PATTERNS), *URLS, *TEXTS))
-    return Case(
-        f"path {path!r}"[:300], ("data.path",), functools.partial(check_stream, path, sound, False, len(sound))
-    )
+    names = ("data.path", path.rpartition("/")[2].removesuffix(".jpg") or "data.path")
+    return Case(f"path {path!r}"[:300], names, functools.partial(check_stream, path, sound, False, len(sound)))
 
 
 def odd_field(rng, sound, data: Path) -> Case:

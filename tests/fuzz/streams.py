@@ -79,6 +79,6 @@ def check_stream(
 def check_count(path, count: int, may_lose: int = 0) -> str:
     if (counted := count_images(config(path))) == count:
         return SOUND
-    if not 0 <= count - counted <= may_lose:
+    if abs(count - counted) > may_lose:  # a sample whose member has another name is two
         raise OtherBits(f"counts {counted} images instead of {count}")
     return UNDETECTABLE
