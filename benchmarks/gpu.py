@@ -63,6 +63,7 @@ class Report:
     scratch: Path  # of the parts, also of those that are killed
     rows: list[dict[str, Any]] = field(default_factory=list)
     running: "set[Child]" = field(default_factory=set)
+    stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, part: str, rows: list[dict[str, Any]]) -> None:
@@ -188,23 +189,28 @@ class Ending:
 
 def run_part(part: Part, until: float, dry: bool, report: Report) -> None:
     """A row for every case of the part, until it is over or its time is."""
-    first, ending = 0, Ending([], 0, "again")
-    while ending.status != "ok" and time.time() < until:
-        child = Child(part, first, until, dry, report.folder, report.scratch)
-        report.running.add(child)
+    names: list[str] = []
+    first, status = 0, "again"
+    while status != "ok" and time.time() < until:
+        with report.lock:
+            if report.stopped:
+                return
+            child = Child(part, first, until, dry, report.folder, report.scratch)
+            report.running.add(child)
         try:
             ending = watch(child, first, until, lambda rows: report.add(part.name, rows))
         finally:
             report.running.discard(child)
             child.end()
-        first = ending.number
-        if ending.status not in ("ok", "again"):
-            name = ending.names[first] if first < len(ending.names) else part.name
-            report.add(part.name, [{"name": name, "status": ending.status, "reason": ending.reason}])
+        names, first, status = ending.names or names, ending.number, ending.status
+        if status not in ("ok", "again"):
+            name = names[first] if names else part.name
+            report.add(part.name, [{"name": name, "status": status, "reason": ending.reason}])
             first += 1
-        if first >= len(ending.names):
+        if first >= len(names):
             return
-    report.add(part.name, [{"name": name, "status": "no time"} for name in ending.names[first:]])
+    left = names[first:] if names else [part.name]
+    report.add(part.name, [{"name": name, "status": "no time"} for name in left])
 
 
 def run_parts(parts: list[Part], seconds: float, dry: bool, report: Report) -> None:
@@ -225,7 +231,10 @@ def run_parts(parts: list[Part], seconds: float, dry: bool, report: Report) -> N
         try:
             list(pool.map(run, range(len(parts))))
         except KeyboardInterrupt:
-            for child in list(report.running):
+            with report.lock:
+                report.stopped = True
+                children = list(report.running)
+            for child in children:
                 child.end()
             shutil.rmtree(report.scratch, ignore_errors=True)
             os._exit(130)  # the threads would go on with the next cases

@@ -1,6 +1,8 @@
 """The same numbers on the device as on a CPU in float64: model, heads, losses, gradients, steps of training.
 
-An error is the largest difference over the largest magnitude of the reference, of the worst of all outputs.
+An error is the largest difference over the largest magnitude of the reference, of the worst of all outputs; of a
+gradient the norm of the difference over the norm of the reference, of the worst of all weights. For weights whose
+gradient is next to nothing a thousandth of the whole gradient's norm is added to the reference's.
 """
 
 import copy
@@ -18,6 +20,7 @@ from transformers_radio.training.recipe import LossRecipe
 
 # dtype -> the largest error that rounding explains in twelve layers
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LOSS_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 ADAPTORS = {  # a teacher with a summary on a finer grid than the student's, and one without on a coarser
@@ -83,19 +86,18 @@ def training_parity(dtype: torch.dtype, attention: str, setup: Setup) -> dict[st
     found, expected = training(dtype, attention, setup.device, setup), trained_reference(setup)
     errors = {
         "error": relative_error(found["losses"], expected["losses"]),
-        "gradient error": relative_error(found["gradient"], expected["gradient"]),
+        "gradient error": gradient_error(found["gradient"], expected["gradient"]),
     }
-    limit = GRADIENT_TOLERANCES[dtype]
-    return verdict(errors, {"error": TOLERANCES[dtype], "gradient error": limit})
+    return verdict(errors, {"error": LOSS_TOLERANCES[dtype], "gradient error": GRADIENT_TOLERANCES[dtype]})
 
 
 @cache
-def trained_reference(setup: Setup) -> dict[str, torch.Tensor]:
+def trained_reference(setup: Setup) -> dict[str, Any]:
     return training(torch.float64, "eager", torch.device("cpu"), setup)
 
 
-def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Setup) -> dict[str, torch.Tensor]:
-    """losses: of each step and image. gradient: of all weights in the first step, as one vector."""
+def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Setup) -> dict[str, Any]:
+    """losses: of each step and image. gradient: name -> that of a weight in the first step."""
     loss = LossRecipe()
     model = student(setup, attention).to(device).train()
     model = model.double() if dtype == torch.float64 else model
@@ -103,22 +105,22 @@ def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Se
     width = model.config.hidden_size
     distillation = Distillation(model, build_balancing(loss.balancing, weights, width, width), loss).to(device)
     optimizer = torch.optim.AdamW(distillation.parameters(), lr=1e-4, eps=1e-4, fused=True)
+    pixels = images(setup)[:2].to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     generator = torch.Generator().manual_seed(2)
     targets = {}
     for name, grid in GRIDS.items():
         fields = ADAPTORS[name]
-        batch = len(images(setup))
+        batch = len(pixels)
         summary = torch.randn(batch, fields["summary_dim"] or 1, generator=generator).to(device)
         features = torch.randn(batch, grid[0] * grid[1], fields["feature_dim"], generator=generator).to(device)
         targets[name] = TeacherOutput(None if fields["summary_dim"] is None else summary, features, grid)
-    losses, gradient = [], torch.empty(0)
-    pixels = images(setup).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    losses, gradient = [], {}
     for step in range(STEPS):
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
             totals, terms = distillation(pixels, targets, window_size=0)
         totals.mean().backward()
         if step == 0:
-            gradient = torch.cat([p.grad.flatten() for p in distillation.parameters() if p.grad is not None])
+            gradient = {name: p.grad.clone() for name, p in distillation.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
         losses += [totals.detach(), *terms.values()]
@@ -127,11 +129,18 @@ def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Se
 
 @cache
 def _student(setup: Setup) -> RadioModel:
-    tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "window_num_global": 1}
-    tiny = tiny if setup.dry else {}
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "window_num_global": 1}
+    # larger weights than at a student's start, with which attention would be nearly uniform
+    fields = {"initializer_range": 0.05, **(fields if setup.dry else {})}
     torch.manual_seed(1)
     config = RadioConfig.from_size(
-        "vit-b-16", adaptors=ADAPTORS, num_cls_tokens=1, summary_idxs=[0], cpe_sampling=False, max_img_size=512, **tiny
+        "vit-b-16",
+        adaptors=ADAPTORS,
+        num_cls_tokens=1,
+        summary_idxs=[0],
+        cpe_sampling=False,
+        max_img_size=512,
+        **fields,
     )
     return RadioModel(config)
 
@@ -152,6 +161,15 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """NaN anywhere is an infinite error."""
     difference = (found.detach().cpu().double() - expected.detach().double()).abs().max() / expected.abs().max()
     return difference.nan_to_num(float("inf")).item()
+
+
+def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    expected = {name: value.double() for name, value in expected.items()}
+    norm = torch.stack([value.norm() for value in expected.values()]).norm()
+    errors = [
+        (found[name].cpu().double() - value).norm() / (value.norm() + 1e-3 * norm) for name, value in expected.items()
+    ]
+    return torch.stack(errors).nan_to_num(float("inf")).max().item()
 
 
 def verdict(errors: dict[str, float], limits: dict[str, float]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -103,9 +105,24 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(gpu, monkeypatch, tmp_path):
 
 def test_no_time_is_no_failure(gpu, monkeypatch, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
-    code, rows = run(gpu, monkeypatch, tmp_path / "out", "slow", seconds=20)
+    code, rows = run(gpu, monkeypatch, tmp_path / "out", "slow", "slow", "slow", seconds=20)
     assert code == 0
-    assert [(row["name"], row["status"]) for row in rows] == [("one", "no time"), ("two", "no time")]
+    # in a dry run two parts are side by side, and the third finds no time at all
+    assert sorted(row["name"] for row in rows) == ["one", "one", "slow", "two", "two"]
+    assert {row["status"] for row in rows} == {"no time"}
+
+
+def test_a_signal_ends_all_processes(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--out", str(tmp_path), "--only", "training"]
+    script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = []
+    while not children:
+        time.sleep(0.1)
+        children = subprocess.run(["pgrep", "-P", str(script.pid)], capture_output=True, text=True).stdout.split()
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(30) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(children[0]), 0)
 
 
 def test_parity_notices_another_result(gpu, monkeypatch):
