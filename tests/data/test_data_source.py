@@ -289,7 +289,7 @@ def test_paths_in_parquet_files_stay_below_their_root(tmp_path):
 
 
 def test_pipes_and_devices_in_a_folder_are_skipped(tmp_path):
-    photos = {f"{number}.png" for number in range(3)}
+    photos = {f"{number}.png" for number in range(4)}
     for name in photos:
         (tmp_path / name).write_bytes(encode(picture(1), "PNG"))
     os.mkfifo(tmp_path / "pipe.png")

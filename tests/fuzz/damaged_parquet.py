@@ -45,7 +45,7 @@ def draw(rng: np.random.Generator, world, folder: Path) -> Case:
     path.write_bytes(data)
     if rng.random() < 0.2:
         run = functools.partial(check_count, folder / "data", len(sound))
-        return Case(f"count_images, {kind}/{path.name} (footer at {footer}): {what}", (path.name,), run)
+        return Case(f"count_images, {kind}/{path.name} (footer at {footer}): {what}", (path.name, "data.path"), run)
     detects = kind == "checksums" and not in_footer
     run = functools.partial(check_stream, folder / "data", sound, detects, 0, (path.name,))
-    return Case(f"stream, {kind}/{path.name} (footer at {footer}): {what}", (path.name,), run)
+    return Case(f"stream, {kind}/{path.name} (footer at {footer}): {what}", (path.name, "data.path"), run)

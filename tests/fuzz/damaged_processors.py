@@ -48,7 +48,7 @@ def draw(rng: np.random.Generator, world, folder: Path) -> Case:
         if field not in ("auto_map", "AutoImageProcessor", "image_processor_type"):  # transformers' own errors
             loader = choose(rng, (RadioImageProcessor, AutoImageProcessor))
     else:
-        names = (path.name, *json.loads(path.read_text()))
+        names = (path.name, path.parent.name, *json.loads(path.read_text()))
         what = damage_file(rng, path)
     run = functools.partial(check, loader, path.parent, sound[number])
     return Case(f"{loader.__name__}, {SIZES[number]}: {what}", names, run)

@@ -150,8 +150,8 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
                 len(self.cpe_scale) == 2 and 0 < self.cpe_scale[0] <= self.cpe_scale[1] <= 1,
                 "[smallest, largest] with 0 < smallest <= largest <= 1",
             ),
-            ("norm_mean", len(self.norm_mean) in channels, f"one number for each of {self.num_channels} channels"),
-            ("norm_std", len(self.norm_std) in channels, f"one number for each of {self.num_channels} channels"),
+            ("norm_mean", len(self.norm_mean) in channels, f"one number for each of num_channels={self.num_channels}"),
+            ("norm_std", len(self.norm_std) in channels, f"one number for each of num_channels={self.num_channels}"),
         ):
             if not ok:
                 raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {expected}.")

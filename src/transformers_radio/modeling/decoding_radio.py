@@ -54,8 +54,11 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise FileNotFoundError("a folder, pipe or device, where a file is expected")
     if status.st_size > MAX_BYTES:
         raise FileNotFoundError(f"a file of {status.st_size / 1e9:.1f} GB, which is no image")
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -169,8 +172,9 @@ def _check_png(png: bytes) -> None:
     """Pillow passes over the checksums of the pixels, and makes other pixels of damaged ones without a word."""
     for name, chunk in _chunks(png):
         is_whole = len(chunk) == 12 + int.from_bytes(chunk[:4], "big")  # others are named truncated
-        if name == b"IDAT" and is_whole and zlib.crc32(memoryview(chunk)[4:-4]) != int.from_bytes(chunk[-4:], "big"):
-            raise SkippedImage("undecodable", "a checksum of the pixels does not fit")
+        is_needed = name[:1].isupper() or not name.isalpha()  # else a text or the like, which may be damaged
+        if is_needed and is_whole and zlib.crc32(memoryview(chunk)[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            raise SkippedImage("undecodable", "a checksum does not fit")
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:

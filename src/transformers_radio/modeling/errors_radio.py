@@ -67,7 +67,7 @@ def naming_checkpoint(source: Any) -> Iterator[None]:
     """
     try:
         yield
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{source}: a .json file in it is damaged ({one_line(error)}). Get or save the checkpoint again."
         ) from error
