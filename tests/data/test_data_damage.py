@@ -363,7 +363,7 @@ def test_images_of_other_splits_that_are_read_are_named(tmp_path, caplog):
 
 def test_too_many_lanes_are_refused_at_once(tmp_path):
     place(SOUND, "disk", tmp_path)
-    with pytest.raises(ValueError, match=r"data\.lanes=1000000000000: expected at most 100000"):
+    with pytest.raises(ValueError, match=r"data\.lanes=1000000000000: expected .*at most 100000"):
         ImageStream(DataConfig(str(tmp_path), num_workers=1, lanes=10**12), [8], 1, 0)
 
 

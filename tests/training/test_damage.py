@@ -181,7 +181,7 @@ def both(*changes):
         ("unfinished", lambda run: (run / "student").mkdir(), "delete this folder, and the same command goes on from"),
         ("unfinished", lambda run: (run / "student").write_text("no folder"), "delete this folder"),
         *[(which, damaged("run.yaml", how), "run.yaml cannot be read .*nobody knows which run this is")
-          for which, how in (("finished", "cut"), ("unfinished", "empty"), ("unfinished", b"[]"))],
+          for which, how in (("finished", b"data: ["), ("unfinished", "empty"), ("unfinished", b"[]"))],
         ("unfinished", swapped("checkpoints/step-00000002", LAST),
          r"all checkpoints .* \(step-00000004: it holds step 2, .*; step-00000002: it holds step 4, .*restore one"),
         ("unfinished", both(damaged(f"{LAST}/config.json", "cut"),

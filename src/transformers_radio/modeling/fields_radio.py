@@ -84,7 +84,7 @@ FIELDS: dict[str, _Check] = {
     "num_registers": _integer(0, 1024),
     "num_labels": _optional(_integer(0, 1_000_000)),
     "summary_idxs": _optional(_list(is_integer, "CLS tokens, integers from 0 on")),
-    "window_size": _optional(_integer(1)),
+    "window_size": _optional(_integer(0)),
     "window_num_global": _integer(1),
     "window_num_windowed": _optional(_integer(0)),
     "train_window_sizes": _optional(_list(lambda size: is_integer(size, 1), "integers, positive numbers of patches")),

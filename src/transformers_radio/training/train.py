@@ -286,7 +286,8 @@ def _run_stage(
             skipped = sum(sum(stream.skipped.values()) for stream in streams.values())
             log.write(step, stage_name, float(max(schedule.get_last_lr())), grad_norm, skipped, progress)
         is_due = step % recipe.checkpoints.every_steps == 0 or at_end
-        stopped = (is_due or step % STEPS_PER_AGREEMENT == 0) and stop.agreed(accelerator)
+        asks = accelerator.num_processes == 1 or is_due or step % STEPS_PER_AGREEMENT == 0
+        stopped = asks and stop.agreed(accelerator)
         if is_due or stopped:
             finite.check()
             if caches is not None:  # before the checkpoint: what it has seen is on the disk
