@@ -1,5 +1,6 @@
 """`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table, a picture."""
 
+import glob
 import os
 from importlib import resources
 from pathlib import Path
@@ -27,8 +28,9 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
     table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
     output = output.expanduser()
-    folders = {"output_dir": output / "run", "data.path": output / "world", "teacher_cache": output / "teachers"}
-    settings = [*(f"{field}={folder}" for field, folder in folders.items()), *(overrides or [])]
+    scenes = f"{glob.escape(str(output / 'world'))}/train-*.tar"
+    paths = {"output_dir": output / "run", "data.path": scenes, "teacher_cache": output / "teachers"}
+    settings = [*(f"{field}={path}" for field, path in paths.items()), *(overrides or [])]
     recipe = load_recipe(RECIPE, settings)
     world = make_world(output / "world")
     from rich.console import Console  # what is mistyped has been named
