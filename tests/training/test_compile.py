@@ -23,3 +23,16 @@ def test_a_compiled_run_ends_with_the_same_student(backend, make_recipe, tmp_pat
     assert eager.keys() == compiled.keys()
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_all_blocks_are_compiled_with_spectral_reparametrisation(make_recipe, monkeypatch):
+    """Each block then is a frame of its own, of more than torch compiles by default."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+    blocks = ["student.config.num_hidden_layers=5", "student.config.pos_dropout=0"]
+    options = [*blocks, "student.spectral_reparam=true", "student.compile=true", "stages.main.steps=2"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(load_recipe(make_recipe(), [*options, "stages.main.warmup_steps=1"]))
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 5
+    assert not torch._dynamo.utils.counters["unimplemented"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo as dynamo
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
@@ -179,6 +180,11 @@ def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel
     if recipe.student.weight_noise:
         add_weight_noise(student, recipe.student.weight_noise)
     if recipe.student.compile:
+        if (
+            recipe.student.spectral_reparam
+        ):  # makes a class of each Linear, so that torch compiles each block for itself
+            limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+            setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), 2 * len(student.encoder.layer)))
         for layer in student.encoder.layer:
             layer.compile()
     taught = recipe.stages[stage_name].teacher_names(recipe)
