@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo as dynamo
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
@@ -180,11 +179,8 @@ def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel
     if recipe.student.weight_noise:
         add_weight_noise(student, recipe.student.weight_noise)
     if recipe.student.compile:
-        if (
-            recipe.student.spectral_reparam
-        ):  # makes a class of each Linear, so that torch compiles each block for itself
-            limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
-            setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), 2 * len(student.encoder.layer)))
+        if recipe.student.spectral_reparam:
+            _compile_all(len(student.encoder.layer))
         for layer in student.encoder.layer:
             layer.compile()
     taught = recipe.stages[stage_name].teacher_names(recipe)
@@ -193,6 +189,15 @@ def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel
     summary_dim = config.hidden_size * (len(config.summary_idxs) if config.summary_type == "cls" else 1)
     balancing = build_balancing(recipe.loss.balancing, weights, summary_dim, config.hidden_size)
     return Distillation(student, balancing, recipe.loss)
+
+
+def _compile_all(blocks: int) -> None:
+    """Spectral reparametrisation makes a class of each Linear, so that torch compiles each block for itself, and leaves
+    those beyond its limit as they are."""
+    from torch._dynamo import config
+
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # as before torch 2.7
+    setattr(config, limit, max(getattr(config, limit), 2 * blocks))
 
 
 def term_weights(recipe: Recipe, student: RadioModel) -> dict[str, float]:
