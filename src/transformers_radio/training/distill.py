@@ -192,7 +192,7 @@ def build_distillation(recipe: Recipe, stage_name: str, full_student: RadioModel
 
 
 def _compile_all(blocks: int) -> None:
-    """Spectral reparametrisation makes a class of each Linear, so that torch compiles each block for itself, and leaves
+    """Spectral reparametrisation makes a class of each Linear: torch compiles each block for itself then, and leaves
     those beyond its limit as they are."""
     from torch._dynamo import config
 
