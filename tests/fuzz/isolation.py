@@ -28,8 +28,8 @@ SOUND, COUNTED, REFUSED, UNDETECTABLE = WITHIN = ("sound", "counted", "refused",
 OUTSIDE = ("crash", "hang", "memory", "raw exception", "multi-line", "names nothing", "other bits")
 
 SECONDS = 20.0  # that a case may take
-# Bytes that a case may hold at once, beside what the process held before: an image of `MAX_PIXELS` takes so many.
-RESIDENT = 3 * 2**30
+# Bytes that a case may hold at once, beside what the process held before: about what the largest image takes.
+RESIDENT = 5 * 2**29
 ADDRESSES = 4 * 2**30  # bytes that it may ask for; more is a MemoryError
 
 context = multiprocessing.get_context("forkserver")

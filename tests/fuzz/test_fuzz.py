@@ -24,7 +24,7 @@ def test_damaged_input_is_counted_or_refused_or_does_not_matter(category):
 def test_every_kind_of_wrong_function_is_seen(tmp_path):
     from wrong_functions import FUNCTIONS
 
-    worker = Worker("wrong_functions", seed=0, folder=tmp_path, seconds=5)
+    worker = Worker("wrong_functions", seed=0, folder=tmp_path, seconds=12)
     try:
         results = [worker.run(number) for number, _ in enumerate(FUNCTIONS)]
     finally:

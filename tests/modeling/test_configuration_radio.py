@@ -79,7 +79,7 @@ def test_global_blocks_of_released_models(depth, fields, expected):
         ({"summary_idxs": [3]}, ["summary_idxs", "3"]),
         ({"summary_idxs": []}, ["summary_idxs"]),
         ({"num_cls_tokens": 0}, ["num_cls_tokens", "0", "mean"]),
-        ({"window_size": 0}, ["window_size", "0"]),
+        ({"window_size": -1}, ["window_size", "-1"]),
         ({"window_num_global": 0}, ["window_num_global", "0"]),
         ({"train_window_sizes": [4, -1]}, ["train_window_sizes", "-1"]),
         ({"train_window_probability": 1.5}, ["train_window_probability", "1.5"]),

@@ -57,7 +57,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
             (Table 5). `summary_idxs` defaults to the CLS tokens that the adaptors' summary heads read.
         final_norm (`bool`): LayerNorm after the last block (the released `model_norm`).
         mlp_norm (`bool`): LayerNorm inside each MLP, between activation and `fc2` (the released `mlpnorm` variant).
-        window_size (`int`, *optional*): Side, in patches, of the ViTDet windows used by default; `None` is global
+        window_size (`int`, *optional*): Side, in patches, of the ViTDet windows used by default; `None` or 0 is global
             attention in every block. A call may choose another one.
         window_num_global (`int`): Number of global blocks when windows are used; every `depth // window_num_global`-th
             block is global, and the last one always.

@@ -171,9 +171,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _check_png(png: bytes) -> None:
     """Pillow passes over the checksums of the pixels, and makes other pixels of damaged ones without a word."""
     for name, chunk in _chunks(png):
-        is_whole = len(chunk) == 12 + int.from_bytes(chunk[:4], "big")  # others are named truncated
-        is_needed = name[:1].isupper() or not name.isalpha()  # else a text or the like, which may be damaged
-        if is_needed and is_whole and zlib.crc32(memoryview(chunk)[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+        if name == b"IEND":
+            return
+        if name.isalpha() and name[:1].islower():  # a text or the like, which may be damaged
+            continue
+        if len(chunk) < 12 + int.from_bytes(chunk[:4], "big"):
+            raise SkippedImage("truncated", "the file ends within its pixels")
+        if zlib.crc32(memoryview(chunk)[4:-4]) != int.from_bytes(chunk[-4:], "big"):
             raise SkippedImage("undecodable", "a checksum does not fit")
 
 
