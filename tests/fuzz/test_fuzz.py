@@ -6,8 +6,8 @@ from run import CATEGORIES, describe, run_cases
 
 # about ten seconds each, with the start of the process
 CASES = {
-    **{"images": 800, "tars": 150, "parquet": 150, "folders": 60, "recipes": 40},
-    **{"runs": 8, "checkpoints": 20, "processors": 250, "calls": 600},
+    **{"images": 1500, "tars": 1000, "parquet": 800, "folders": 150, "recipes": 80},
+    **{"runs": 16, "checkpoints": 150, "processors": 1500, "calls": 4000},
 }
 SECONDS = 60.0  # of a case: other tests may share the cores
 
