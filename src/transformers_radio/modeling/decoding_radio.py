@@ -22,6 +22,8 @@ MAX_BYTES = 2**31
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG besides the critical ones that say something about its pixels.
 PNG_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+# Chunks that may be damaged: they say nothing about the pixels. A damaged name is not among them.
+PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"hIST", b"pHYs", b"tIME")
 EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what brings the stored pixels upright (1, or anything else: nothing).
 UPRIGHT = {
@@ -173,7 +175,7 @@ def _check_png(png: bytes) -> None:
     for name, chunk in _chunks(png):
         if name == b"IEND":
             return
-        if name.isalpha() and name[:1].islower():  # a text or the like, which may be damaged
+        if name in PNG_NOTES:
             continue
         if len(chunk) < 12 + int.from_bytes(chunk[:4], "big"):
             raise SkippedImage("truncated", "the file ends within its pixels")
