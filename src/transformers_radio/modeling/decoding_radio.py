@@ -23,7 +23,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG besides the critical ones that say something about its pixels.
 PNG_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 # Chunks that may be damaged: they say nothing about the pixels. A damaged name is not among them.
-PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"hIST", b"pHYs", b"tIME")
+PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tIME")
 EXIF_ORIENTATION = 0x0112
 # EXIF orientation -> what brings the stored pixels upright (1, or anything else: nothing).
 UPRIGHT = {
