@@ -55,6 +55,11 @@ class RadioVisionTowerConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ign
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == RadioConfig.model_type:
             config_dict = {"model_type": cls.model_type, "radio_config": config_dict}
+        elif "model_type" not in config_dict:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: model_type is missing, expected {RadioConfig.model_type!r} or "
+                f"{cls.model_type!r}."
+            )
         config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs
 
