@@ -42,9 +42,9 @@ class Liar(http.server.BaseHTTPRequestHandler):
         if fault == "page":
             data = b"<html>\n<h1>Please log in</h1>" * 99
             length = len(data)
-        self.close_connection = True
         self.send_response(302 if fault == "circle" else status)
         self.send_header("Location", self.path)
+        self.send_header("Connection", "close")  # said, or a client may ask once more where nobody listens
         self.send_header("Content-Length", "0" if fault == "circle" else str(length))
         self.end_headers()
         if not is_head and fault != "circle":
