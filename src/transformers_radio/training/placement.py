@@ -164,7 +164,7 @@ def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: De
             fully_shard(block.to(device), mesh=mesh)
             # Each block is its own root, which FSDP2 would keep whole after the forward pass.
             block.register_forward_hook(lambda block, *_: block.reshard())
-    if spec.placement == "offloaded" and device.type != "cpu":
+    if spec.placement == "offloaded":
         offload(teacher, blocks, device)
     else:
         teacher.to(device)
@@ -176,29 +176,34 @@ def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: De
 def offload(teacher: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
     """Moves all but the blocks to the device. A block is there while it computes and, on its way, while the one before
     it does; its weights stay in pinned memory, from where they are copied and to where nothing goes back."""
-    homes = [[(tensor, tensor.data.pin_memory()) for tensor in _tensors(block)] for block in blocks]
+    # Elsewhere than on CUDA a block is copied when its turn comes.
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    homes = [
+        [(tensor, tensor.data if copies is None else tensor.data.pin_memory()) for tensor in _tensors(block)]
+        for block in blocks
+    ]
     in_blocks = {id(tensor) for home in homes for tensor, _ in home}
     for tensor in _tensors(teacher):
         if id(tensor) not in in_blocks:
             tensor.data = tensor.data.to(device)
-    module = torch.get_device_module(device)
-    copies, fetched = module.Stream(device), set[int]()
+    fetched = set[int]()
 
     def fetch(index: int) -> None:
         if index in fetched or index >= len(blocks):
             return
         fetched.add(index)
-        with module.stream(copies):
+        with torch.cuda.stream(copies):
             for tensor, pinned in homes[index]:
                 tensor.data = pinned.to(device, non_blocking=True)
 
     def before(index: int) -> None:
         fetch(index)
-        compute = module.current_stream(device)
-        compute.wait_stream(copies)
-        for tensor, _ in homes[index]:
-            tensor.data.record_stream(compute)  # its memory is free again after this block, not before
-        fetch(index + 1)
+        if copies is not None:
+            compute = torch.cuda.current_stream(device)
+            compute.wait_stream(copies)
+            for tensor, _ in homes[index]:
+                tensor.data.record_stream(compute)  # its memory is free again after this block, not before
+            fetch(index + 1)
 
     def after(index: int) -> None:
         fetched.discard(index)
