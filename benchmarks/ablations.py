@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
-from transformers_radio.evaluation.encoder import load_encoder
+from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.quickstart.measure import Yardstick, measure
 from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.world import make_world

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from transformers_radio.evaluation.encoder import load_encoder
-from transformers_radio.evaluation.segmentation_light import probe_miou
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.segmentation.quick_probe import probe_miou
 from transformers_radio.quickstart.measure import PROBE_IMAGES, SCORED_IMAGES, resize_images
 from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.teacher_data import load_split

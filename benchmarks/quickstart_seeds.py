@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
-from transformers_radio.evaluation.report import Row, Table
+from transformers_radio.evaluation.report.table import Row, Table
 from transformers_radio.quickstart.run import run_quickstart
 
 SEEDS = (0, 1, 2)

@@ -21,10 +21,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 from transformers_radio.data import ImageStream
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.cluster import GPU, stage_loads, stage_time
-from transformers_radio.training.dry_run import run_stage, run_teacher
-from transformers_radio.training.partition import stage_groups
-from transformers_radio.training.plan import describe_student, describe_teacher
+from transformers_radio.training.groups import stage_groups
+from transformers_radio.training.plan.cost import GPU, stage_loads, stage_time
+from transformers_radio.training.plan.dry_run import run_stage, run_teacher
+from transformers_radio.training.plan.tables import describe_student, describe_teacher
 from transformers_radio.training.recipe import Recipe
 
 ROUNDS = 2

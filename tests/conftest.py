@@ -11,5 +11,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share t
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 # What the processes that tests fork have loaded already.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["transformers_radio.training.train", "transformers_radio.evaluation.tasks.zero_shot"]
+    ["transformers_radio.training.train", "transformers_radio.evaluation.classification.zero_shot_task"]
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from measure import Case, Setup
 
-from transformers_radio.evaluation.encoder import VisionEncoder
+from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.quickstart.measure import Yardstick, measure
 from transformers_radio.quickstart.run import RECIPE, STUDENT, load_encoders
 from transformers_radio.quickstart.world import make_world

@@ -18,7 +18,6 @@ from transformers_radio.data import Batch
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 from transformers_radio.training import Recipe, load_recipe
-from transformers_radio.training.cluster import stage_loads
 from transformers_radio.training.distill import (
     Distillation,
     TeacherShape,
@@ -26,13 +25,14 @@ from transformers_radio.training.distill import (
     build_student,
     teacher_targets,
 )
-from transformers_radio.training.dry_run import run_stage, run_teacher
-from transformers_radio.training.gpus import GPUS
+from transformers_radio.training.groups import Group, stage_groups
 from transformers_radio.training.optimizer import build_optimizer
-from transformers_radio.training.partition import Group, stage_groups
-from transformers_radio.training.plan import describe_student, describe_teacher
-from transformers_radio.training.progress import to_device
-from transformers_radio.training.spectral import power_steps
+from transformers_radio.training.plan.cost import stage_loads
+from transformers_radio.training.plan.dry_run import run_stage, run_teacher
+from transformers_radio.training.plan.gpus import GPUS
+from transformers_radio.training.plan.tables import describe_student, describe_teacher
+from transformers_radio.training.run.log import to_device
+from transformers_radio.training.stability.spectral import power_steps
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "radio_vit_h16.yaml"
 GROUPS = (("base", "all"), ("high", "low"), ("high", "high"))

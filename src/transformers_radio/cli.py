@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from transformers_radio.data import USER_ERRORS, one_line
+from .data import USER_ERRORS, one_line
 
 
 class Commands(TyperGroup):
@@ -52,13 +52,15 @@ def plan(
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
 ) -> None:
     """Show teachers, dims, resolutions, parameters, FLOPs, memory, samples seen; GPU-hours. Downloads nothing."""
-    from transformers_radio.training.gpus import find_gpu
+    from transformers_radio.training.plan.gpus import find_gpu
     from transformers_radio.training.recipe import load_recipe
 
     if gpu is not None:
         find_gpu(gpu)
     loaded = load_recipe(recipe, overrides)
-    from transformers_radio.training.plan import print_plan  # torch comes with it: what is mistyped has been named
+    from transformers_radio.training.plan.tables import (
+        print_plan,  # torch comes with it: what is mistyped has been named
+    )
 
     print_plan(loaded, processes, gpu, utilisation)
 
@@ -111,7 +113,7 @@ def report(
     """One table of all results, like the paper's Table 1: Markdown, JSON, a picture, and entries for model cards."""
     from rich.console import Console
 
-    from transformers_radio.evaluation.report_folder import write_report
+    from transformers_radio.evaluation.report.collect import write_report
 
     table, files = write_report(folders, output, title)
     console = Console(markup=False, emoji=False)
@@ -134,7 +136,7 @@ def visualize(
     from transformers_radio.evaluation.run import check_pictures
 
     check_pictures(kind, model or [], recipe, overrides)
-    from transformers_radio.evaluation.visualize_run import visualize  # torch comes with it
+    from transformers_radio.visualization.run import visualize  # torch comes with it
 
     for path in visualize(kind, model or [], data, recipe, output, overrides):
         typer.echo(path)

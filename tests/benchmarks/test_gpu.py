@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 BROKEN = """
 import os, signal, time
 import torch

@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-from sample_images import encode, picture
+
+from helpers.sample_images import encode, picture
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from sample_images import encode, picture
 
+from helpers.sample_images import encode, picture
 from transformers_radio.data import DataConfig, ImageStream, SourceError, count_images
-from transformers_radio.evaluation.features import LabelledSplit
+from transformers_radio.evaluation.images.labelled import LabelledSplit
 
 COUNT = 12
 PHOTOS = [encode(picture(number, 20, 20)) for number in range(COUNT)]

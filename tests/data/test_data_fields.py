@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_images import encode, picture, write_tar
 
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import DataConfig, ImageStream, SourceError, count_images
 
 

@@ -5,8 +5,8 @@ import logging
 import os
 
 import pytest
-from sample_images import encode, picture, write_tar
 
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import DataConfig, ImageStream
 
 BLOB = encode(picture(0, 20, 20))

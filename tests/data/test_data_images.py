@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
-from sample_images import encode, picture
 from scipy.stats import ks_2samp
 from skimage.data import astronaut
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from helpers.sample_images import encode, picture
 from transformers_radio.data import decode_rgb, random_crop
 from transformers_radio.data.images import SkippedImage, load_crops
 from transformers_radio.modeling import RadioImageProcessor

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 from omegaconf import OmegaConf
-from sample_images import encode, picture, write_tar
 from scipy.stats import chisquare
 
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import Batch, DataConfig, ImageStream, SourceConfig, merge_states
 
 LANES = 4

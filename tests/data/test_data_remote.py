@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from sample_images import encode, picture, write_tar
 
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import DataConfig, ImageStream, SourceConfig, count_images, keep_files, list_files
 from transformers_radio.data.files import expand_braces
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from processes import wait_for_the_end_of
-from sample_images import encode, picture, write_tar
 
+from helpers.processes import wait_for_the_end_of
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import Batch, DataConfig, ImageStream, merge_states
 
 STEPS = 24

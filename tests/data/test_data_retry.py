@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from flaky_server import FlakyServer, HttpFileSystem
 from fsspec.exceptions import FSTimeoutError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from sample_images import encode, picture, write_tar
 
+from helpers.flaky_server import FlakyServer, HttpFileSystem
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import Batch, DataConfig, ImageStream, SourceError
 from transformers_radio.data.retry import is_temporary
 

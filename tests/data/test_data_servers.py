@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.http import HTTPFileSystem
-from sample_images import encode, picture, write_tar
 
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import DataConfig, ImageStream, SourceError
 
 PHOTOS = [encode(picture(number, 20, 20)) for number in range(12)]

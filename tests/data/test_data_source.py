@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from sample_images import encode, picture, write_tar
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import DataConfig, ImageStream
 
 COUNT = 24

@@ -10,10 +10,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from processes import wait_for_the_end_of
-from sample_images import encode, picture, write_tar
 from torch import multiprocessing
 
+from helpers.processes import wait_for_the_end_of
+from helpers.sample_images import encode, picture, write_tar
 from transformers_radio.data import Batch, DataConfig, ImageStream
 
 

@@ -3,9 +3,9 @@ import functools
 import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from tiny_sam import NECK, PATCH, SIDE, WIDTH
 from torch import nn
 
+from helpers.tiny_sam import NECK, PATCH, SIDE, WIDTH
 from transformers_radio.teachers.segment_anything import load_sam
 
 

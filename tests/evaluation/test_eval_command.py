@@ -3,24 +3,24 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from omegaconf import OmegaConf
-from test_sam_coco import Dataset
-from test_segmentation_probe import LITTLE, describe, write_set
-from tiny_sam import make_student
 
+from helpers.coco_files import Dataset
+from helpers.paths import ROOT
+from helpers.segmentation_set import LITTLE, describe, write_set
+from helpers.tiny_sam import make_student
 from transformers_radio.cli import main
-from transformers_radio.evaluation.encoder import load_encoder, split_spec, split_title
-from transformers_radio.evaluation.results import Result
+from transformers_radio.evaluation.models.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import TASKS, load_config, run_task
-from transformers_radio.evaluation.segmentation import segmentation_probe
-from transformers_radio.evaluation.tasks.segmentation import SegmentationTaskConfig
+from transformers_radio.evaluation.segmentation.probe import segmentation_probe
+from transformers_radio.evaluation.segmentation.task import SegmentationTaskConfig
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "evaluation"
+RECIPES = ROOT / "recipes" / "evaluation"
 
 
 @pytest.fixture(scope="module")

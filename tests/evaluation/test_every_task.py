@@ -2,7 +2,6 @@
 
 import re
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -10,21 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_sam_coco import Dataset
-from tiny_llava import make_world, save_language_model, settings
-from tiny_sam import WIDTH
 from typer.testing import CliRunner
 
+from helpers.coco_files import Dataset
+from helpers.paths import ROOT
+from helpers.tiny_llava import make_world, save_language_model, settings
+from helpers.tiny_sam import WIDTH
 from transformers_radio.cli import app
-from transformers_radio.evaluation.report import Table
-from transformers_radio.evaluation.results import Result
-from transformers_radio.evaluation.zero_shot import load_text_tower, openai_imagenet_templates, zero_shot_classifier
+from transformers_radio.evaluation.classification.zero_shot import (
+    load_text_tower,
+    openai_imagenet_templates,
+    zero_shot_classifier,
+)
+from transformers_radio.evaluation.report.table import Table
+from transformers_radio.evaluation.result import Result
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.quickstart.scenes import CLASS_NAMES
 
 torch.set_num_threads(1)
 CLIP = str(resources.files("transformers_radio") / "quickstart" / "teachers" / "clip")
-RECIPES = Path(__file__).parents[2] / "recipes" / "evaluation"
+RECIPES = ROOT / "recipes" / "evaluation"
 SYNSETS = 1000
 SIDE = 32
 

@@ -10,20 +10,22 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from classification_world import pictures, write_folders, write_parquet, write_tar
 from omegaconf import OmegaConf
 from PIL import Image
-from test_sam_coco import Dataset
-from test_segmentation_probe import LITTLE, describe, write_set
-from tiny_sam import make_student
+from transformers_radio.evaluation.throughput import task as throughput
 
-from transformers_radio.evaluation.encoder import VisionEncoder
-from transformers_radio.evaluation.llava_train import claim_folder
+from helpers.classification_world import pictures, write_folders, write_parquet, write_tar
+from helpers.coco_files import Dataset
+from helpers.segmentation_set import LITTLE, describe, write_set
+from helpers.tiny_sam import make_student
+from transformers_radio.evaluation.llava.train import claim_folder
+from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.evaluation.paths import fingerprint_checkpoint
 from transformers_radio.evaluation.run import run_task
-from transformers_radio.evaluation.segmentation import FREE_FIELDS
-from transformers_radio.evaluation.segmentation_config import SegmentationConfig
-from transformers_radio.evaluation.tasks import sam_coco, segmentation, throughput
+from transformers_radio.evaluation.sam_coco import task as sam_coco
+from transformers_radio.evaluation.segmentation import task as segmentation
+from transformers_radio.evaluation.segmentation.config import SegmentationConfig
+from transformers_radio.evaluation.segmentation.probe import FREE_FIELDS
 
 KNN = ["k=1", "num_workers=1", "batch_size=8"]
 

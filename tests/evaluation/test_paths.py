@@ -6,22 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from classification_world import pictures, write_folders
 from PIL import Image
-from tiny_sam import make_student
 from typer.testing import CliRunner
 
+from helpers.classification_world import pictures, write_folders
+from helpers.tiny_sam import make_student
 from transformers_radio.cli import app
-from transformers_radio.evaluation.encoder import load_encoder, split_title
-from transformers_radio.evaluation.features import LabelledSplit
+from transformers_radio.evaluation.classification.knn_task import KnnConfig
+from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.llava.task import LlavaConfig
+from transformers_radio.evaluation.models.encoder import load_encoder, split_title
 from transformers_radio.evaluation.paths import expand_home, path_name
-from transformers_radio.evaluation.results import Result, result_path, slug, work_folder
+from transformers_radio.evaluation.result import Result, result_path, slug, work_folder
 from transformers_radio.evaluation.run import load_config, run_task
-from transformers_radio.evaluation.tasks.knn import KnnConfig
-from transformers_radio.evaluation.tasks.llava import LlavaConfig
-from transformers_radio.evaluation.tasks.sam_coco import SamCocoTaskConfig
-from transformers_radio.evaluation.tasks.segmentation import SegmentationTaskConfig
-from transformers_radio.evaluation.visualize_run import VisualizeConfig
+from transformers_radio.evaluation.sam_coco.task import SamCocoTaskConfig
+from transformers_radio.evaluation.segmentation.task import SegmentationTaskConfig
+from transformers_radio.visualization.run import VisualizeConfig
 
 KNN = ["k=1", "num_workers=1"]
 

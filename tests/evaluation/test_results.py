@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from transformers_radio.evaluation.results import Result
+from transformers_radio.evaluation.result import Result
 
 
 def test_what_makes_the_numbers_comparable_goes_with_them():

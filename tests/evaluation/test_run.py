@@ -2,24 +2,24 @@
 
 import re
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_sam import make_student
 from typer.testing import CliRunner
 
+from helpers.paths import ROOT
+from helpers.tiny_sam import make_student
 from transformers_radio import precision
 from transformers_radio.cli import app
 from transformers_radio.evaluation import run as run_module
-from transformers_radio.evaluation import summary_store
-from transformers_radio.evaluation.encoder import load_encoder, split_spec, split_title
-from transformers_radio.evaluation.results import Result
+from transformers_radio.evaluation.images import summaries as summary_store
+from transformers_radio.evaluation.models.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
 from transformers_radio.teachers.known import known_teacher
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "evaluation"
+RECIPES = ROOT / "recipes" / "evaluation"
 SETTINGS = {
     "segmentation": ("data", "ade20k", []),
     "sam-coco": ("data", "coco2017", []),
@@ -40,7 +40,7 @@ def begun(monkeypatch):
     """The tasks that were begun; none does anything."""
     tasks = []
     for task, (name, _) in TASKS.items():
-        module = import_module(f"transformers_radio.evaluation.tasks.{name}")
+        module = import_module(f"transformers_radio.evaluation.{name}")
         monkeypatch.setattr(module, "run", lambda *_, task=task: tasks.append(task))
     return tasks
 
@@ -105,7 +105,7 @@ def test_the_baselines_of_table_1_are_the_papers():
 def test_models_come_from_a_file_all_or_chosen_and_others_beside_them(student, tmp_path, begun, monkeypatch):
     file = tmp_path / "models.yaml"
     file.write_text(f"mine: {student}@32\nA/B: timm:vit\n")
-    module = import_module("transformers_radio.evaluation.tasks.throughput")
+    module = import_module("transformers_radio.evaluation.speed.task")
     monkeypatch.setattr(module, "run", lambda models, *_: begun.append(models))
     for chosen in ([], ["A/B", f"x={student}"]):
         run_task("throughput", chosen, output=tmp_path, models_file=file)

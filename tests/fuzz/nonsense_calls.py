@@ -18,8 +18,8 @@ from transformers_radio import (
     RadioVisionTower,
 )
 
-sys.path.append(str(Path(__file__).parents[1] / "modeling"))
-from tiny_radio import build  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))
+from helpers.tiny_radio import build  # noqa: E402
 
 ANYTHING = (
     "x", "", 7, 0, -1, 1.5, math.nan, True, [], {}, (), [1], ["x"], [None], {"a": 1}, object(), b"x", 10**30,

@@ -17,10 +17,10 @@ from isolation import UNDETECTABLE, Case, OtherBits
 from streams import picture
 
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.plan import print_plan
+from transformers_radio.training.plan.tables import print_plan
 from transformers_radio.training.recipe import Recipe, recipe_to_dict
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))  # for tiny_teachers
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # for tiny_teachers
 
 RECIPE = """
 output_dir: {folder}/run

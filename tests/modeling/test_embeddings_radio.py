@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_radio import build
 
+from helpers.tiny_radio import build
 from transformers_radio import RadioModel
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_radio import TINY, build
 
+from helpers.tiny_radio import TINY, build
 from transformers_radio import (
     RadioBackbone,
     RadioBackboneConfig,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from tiny_radio import build
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
@@ -18,6 +17,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from helpers.tiny_radio import build
 from transformers_radio import (
     RadioBackbone,
     RadioBackboneConfig,

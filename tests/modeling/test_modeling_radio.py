@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny_radio import TINY, build, native
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_radio.modeling.modeling_radio as modeling_radio
+from helpers.tiny_radio import TINY, build, native
 from transformers_radio import RadioConfig, RadioForImageClassification, RadioModel
 
 # ---------------------------------------------------------------- equality with transformers

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_radio import build, native
 
+from helpers.tiny_radio import build, native
 from transformers_radio import RadioBackbone, RadioForImageClassification, RadioImageProcessor
 
 ADAPTORS = {

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from tiny_radio import build, native
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
+from helpers.tiny_radio import build, native
 from transformers_radio import (
     RadioBackbone,
     RadioBackboneConfig,

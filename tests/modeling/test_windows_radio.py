@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_radio import build, native
+
+from helpers.tiny_radio import build, native
 
 
 @torch.no_grad()

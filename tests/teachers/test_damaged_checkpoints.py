@@ -8,8 +8,8 @@ import timm
 import torch
 import transformers
 from safetensors.torch import save_file
-from test_segment_anything_teacher import tiny_sam
 
+from helpers.tiny_segment_anything import tiny_sam
 from transformers_radio.teachers import build_teacher, load_sam, load_text_encoder
 from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
 

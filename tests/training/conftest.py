@@ -1,10 +1,10 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from forked import Forked
 from PIL import Image
+
+from helpers.forked import Forked
+from helpers.paths import HELPERS
 
 # As in the processes that the tests start: bits are equal only for the same number of threads.
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def recipe_text():
 @pytest.fixture
 def make_recipe(tmp_path, image_folder, monkeypatch):
     """Writes the tiny recipe for an output folder's name and returns the file."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(HELPERS))
 
     def make(name="run", images=image_folder):
         path = tmp_path / f"{name}.yaml"

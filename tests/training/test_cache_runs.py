@@ -3,9 +3,9 @@
 import pytest
 import tiny_teachers
 import torch
-from forked import fork_group
 from safetensors.torch import load_file
 
+from helpers.forked import fork_group
 from transformers_radio.training import load_recipe, train
 
 TWO_GROUPS = (

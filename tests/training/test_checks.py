@@ -3,7 +3,7 @@
 import pytest
 
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.plan import print_plan
+from transformers_radio.training.plan.tables import print_plan
 from transformers_radio.training.recipe import StageRecipe
 
 PHI_S = "loss.standardization=phi_s"

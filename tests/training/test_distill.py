@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_teachers import PatchTeacher
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import transformers_radio
+from helpers.tiny_teachers import PatchTeacher
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.training import load_recipe
 from transformers_radio.training.balancing import NaiveBalancing
@@ -21,7 +21,7 @@ from transformers_radio.training.distill import (
     term_weights,
 )
 from transformers_radio.training.distill import build_student as build_student_of_shapes
-from transformers_radio.training.placement import load_teacher
+from transformers_radio.training.teachers import load_teacher
 
 
 def build_teachers(recipe):

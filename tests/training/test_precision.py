@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from transformers_radio import precision
 from transformers_radio.precision import is_fast, resolve_dtype, resolve_mixed_precision, warn_if_slow
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.plan import print_plan
-from transformers_radio.training.processes import threads_beside_workers
-from transformers_radio.training.progress import StopSignal
-from transformers_radio.training.run_folder import find_run
+from transformers_radio.training.plan.tables import print_plan
+from transformers_radio.training.run.folder import find_run
+from transformers_radio.training.run.log import StopSignal
+from transformers_radio.training.run.processes import threads_beside_workers
 
 CPU = torch.device("cpu")
 AUTO = ["mixed_precision=auto", "teachers.clip.dtype=auto"]

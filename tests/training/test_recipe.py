@@ -6,7 +6,7 @@ from typing import get_type_hints
 import pytest
 
 from transformers_radio.training import recipe as recipe_module
-from transformers_radio.training.partition import micro_batch
+from transformers_radio.training.groups import micro_batch
 from transformers_radio.training.recipe import (
     GroupRecipe,
     StudentRecipe,

@@ -3,21 +3,22 @@
 import re
 import shlex
 import socket
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from test_processes import FSDP
 
-from transformers_radio.training import load_recipe, plan
-from transformers_radio.training.cluster import stage_time
-from transformers_radio.training.gpus import find_gpu
-from transformers_radio.training.partition import stage_groups
+from helpers.groups_of_processes import FSDP
+from helpers.paths import ROOT
+from transformers_radio.training import load_recipe
+from transformers_radio.training.groups import stage_groups
+from transformers_radio.training.plan import tables as plan
+from transformers_radio.training.plan.cost import stage_time
+from transformers_radio.training.plan.gpus import find_gpu
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = ROOT / "recipes"
 OTHERS = ("accelerate", "evaluation")  # folders of files that are no training recipes
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in OTHERS)
 NAMES = [str(path.relative_to(FOLDER)) for path in RECIPES]

@@ -19,7 +19,7 @@ from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import digest_weights
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.__main__ import main
-from transformers_radio.training.placement import load_teacher
+from transformers_radio.training.teachers import load_teacher
 
 
 def weights(run):
@@ -203,7 +203,7 @@ def test_a_start_that_failed_or_was_killed_early_does_not_block_the_next(make_re
 
 
 def test_two_processes_do_not_train_in_one_folder(make_recipe, tmp_path):
-    from transformers_radio.training.run_folder import open_run
+    from transformers_radio.training.run.folder import open_run
 
     recipe = load_recipe(make_recipe())
     with open_run(recipe, None):

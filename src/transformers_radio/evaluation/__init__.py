@@ -1,37 +1,35 @@
-"""What a vision encoder is worth: k-NN, zero-shot, throughput, one table, one picture."""
+"""What a vision encoder is worth: k-NN, zero-shot, throughput, and one table of the results."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .features import LabelledImages as LabelledImages
-    from .features import extract_summaries as extract_summaries
-    from .features import load_labelled_images as load_labelled_images
-    from .knn import knn_accuracy as knn_accuracy
-    from .report import Row as Row
-    from .report import Table as Table
-    from .timing import throughput as throughput
-    from .timing import throughput_conditions as throughput_conditions
-    from .visualize import pca_rgb as pca_rgb
-    from .visualize import teacher_student_figure as teacher_student_figure
-    from .zero_shot import openai_imagenet_templates as openai_imagenet_templates
-    from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
-    from .zero_shot import zero_shot_classifier as zero_shot_classifier
+    from .classification.knn import knn_accuracy as knn_accuracy
+    from .classification.zero_shot import openai_imagenet_templates as openai_imagenet_templates
+    from .classification.zero_shot import zero_shot_accuracy as zero_shot_accuracy
+    from .classification.zero_shot import zero_shot_classifier as zero_shot_classifier
+    from .images.labelled import LabelledImages as LabelledImages
+    from .images.labelled import extract_summaries as extract_summaries
+    from .images.labelled import load_labelled_images as load_labelled_images
+    from .pca import pca_rgb as pca_rgb
+    from .report.table import Row as Row
+    from .report.table import Table as Table
+    from .speed.timing import throughput as throughput
+    from .speed.timing import throughput_conditions as throughput_conditions
 
 _MODULES = {
-    "LabelledImages": "features",
-    "Row": "report",
-    "Table": "report",
-    "extract_summaries": "features",
-    "knn_accuracy": "knn",
-    "load_labelled_images": "features",
-    "openai_imagenet_templates": "zero_shot",
-    "pca_rgb": "visualize",
-    "teacher_student_figure": "visualize",
-    "throughput": "timing",
-    "throughput_conditions": "timing",
-    "zero_shot_accuracy": "zero_shot",
-    "zero_shot_classifier": "zero_shot",
+    "LabelledImages": "images.labelled",
+    "Row": "report.table",
+    "Table": "report.table",
+    "extract_summaries": "images.labelled",
+    "knn_accuracy": "classification.knn",
+    "load_labelled_images": "images.labelled",
+    "openai_imagenet_templates": "classification.zero_shot",
+    "pca_rgb": "pca",
+    "throughput": "speed.timing",
+    "throughput_conditions": "speed.timing",
+    "zero_shot_accuracy": "classification.zero_shot",
+    "zero_shot_classifier": "classification.zero_shot",
 }
 __all__ = list(_MODULES)
 

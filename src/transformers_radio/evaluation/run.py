@@ -10,22 +10,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from transformers_radio.evaluation.models.specs import check_model, split_title
 from transformers_radio.training.recipe import quoted
 
-from .hub_names import check_model, split_title
 from .paths import expand_home
-from .results import Result, slug
+from .result import Result, slug
 
 # task -> its module and its settings
 TASKS = {
-    "knn": ("knn", "KnnConfig"),
-    "zero-shot": ("zero_shot", "ZeroShotConfig"),
-    "segmentation": ("segmentation", "SegmentationTaskConfig"),
-    "sam-coco": ("sam_coco", "SamCocoTaskConfig"),
-    "llava": ("llava", "LlavaConfig"),
-    "throughput": ("throughput", "ThroughputConfig"),
-    "resolution": ("resolution", "ResolutionConfig"),
-    "features": ("features", "FeaturesConfig"),
+    "knn": ("classification.knn_task", "KnnConfig"),
+    "zero-shot": ("classification.zero_shot_task", "ZeroShotConfig"),
+    "segmentation": ("segmentation.task", "SegmentationTaskConfig"),
+    "sam-coco": ("sam_coco.task", "SamCocoTaskConfig"),
+    "llava": ("llava.task", "LlavaConfig"),
+    "throughput": ("speed.task", "ThroughputConfig"),
+    "resolution": ("resolution.task", "ResolutionConfig"),
+    "features": ("features.task", "FeaturesConfig"),
 }
 # Their work is not spread over processes: each would do all of it, and write the same files.
 ONE_PROCESS = ("sam-coco", "throughput", "resolution", "features")
@@ -69,12 +69,11 @@ def run_task(
         check_model(model)
     import torch  # only now: what is mistyped has been named
 
+    from transformers_radio.evaluation.images.summaries import start_processes
     from transformers_radio.precision import warn_if_slow
 
-    from .summary_store import start_processes
-
     module_name, config_name = TASKS[task]
-    module = importlib.import_module(f"transformers_radio.evaluation.tasks.{module_name}")
+    module = importlib.import_module(f"transformers_radio.evaluation.{module_name}")
     config = load_config(getattr(module, config_name), data, recipe, overrides)
     state = start_processes()
     if task in ONE_PROCESS and state.num_processes > 1:

@@ -12,7 +12,7 @@ from .world import make_world
 
 if TYPE_CHECKING:  # torch comes with it
     from transformers_radio.evaluation import Table
-    from transformers_radio.evaluation.encoder import VisionEncoder
+    from transformers_radio.evaluation.models.encoder import VisionEncoder
 
 RECIPE = Path(str(resources.files("transformers_radio.quickstart") / "recipe.yaml"))
 TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
@@ -62,7 +62,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
     """The rows of the table: the recipe's teachers, then the student; all in float32, whatever they taught in."""
-    from transformers_radio.evaluation.encoder import load_encoder
+    from transformers_radio.evaluation.models.encoder import load_encoder
 
     teachers = [
         load_encoder(f"{TITLES.get(name, name)}={spec.type}:{spec.checkpoint}", spec.image_size)
@@ -101,7 +101,8 @@ def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
     """Input, PCA of each teacher's features, PCA of the student's, for a few validation images."""
     import torch
 
-    from transformers_radio.evaluation import load_labelled_images, teacher_student_figure
+    from transformers_radio.evaluation import load_labelled_images
+    from transformers_radio.visualization import teacher_student_figure
 
     from .measure import resize_images
 

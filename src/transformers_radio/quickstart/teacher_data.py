@@ -12,8 +12,8 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from transformers_radio.quickstart.scenes import draw_scene
-from transformers_radio.quickstart.world import read_split
+from .scenes import draw_scene
+from .world import read_split
 
 # Per channel, of pixels in [0, 1]: ImageNet's. A sam.pth does not state its own; loaders take these for granted.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

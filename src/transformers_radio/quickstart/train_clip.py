@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS, SHAPES
-from transformers_radio.quickstart.teacher_data import (
+from .scenes import CLASS_NAMES, MATERIALS, SHAPES
+from .teacher_data import (
     MEAN,
     STD,
     Split,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from transformers_radio.quickstart.teacher_data import (
+from .teacher_data import (
     MEAN,
     STD,
     Split,

@@ -11,7 +11,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from transformers_radio.quickstart.teacher_data import (
+from .teacher_data import (
     MEAN,
     STD,
     Split,

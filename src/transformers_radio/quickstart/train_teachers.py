@@ -17,17 +17,18 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from transformers_radio.evaluation.knn import knn_accuracy
-from transformers_radio.evaluation.zero_shot import zero_shot_accuracy, zero_shot_classifier
-from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS
-from transformers_radio.quickstart.teacher_data import Split, load_split
-from transformers_radio.quickstart.train_clip import TEMPLATES, train_clip
-from transformers_radio.quickstart.train_dinov2 import train_dinov2
-from transformers_radio.quickstart.train_sam import decode_masks, mask_iou, train_sam
-from transformers_radio.quickstart.world import make_world
+from transformers_radio.evaluation.classification.knn import knn_accuracy
+from transformers_radio.evaluation.classification.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from transformers_radio.teachers import Teacher, build_teacher
 from transformers_radio.teachers.open_clip import load_text_encoder
 from transformers_radio.teachers.segment_anything import load_sam
+
+from .scenes import CLASS_NAMES, MATERIALS
+from .teacher_data import Split, load_split
+from .train_clip import TEMPLATES, train_clip
+from .train_dinov2 import train_dinov2
+from .train_sam import decode_masks, mask_iou, train_sam
+from .world import make_world
 
 TRAINERS: dict[str, Callable[..., dict[str, Any]]] = {"clip": train_clip, "dinov2": train_dinov2, "sam": train_sam}
 PROBE_GRID = 8  # all teachers' features are probed on the same 8 x 8 cells

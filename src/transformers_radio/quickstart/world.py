@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from transformers_radio.quickstart.scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
+from .scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from transformers_radio.teachers.base import Teacher, TeacherOutput, grid_of, resolve_image_size
-from transformers_radio.teachers.pretrained import config_dict, load_pretrained, normalization
+from .base import Teacher, TeacherOutput, grid_of, resolve_image_size
+from .pretrained import config_dict, load_pretrained, normalization
 
 # Of the configuration: original name -> transformers', and what the original means where it is silent (the 6B).
 FIELDS = {

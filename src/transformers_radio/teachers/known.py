@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.teachers.base import Teacher, check_options, require, resolve_image_size
-from transformers_radio.teachers.checkpoints import resolve_checkpoint
-from transformers_radio.teachers.intern_vit import FIELDS, InternVitTeacher
-from transformers_radio.teachers.open_clip import OpenClipTeacher
-from transformers_radio.teachers.segment_anything import (
+
+from .base import Teacher, check_options, require, resolve_image_size
+from .checkpoints import resolve_checkpoint
+from .intern_vit import FIELDS, InternVitTeacher
+from .open_clip import OpenClipTeacher
+from .segment_anything import (
     PIXEL_MEAN,
     PIXEL_STD,
     SegmentAnythingTeacher,
     check_features,
     resize_positions,
 )
-from transformers_radio.teachers.transformers import ClipTeacher, DinoTeacher, RadioTeacher, SiglipTeacher
+from .transformers import ClipTeacher, DinoTeacher, RadioTeacher, SiglipTeacher
 
 CLIP_NORMALISATION = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 IMAGENET_NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

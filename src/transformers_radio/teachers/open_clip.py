@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line
-from transformers_radio.teachers.base import (
+
+from .base import (
     Teacher,
     TeacherOutput,
     flatten_grid,
     require,
     resolve_image_size,
 )
-from transformers_radio.teachers.checkpoints import read_file, resolve_checkpoint, unsafe_file_message, unwrap
-from transformers_radio.teachers.timm import patch_features
+from .checkpoints import read_file, resolve_checkpoint, unsafe_file_message, unwrap
+from .timm import patch_features
 
 TEXT_BATCH = 256
 

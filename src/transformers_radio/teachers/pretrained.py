@@ -5,8 +5,9 @@ import re
 from typing import Any
 
 from transformers_radio.modeling.errors_radio import naming_checkpoint, shown
-from transformers_radio.teachers.base import DTYPES
-from transformers_radio.teachers.checkpoints import PREFIXES, unsafe_file_message
+
+from .base import DTYPES
+from .checkpoints import PREFIXES, unsafe_file_message
 
 TRAINING_PREFIXES = rf"^({'|'.join(map(re.escape, PREFIXES))})+"
 

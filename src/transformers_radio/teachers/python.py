@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from transformers_radio.teachers.base import Teacher, check_options
+from .base import Teacher, check_options
 
 
 def python_teacher(

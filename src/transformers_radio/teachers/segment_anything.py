@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from transformers_radio.modeling.errors_radio import one_line
-from transformers_radio.teachers.base import (
+
+from .base import (
     Teacher,
     TeacherOutput,
     flatten_grid,
     require,
     resolve_image_size,
 )
-from transformers_radio.teachers.checkpoints import load_weights, resolve_checkpoint
+from .checkpoints import load_weights, resolve_checkpoint
 
 # Three things that a SAM checkpoint does not say, the same in every released one: the mean and std in 0..255, the
 # LayerNorm epsilon of the image encoder, and the number of heads of the mask decoder.

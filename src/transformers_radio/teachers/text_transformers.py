@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line
-from transformers_radio.teachers.checkpoints import resolve_checkpoint
-from transformers_radio.teachers.pretrained import config_dict, load_pretrained
+
+from .checkpoints import resolve_checkpoint
+from .pretrained import config_dict, load_pretrained
 
 TEXT_BATCH = 256
 PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, one_line
-from transformers_radio.teachers.base import (
+
+from .base import (
     Teacher,
     TeacherOutput,
     flatten_grid,
@@ -15,7 +16,7 @@ from transformers_radio.teachers.base import (
     require,
     resolve_image_size,
 )
-from transformers_radio.teachers.checkpoints import load_weights
+from .checkpoints import load_weights
 
 # In the order in which timm itself looks for a local folder's weights.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from transformers_radio.modeling.errors_radio import one_line
-from transformers_radio.teachers.base import (
+
+from .base import (
     Teacher,
     TeacherOutput,
     check_options,
@@ -17,9 +18,9 @@ from transformers_radio.teachers.base import (
     grid_of,
     resolve_image_size,
 )
-from transformers_radio.teachers.intern_vit import InternVitTeacher
-from transformers_radio.teachers.pretrained import config_dict, load_pretrained, normalization
-from transformers_radio.teachers.segment_anything import check_features, resize_positions
+from .intern_vit import InternVitTeacher
+from .pretrained import config_dict, load_pretrained, normalization
+from .segment_anything import check_features, resize_positions
 
 
 class ClipTeacher(Teacher):

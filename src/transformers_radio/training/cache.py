@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 from transformers_radio.data import DataConfig, one_line
 from transformers_radio.teachers import Teacher, TeacherOutput
+from transformers_radio.training.run.folder import existing, fcntl, writing
+from transformers_radio.training.run.processes import on_main_process
 
-from .processes import on_main_process
 from .recipe import TeacherRecipe
-from .run_folder import existing, fcntl, writing
 
 if TYPE_CHECKING:
     from .distill import TeacherShape

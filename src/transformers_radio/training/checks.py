@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from transformers_radio.data import ImageStream, one_line
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
+from transformers_radio.training.phi_s.hadamard import hadamard
+from transformers_radio.training.run.folder import existing, find_checkpoints
+from transformers_radio.training.run.log import raise_if_not_finite
 
 from .distill import build_distillation, distillation_losses, teacher_targets
-from .hadamard import hadamard
+from .groups import Group
 from .optimizer import build_optimizer
-from .partition import Group
-from .progress import raise_if_not_finite
 from .recipe import Recipe
-from .run_folder import existing, find_checkpoints
 
 
 def check_before_training(

@@ -10,15 +10,15 @@ from torch import nn
 from transformers_radio.data import one_line
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput, portable_checkpoint
+from transformers_radio.training.phi_s.rotation import PhiS
+from transformers_radio.training.stability.spectral import add_spectral_reparam
+from transformers_radio.training.stability.weight_noise import add_weight_noise
 
 from .balancing import build_balancing
 from .cache import TeacherCaches, cache_name
 from .continued import continued_student
 from .losses import common_grid, cosine_loss, match_loss, resize_grid
-from .phi_s import PhiS
 from .recipe import LossRecipe, Recipe, TeacherRecipe
-from .spectral import add_spectral_reparam
-from .weight_noise import add_weight_noise
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ from tqdm.auto import tqdm
 from transformers_radio.data import ImageStream, keep_files, list_files
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
-
-from .balancing import AdaLossBalancing
-from .cache import TeacherCaches
-from .checkpoint import (
+from transformers_radio.training.phi_s.statistics import standardize_teachers
+from transformers_radio.training.run.checkpoint import (
     check_teachers,
     describe_teachers,
     load_training,
@@ -28,6 +26,20 @@ from .checkpoint import (
     save_checkpoint,
     skipped_images,
 )
+from transformers_radio.training.run.export import publish_student
+from transformers_radio.training.run.folder import find_run, open_run, truncate_metrics
+from transformers_radio.training.run.log import STEPS_PER_AGREEMENT, FiniteCheck, Log, StopSignal, TermSums, to_device
+from transformers_radio.training.run.processes import (
+    build_accelerator,
+    on_main_process,
+    settle_precision,
+    threads_beside_workers,
+)
+from transformers_radio.training.stability.ema import EMA
+from transformers_radio.training.stability.spectral import power_steps
+
+from .balancing import AdaLossBalancing
+from .cache import TeacherCaches
 from .checks import check_before_training
 from .distill import (
     TeacherShape,
@@ -36,17 +48,10 @@ from .distill import (
     teacher_targets,
     term_weights,
 )
-from .ema import EMA
-from .export import publish_student
+from .groups import Group, passes_in_step, stage_groups
 from .optimizer import build_optimizer, start_schedule
-from .partition import Group, passes_in_step, stage_groups
-from .placement import build_teachers, gather_shapes, open_caches
-from .processes import build_accelerator, on_main_process, settle_precision, threads_beside_workers
-from .progress import STEPS_PER_AGREEMENT, FiniteCheck, Log, StopSignal, TermSums, to_device
 from .recipe import Recipe, expand_paths
-from .run_folder import find_run, open_run, truncate_metrics
-from .spectral import power_steps
-from .statistics import standardize_teachers
+from .teachers import build_teachers, gather_shapes, open_caches
 from .validate import validate
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""k-NN and zero-shot classification."""

@@ -1,0 +1,219 @@
+"""`eval features`: high-norm patches, activation statistics, and the noise of the position table."""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from transformers_radio.data.config import SourceConfig
+from transformers_radio.data.images import SkippedImage, decode_rgb
+from transformers_radio.data.source import Source
+from transformers_radio.evaluation.images.labelled import resize_image
+from transformers_radio.evaluation.images.sampled import SAMPLE_SEED, shuffled
+from transformers_radio.evaluation.images.split_files import in_words_of_evaluation, own_split_name
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
+from transformers_radio.evaluation.paths import path_name
+from transformers_radio.evaluation.result import Result, done, result_path, work_folder
+
+from .figure import features_figure
+from .statistics import (
+    DEAD_SHARE,
+    ChannelStatistics,
+    PatchNorms,
+    channel_statistics,
+    patch_norms,
+    position_noise,
+    position_table,
+)
+
+POSITIONS_NAMED = 10
+# What a result is known by, of its settings.
+RESULT_COUNTED = (*ENCODER_COUNTED, "image_size", "images", "outlier_factor", "seed", "files")
+
+
+@dataclass
+class FeaturesConfig:
+    """Settings of the task."""
+
+    data: str = MISSING  # images, with or without labels; what training reads
+    name: str | None = None  # of the data, in results; null: the last part of `data`
+    config_name: str | None = None  # of a Hub dataset that has several configurations
+    split: str = "validation"
+    image_column: str | None = None  # null: the only one
+    images: int = 64  # drawn with seed 0
+    image_size: int | None = None  # side in pixels; null: each model's own
+    outlier_factor: float = 3.0  # a patch whose norm is above so many times the median is an outlier
+    dtype: str = "float32"
+    batch_size: int = 8
+    overwrite: bool = False
+
+
+def run(models: list[str], config: FeaturesConfig, output: Path) -> list[Result]:
+    """One `Result` a model; its picture is beside it, and all channels are in the work folder's statistics.json.
+
+    Raises:
+        FileNotFoundError, ValueError: data, settings or a model that cannot be used; before any image is encoded.
+    """
+    for name in ("images", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+    if not config.outlier_factor > 1:
+        raise ValueError(f"outlier_factor is {config.outlier_factor}; expected more than 1.")
+    device = Accelerator(mixed_precision="no").device
+    encoders = [load_encoder(spec, config.image_size, config.dtype, device) for spec in models]
+    files, skipped = _read(config)
+    return [_measure(encoder, files, skipped, config, output) for encoder in encoders]
+
+
+def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
+    """Readable images, undecoded, and the number of unreadable ones among them."""
+    source = _open(config)
+
+    def read(shard: int) -> Iterator[tuple[Any, str]]:
+        return ((image, key) for key, image in source.records(shard))
+
+    files: list[bytes] = []
+    skipped = Counter[str]()
+    # The first ones would be of the first class, where the data comes class by class.
+    for image, _ in shuffled(len(source.shards), read):
+        content = source.read(image)
+        try:
+            decode_rgb(content)
+        except SkippedImage as error:
+            skipped[error.reason] += 1
+            continue
+        files.append(content)
+        if len(files) == config.images:
+            break
+    if not files:
+        raise ValueError(f"{config.data} ({config.split}) holds no readable image; skipped: {dict(skipped)}.")
+    return files, skipped.total()
+
+
+def _open(config: FeaturesConfig) -> Source:
+    split = own_split_name(config.data, config.split)
+    try:
+        return Source(SourceConfig(config.data, split, config.config_name, config.image_column))
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(in_words_of_evaluation(str(error))) from error
+
+
+def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: FeaturesConfig, output: Path) -> Result:
+    name = config.name or path_name(config.data)
+    path = result_path(output, encoder.name, "features", name)
+    settings = {
+        **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "batch_size")},
+        **encoder.settings(),
+        "image_size": encoder.image_size,
+        "seed": SAMPLE_SEED,
+        "files": _digest(files),
+    }
+    finished = done(path, settings, RESULT_COUNTED, config.overwrite)
+    if finished is not None:
+        return finished
+    features, grid = _encode(encoder, files, config.batch_size)
+    norms = patch_norms(features, grid, config.outlier_factor)
+    channels = channel_statistics(features)
+    table = position_table(encoder.model)
+    metrics = {
+        "Norm, median": norms.median,
+        "Norm, 99 %": norms.p99,
+        "Norm, largest": norms.norms.max().item(),
+        "High-norm patches": 100 * norms.share,
+        "Channel mean, median": channels.mean.median().item(),
+        "Channel std, median": channels.std.median().item(),
+        "Channel kurtosis, median": channels.kurtosis.nanmedian().item(),
+        "Largest channel over median": channels.largest_ratio,
+        "Dead channels": 100 * channels.dead.double().mean().item(),
+    }
+    if norms.share > 0:
+        metrics["High-norm patches at the border"] = 100 * norms.border_share
+    metrics |= _noise(encoder, table, grid)
+    folder = work_folder(path)
+    _write_statistics(norms, channels, folder / "statistics.json")
+    features_figure(f"{encoder.name}, {encoder.image_size} px", norms, channels, table, path.with_suffix(".png"))
+    return Result(
+        "features",
+        encoder.name,
+        name,
+        # where all features are constant, some have no value
+        {metric: value for metric, value in metrics.items() if math.isfinite(value)},
+        f"{len(files)} whole images at {encoder.image_size} x {encoder.image_size}, {grid[0]} x {grid[1]} patches; "
+        f"high-norm: above {config.outlier_factor:g} x the median; dead: a channel whose deviation is below "
+        f"{DEAD_SHARE:g} of the median channel's; kurtosis: excess; position noise: share of the table's energy above "
+        "1/4 cycle a patch, white noise has 80 %",
+        {
+            **settings,
+            "high_norm_positions": [
+                list(one) for one in norms.most_frequent(POSITIONS_NAMED)
+            ],  # row, column, share of the images
+            "largest_channel": channels.largest,
+            "position_table": None if table is None else list(table.shape),
+        },
+        {
+            "images": len(files),
+            "skipped_images": skipped,
+            "patches": norms.norms.numel(),
+            "channels": len(channels.std),
+        },
+        encoder.params,
+        encoder.image_size,
+    ).write(path)
+
+
+def _digest(files: list[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(hashlib.blake2b(file).digest())
+    return digest.hexdigest()
+
+
+def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """float32 (N, h*w, C) on the CPU, and (h, w)."""
+    device = next(encoder.model.parameters()).device
+    encoded, grid = [], (0, 0)
+    for start in tqdm(range(0, len(files), batch_size), desc=f"{encoder.name} features", unit="batch"):
+        images = [resize_image(decode_rgb(file), encoder.image_size) for file in files[start : start + batch_size]]
+        features, grid = encoder.features(torch.stack(images).to(device).float() / 255)
+        encoded.append(features.cpu())
+    return torch.cat(encoded), grid
+
+
+def _noise(encoder: VisionEncoder, table: torch.Tensor | None, grid: tuple[int, int]) -> dict[str, float]:
+    """Of the table as it is stored; and as a student resizes it to its patches, where these are others."""
+    if table is None:
+        return {}
+    tables = {"Position noise": table}
+    if encoder.is_student and grid != tuple(table.shape[:2]):
+        stored = table.permute(2, 0, 1)[None]  # (h, w, D) -> (1, D, h, w)
+        resized = F.interpolate(stored, size=grid, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+        tables["Position noise, resized"] = resized
+    noise = {}
+    for name, one in tables.items():
+        with contextlib.suppress(ValueError):  # a constant table, or a single row of it, has none
+            noise[name] = 100 * position_noise(one)
+    return noise
+
+
+def _write_statistics(norms: PatchNorms, channels: ChannelStatistics, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    statistics = {
+        "mean": channels.mean.tolist(),
+        "std": channels.std.tolist(),
+        "kurtosis": [value if math.isfinite(value) else None for value in channels.kurtosis.tolist()],
+        "dead": channels.dead.nonzero()[:, 0].tolist(),
+        "mean_norm": norms.norms.mean(dim=0).tolist(),  # (h, w)
+        "high_norm_share": norms.positions.tolist(),  # (h, w)
+    }
+    path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")

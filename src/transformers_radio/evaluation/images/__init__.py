@@ -1,0 +1,1 @@
+"""Labelled images, resizing, and stored summaries."""

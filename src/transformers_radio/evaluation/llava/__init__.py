@@ -1,0 +1,1 @@
+"""LLaVA-1.5 with a student as its vision tower."""

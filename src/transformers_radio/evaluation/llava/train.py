@@ -1,0 +1,225 @@
+"""The two phases of LLaVA-1.5 on transformers' Trainer: first the projector alone, then the language model with it.
+
+FOLDER/                one phase
+  settings.json        what it was trained with; other settings do not continue it
+  checkpoint-N/        the Trainer's own; a killed phase goes on from the newest whole one
+  unreadable.txt       images that could not be read, with every start and epoch again
+  projector/           the result of the first phase: model.safetensors
+  llava/               the result of the second: a LLaVA with its processor
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from omegaconf import MISSING
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
+
+from transformers_radio.evaluation.result import differences
+
+from .data import Conversations, LlavaCollator, LlavaDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LlavaPhase:
+    """One phase; the defaults are those that the two stock phases share (AdamW, cosine, no weight decay)."""
+
+    conversations: str = MISSING  # JSON in LLaVA's format, below data
+    images: str = MISSING  # folder that its images are named from, below data
+    learning_rate: float = MISSING
+    batch_size: int = MISSING  # in examples, over all processes and accumulated steps
+    epochs: float = 1.0
+    warmup: float = 0.03  # share of the steps
+    max_length: int = 2048  # in tokens, image tokens included
+    save_steps: int = 1000
+
+
+@dataclass
+class LlavaHardware:
+    """How a phase is run; of these only `bf16` changes the numbers."""
+
+    per_device_batch_size: int = 16
+    num_workers: int = 4
+    bf16: bool = True  # autocast; the weights that are trained stay float32
+    gradient_checkpointing: bool = True
+    log_steps: int = 10
+
+
+class LlavaTrainer(Trainer):
+    """A Trainer whose checkpoints do bring the weights back.
+
+    A LLaVA is saved under other names than its weights have in memory. The Trainer reads a checkpoint by the names in
+    memory and does not mind those it misses, so it would go on from the fresh model.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:  # FSDP's own files have the names in memory
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        target: Any = self.model if model is None else model
+        target.load_state_dict(saved.state_dict())  # strict: nothing may be missing
+
+
+def train_phase(
+    llava: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    data: Conversations,
+    phase: LlavaPhase,
+    folder: Path,
+    projector_only: bool,
+    hardware: LlavaHardware,
+    max_skipped_share: float,
+    seed: int,
+) -> Path:
+    """Train, or go on from the newest whole checkpoint in `folder`; returns the folder of the result.
+
+    The first phase (`projector_only`) sees images and captions alone, the second conversations in the chat template;
+    the loss is on captions and answers. The tower is frozen in both. Call it on all processes.
+
+    Raises:
+        ValueError: a batch size that the processes cannot share, too many unreadable images.
+    """
+    result = folder / ("projector" if projector_only else "llava")
+    if result.exists():
+        return result
+    state = PartialState()
+    at_once = hardware.per_device_batch_size * state.num_processes
+    check_batch_size(phase, hardware, state.num_processes)
+    llava.requires_grad_(not projector_only)
+    llava.model.vision_tower.requires_grad_(False)
+    llava.model.multi_modal_projector.requires_grad_(True)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=phase.learning_rate,
+        per_device_train_batch_size=hardware.per_device_batch_size,
+        gradient_accumulation_steps=phase.batch_size // at_once,
+        num_train_epochs=phase.epochs,
+        lr_scheduler_type="cosine",
+        warmup_steps=phase.warmup,  # below 1 it is a share
+        weight_decay=0.0,
+        bf16=hardware.bf16,
+        gradient_checkpointing=hardware.gradient_checkpointing,
+        dataloader_num_workers=hardware.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=hardware.log_steps,
+        save_steps=phase.save_steps,
+        save_total_limit=2,  # one to fall back on when the newest is half written
+        seed=seed,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    dataset = LlavaDataset(
+        data.examples,
+        processor,
+        plain=projector_only,
+        max_length=phase.max_length,
+        unreadable=folder / "unreadable.txt",
+        max_skipped_share=max_skipped_share,
+    )
+    trainer = LlavaTrainer(llava, arguments, train_dataset=dataset, data_collator=LlavaCollator(processor))
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        logger.warning("%s goes on from %s", folder, checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all shards: on all processes
+    if state.is_main_process:
+        temporary = folder / f"{result.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if projector_only:
+            prefix = "model.multi_modal_projector."
+            projector = {
+                name.removeprefix(prefix): tensor.detach().cpu().contiguous()
+                for name, tensor in weights.items()
+                if name.startswith(prefix)
+            }
+            save_file(projector, temporary / "model.safetensors")
+        else:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=weights)
+            processor.save_pretrained(temporary)
+        os.replace(temporary, result)
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    state.wait_for_everyone()
+    return result
+
+
+def load_projector(llava: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Put the projector that the first phase left in `folder` into a LLaVA."""
+    llava.model.multi_modal_projector.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def check_batch_size(phase: LlavaPhase, hardware: LlavaHardware, processes: int) -> None:
+    """ValueError unless a batch is a whole number of what the processes take at once."""
+    at_once = hardware.per_device_batch_size * processes
+    if phase.batch_size < 1 or at_once < 1 or phase.batch_size % at_once:
+        raise ValueError(
+            f"batch_size is {phase.batch_size}; expected a multiple of {hardware.per_device_batch_size} examples on "
+            f"each of {processes} processes: change hardware.per_device_batch_size or the number of processes."
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end. The Trainer writes its state last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s was not written to its end and is left out", path)
+    return None
+
+
+def claim_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    counted: Sequence[str],
+    overwrite: bool,
+    before: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """Make `folder` the place of work with these settings; what is there with the same settings is kept.
+
+    Args:
+        counted, before: which settings must be the same, and those of earlier versions, as for `results.done`.
+
+    Raises:
+        ValueError: work of other settings is there, and `overwrite` is False.
+    """
+    state = PartialState()
+    file = folder / "settings.json"
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    state.wait_for_everyone()  # all have read before one writes
+    if there is not None:
+        changed = differences(there if before is None else before(there), settings, counted)
+        if not changed:
+            return
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds work of other settings; it differs in {', '.join(changed)}. Choose another --output, "
+                "or replace it with overwrite=true."
+            )
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        temporary = folder / "settings.json.tmp"
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    state.wait_for_everyone()
+
+
+def count_unreadable(folder: Path) -> int:
+    """Images of a phase that could not be read."""
+    file = folder / "unreadable.txt"
+    return len(set(file.read_text(encoding="utf-8").splitlines())) if file.exists() else 0

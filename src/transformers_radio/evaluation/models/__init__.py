@@ -1,0 +1,1 @@
+"""The models under evaluation: specifications, students, teachers, text encoders."""

@@ -1,0 +1,1 @@
+"""Tables, figures and model-card entries from result files."""

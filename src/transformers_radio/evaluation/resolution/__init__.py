@@ -1,0 +1,1 @@
+"""One model at many resolutions."""

@@ -1,0 +1,1 @@
+"""SAM-COCO: box-prompted masks."""

@@ -1,0 +1,1 @@
+"""Linear segmentation probe and open-vocabulary segmentation."""

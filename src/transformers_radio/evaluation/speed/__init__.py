@@ -1,0 +1,1 @@
+"""Images per second, latency, FLOPs and memory."""

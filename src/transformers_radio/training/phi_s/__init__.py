@@ -1,0 +1,1 @@
+"""PHI-S: standardizing teacher features by a Hadamard rotation."""

@@ -1,0 +1,80 @@
+"""A student in training as the Hugging Face folder that others load: what only training needs is folded in."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.utils import logging as transformers_logging
+
+from transformers_radio.modeling import RadioConfig, RadioImageProcessor, RadioModel
+from transformers_radio.training.phi_s.rotation import PhiS
+from transformers_radio.training.stability.spectral import fold_spectral
+
+from .folder import MANIFEST, writing
+
+PREFIX = "student."
+WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers of the prepared model by their plain names. Sharded ones are gathered by all processes
+    together, and are on the main one alone."""
+    state: Any = get_model_state_dict(model, options=WHOLE_ON_MAIN)
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def write_student(
+    student: RadioModel,
+    model_state: dict[str, torch.Tensor],
+    averages: dict[str, torch.Tensor] | None,
+    standardize: dict[str, PhiS],
+    folder: Path,
+) -> None:
+    """Weights, config, remote code and image processor. For the main process alone.
+
+    Args:
+        student: says the architecture; its weights are not read.
+        model_state: of the `Distillation`, whole.
+        averages: by the same names, in place of the trained weights where given.
+        standardize: of teachers whose heads predict standardised features: the inverse goes into their last Linear.
+    """
+    state = {**model_state, **(averages or {})}
+    state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    state = fold_spectral(state, averaged=averages is not None)
+    config = RadioConfig.from_dict(student.config.to_dict())
+    with torch.device("meta"):
+        plain = RadioModel(config)
+    plain.load_state_dict(state, assign=True)
+    for name, transform in standardize.items():
+        if name in plain.adaptors:
+            last = _last_linear(plain.adaptors[name].feature_head)
+            weight, bias = transform.fold(last)
+            last.weight, last.bias = nn.Parameter(weight), nn.Parameter(bias)
+    transformers_logging.disable_progress_bar()  # it would break the training's own into pieces
+    plain.save_pretrained(folder)
+    transformers_logging.enable_progress_bar()
+    side = plain.preferred_resolution
+    processor = RadioImageProcessor(size={"height": side, "width": side}, size_divisor=plain.min_resolution_step)
+    processor.save_pretrained(folder)
+
+
+def publish_student(checkpoint: Path, output_dir: Path) -> Path:
+    """Copies the student of the last checkpoint to output_dir/student, whole or not at all. For the main process.
+
+    Raises:
+        OSError: the disk is full, or the like; nothing is left of the copy, and the checkpoint stays.
+    """
+    temporary, path = output_dir / "student.tmp", output_dir / "student"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
+        os.replace(temporary, path)
+    return path
+
+
+def _last_linear(head: nn.Module) -> nn.Linear:
+    return [module for module in head.modules() if isinstance(module, nn.Linear)][-1]

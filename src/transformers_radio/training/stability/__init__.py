@@ -1,0 +1,1 @@
+"""Spectral reparametrization, weight noise and the exponential moving average."""

@@ -1,0 +1,43 @@
+"""Training in several gloo processes, with and without a launcher."""
+
+import os
+import subprocess
+import sys
+
+from helpers.forked import fork_group
+from helpers.paths import HELPERS
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "RadioLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def start(processes, *arguments):
+    """`python -m transformers_radio.training RECIPE [key=value ...]` under torchrun."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, "-m", "transformers_radio.training", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def children(process):
+    """The ranks that a launcher has started."""
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
+
+
+def run(processes, *arguments, **options):
+    """All to the end, without a launcher; a deadlock is a failure, and leaves no processes behind."""
+    group = fork_group(processes, *arguments, **options)
+    outputs = [process.communicate()[0] for process in group]
+    assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
+    return outputs[0]
