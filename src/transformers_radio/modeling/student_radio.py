@@ -10,7 +10,6 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .adaptors_radio import AdaptorOutput
-from .embeddings_radio import RadioExternalConditioner
 from .errors_radio import shown
 from .inputs_radio import (
     can_read_values,
@@ -51,6 +50,44 @@ class RadioModelOutput(ModelOutput):
     adaptors: dict[str, AdaptorOutput] | None = None
     pooler_output: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
+
+
+class RadioInputConditioner(nn.Module):
+    """`(pixels - mean) / std` per channel; in float32, the result in the dtype of the pixels.
+
+    The statistics stay in float32 when the model is cast: half precision would round them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        # (3,) -> (3, 1, 1)
+        self.norm_mean = nn.Buffer(torch.tensor(config.norm_mean, dtype=torch.float32).view(-1, 1, 1))
+        self.norm_std = nn.Buffer(torch.tensor(config.norm_std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        normalized = (pixel_values.float() - self.norm_mean.float()) / self.norm_std.float()
+        return normalized.to(pixel_values.dtype)
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, statistic in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != statistic.dtype:  # a cast: keep its device alone
+                setattr(self, name, statistic.to(moved.device))
+        return self
+
+
+class RadioExternalConditioner(RadioInputConditioner, nn.Identity):
+    """Stands in for a conditioner that was handed over: keeps its statistics for the state dict, changes no pixel."""
+
+    def __init__(self, conditioner: nn.Module):
+        nn.Module.__init__(self)
+        for name, statistic in conditioner.named_buffers():
+            self.register_buffer(name, statistic.clone())
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
 
 
 class RadioStudentMixin(nn.Module):
