@@ -6,10 +6,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_radio import RadioConfig
-from .fields_radio import CheckedConfigMixin
+from .fields_radio import CheckedConfigMixin, PartConfigMixin
 
 
-class RadioVisionTowerConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
+class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
 
     It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is
@@ -53,21 +53,16 @@ class RadioVisionTowerConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ign
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == RadioConfig.model_type:
-            config_dict = {"model_type": cls.model_type, "radio_config": config_dict}
-        elif "model_type" not in config_dict:
+        if "model_type" not in config_dict:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: model_type is missing, expected {RadioConfig.model_type!r} or "
                 f"{cls.model_type!r}."
             )
-        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs
 
-    def to_dict(self):
-        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
-        output = super().to_dict()
-        output.pop("_name_or_path", None)
-        return output
+    @classmethod
+    def _from_student(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        return {"model_type": cls.model_type, "radio_config": config_dict}
 
     @classmethod
     def adopt(cls, config: PreTrainedConfig) -> Any:

@@ -283,3 +283,26 @@ class CheckedConfigMixin:
                 f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
             )
         return config_dict, kwargs
+
+
+class PartConfigMixin:
+    """Base of a backbone's or tower's configuration: reads a student's folder, and remembers it until it is saved."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if config_dict.get("model_type") == _MODEL_TYPES[0]:
+            config_dict = cls._from_student(config_dict)
+        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
+        return config_dict, kwargs
+
+    @classmethod
+    def _from_student(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """A student's fields -> those of this configuration."""
+        raise NotImplementedError
+
+    def to_dict(self):
+        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
+        output = super().to_dict()  # type: ignore[misc]
+        output.pop("_name_or_path", None)
+        return output
