@@ -15,17 +15,17 @@ class RadioBackboneConfig(BackboneConfigMixin, PartConfigMixin, RadioConfig):  #
 
     It is a type of its own because transformers knows type "radio" without a backbone class. It reads the folder of a
     RADIO student of ours: `RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12])`. A model that is
-    built from it has random weights; `load_student(model, folder)` puts the student's in.
+    built from it has random weights; `load_student(model, folder)` replaces them by the student's.
 
     Args:
-        out_features: names of the feature maps out of `stage_names`: "stem" (the embeddings), "stage1" to
+        out_features: names of the feature maps, from `stage_names`: "stem" (the embeddings), "stage1" to
             "stage<num_hidden_layers>" (after each block). The last one when neither this nor `out_indices` is given.
         out_indices: the same as indices into `stage_names`.
         reshape_hidden_states: True for maps (batch_size, hidden_size, h, w). False for sequences (batch_size,
             1 + h * w, hidden_size), one summary token and the patches, as DPT and Depth Anything expect them.
 
     Raises:
-        ValueError: for names or indices that do not exist, repeat, or are out of order.
+        ValueError: Names or indices that do not exist, repeat, or are out of order.
     """
 
     model_type = "radio_backbone"

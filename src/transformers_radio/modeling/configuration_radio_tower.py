@@ -13,14 +13,14 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
     """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
 
     It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is
-    built from it has a tower with random weights; `load_student(llava, folder)` puts the student's in.
+    built from it has a tower with random weights; `load_student(llava, folder)` replaces them by the student's.
 
     Args:
         radio_config: the student's [`RadioConfig`], or its fields as a dict. The tower has no adaptors.
         image_size: nominal side of the input in pixels; the student's `preferred_resolution` when missing.
 
     Raises:
-        ValueError: when `image_size` is no multiple of the patch size.
+        ValueError: `image_size` is not a multiple of the patch size.
     """
 
     model_type = "radio_vision_tower"

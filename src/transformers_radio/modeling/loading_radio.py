@@ -7,20 +7,20 @@ from torch import nn
 from .errors_radio import check_source, shown
 from .student_radio import RadioStudentMixin
 
-# what changes the features without changing the shape of any weight
+# fields that change the features, but not the shape of any weight
 _SAME = ("num_attention_heads", "num_cls_tokens", "num_registers", "hidden_act", "layer_norm_eps")
 
 
 def load_student(model: nn.Module, student: Any) -> nn.Module:
     """Put a student's weights into the RADIO backbone or vision tower inside `model`, in place.
 
-    transformers builds the parts of UperNet, Mask2Former, DPT, DETR, LLaVA and the like from configurations, with
-    random weights. So that
+    transformers builds the parts of UperNet, Mask2Former, DPT, DETR, LLaVA and similar models from configurations,
+    with random weights. This model starts from the student:
 
         config = UperNetConfig(backbone_config=RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12]))
         model = load_student(UperNetForSemanticSegmentation(config), folder)
 
-    starts from the student. A model that was saved is complete: open it with its own `from_pretrained`.
+    A saved model is complete: open it with its own `from_pretrained`.
 
     Args:
         model: anything with a [`RadioBackbone`] or [`RadioVisionTower`] in it.

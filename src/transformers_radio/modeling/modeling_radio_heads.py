@@ -206,8 +206,8 @@ class RadioBackbone(BackboneMixin, RadioPart):
     """Feature maps for transformers' detectors and segmenters, by `backbone_config=RadioBackboneConfig(...)`.
 
     All maps have the stride of the patches. The input is in [0, 1], not normalized, with sides that are multiples of
-    `min_resolution_step`: use [`RadioImageProcessor`]. Blocks after the last map are not built: they would run for
-    nothing, and be parameters without gradients.
+    `min_resolution_step`: use [`RadioImageProcessor`]. Blocks after the last map are not built: their output would
+    be unused, and their weights would get no gradients.
 
     Args:
         config: a [`RadioBackboneConfig`], or a student's configuration.
@@ -285,7 +285,7 @@ class RadioBackbone(BackboneMixin, RadioPart):
 
 
 class RadioStudentBackbone(RadioBackbone):
-    """Lets `AutoBackbone.from_pretrained` open a student's repository, for which it wants the student's own type."""
+    """Lets `AutoBackbone` open a student's repository, for which it expects a class with the student's config."""
 
     config_class = RadioConfig  # type: ignore[assignment]
 
@@ -298,7 +298,7 @@ RadioForImageClassification.register_for_auto_class("AutoModelForImageClassifica
 RadioForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 RadioBackbone.register_for_auto_class("AutoBackbone")
 AutoBackbone.register(RadioBackboneConfig, RadioBackbone, exist_ok=True)
-# transformers' pipelines look classes up by name in these tables; the keys are not types of models, so nothing else is
-# changed
+# transformers' pipelines look classes up by name in these tables; the keys are not types of models, so nothing else
+# changes
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["radio_image_classification"] = RadioForImageClassification.__name__
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["radio_semantic_segmentation"] = RadioForSemanticSegmentation.__name__

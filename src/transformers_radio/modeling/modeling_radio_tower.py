@@ -20,9 +20,9 @@ class RadioVisionTower(RadioPart):
     the patches: "default" is the patches alone (what the paper feeds, section 5.4), "full" the summary token as well.
     The summary token is the first selected CLS token, or the average of the patches with average pooling.
 
-    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. A LLaVA that is built with
-    `vision_config=RadioVisionTowerConfig.from_pretrained(folder)` gets the student's weights by
-    `load_student(llava, folder)`.
+    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. For a LLaVA that is built
+    with `vision_config=RadioVisionTowerConfig.from_pretrained(folder)`, `load_student(llava, folder)` loads the
+    student's weights.
 
     The number of patches follows each image, height / patch_size * width / patch_size, square or not.
     [`RadioLlavaProcessor`] puts as many image tokens into the text and returns the `image_sizes`, so that no image
@@ -103,7 +103,7 @@ class RadioVisionTower(RadioPart):
         step, (height, width) = self.model.min_resolution_step, pixel_values.shape[-2:]
         try:
             sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
-        except (TypeError, ValueError, RuntimeError):  # no tensor can be made of it
+        except (TypeError, ValueError, RuntimeError):  # not convertible to a tensor
             sizes = torch.empty(0)
         wrong = sizes.shape != (len(pixel_values), 2) or sizes.is_floating_point() or sizes.is_complex()
         wrong = wrong or sizes.layout != torch.strided

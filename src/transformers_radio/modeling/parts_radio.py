@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 class RadioInnerModel(RadioPreTrainedModel):
-    """A RADIO student without adaptors at `self.model`; those of a loaded checkpoint are left out silently.
+    """A RADIO student without adaptors at `self.model`; loading leaves the adaptors of a checkpoint out silently.
 
     A student that is frozen as a whole (`model.model.requires_grad_(False)`) stays in eval mode while the other parts
     train: its features must not vary with the random position crops of training.
@@ -43,7 +43,7 @@ class RadioPart(RadioInnerModel):
         output_attentions: bool | None,
         pixel_mask: torch.Tensor | None,
     ) -> tuple[Any, set[int]]:
-        """The student's [`RadioModelOutput`] with all hidden states, and the numbers of those that the caller wants.
+        """The student's [`RadioModelOutput`] with all hidden states, and the numbers of those asked for.
 
         Raises:
             ValueError: Hidden states that do not exist, or an input that the student does not take.
@@ -75,6 +75,6 @@ class RadioPart(RadioInnerModel):
 
 
 def weight_state(model: Any) -> tuple[int, int] | None:
-    """Identifies the present weights of a student; None where they have no values yet, as in `from_pretrained`."""
+    """Identifies the current weights of a student; None where they have no values yet, as in `from_pretrained`."""
     weight = next(model.parameters())
     return None if weight.is_meta or weight.is_inference() else (id(weight), weight._version)
