@@ -20,9 +20,7 @@ from transformers_radio.teachers import Teacher
 from transformers_radio.training import Recipe, load_recipe
 from transformers_radio.training.distill import (
     Distillation,
-    TeacherShape,
     build_distillation,
-    build_student,
     teacher_targets,
 )
 from transformers_radio.training.groups import Group, stage_groups
@@ -33,6 +31,7 @@ from transformers_radio.training.plan.gpus import GPUS
 from transformers_radio.training.plan.tables import describe_student, describe_teacher
 from transformers_radio.training.run.log import to_device
 from transformers_radio.training.stability.spectral import power_steps
+from transformers_radio.training.student import TeacherShape, build_student
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "radio_vit_h16.yaml"
 GROUPS = (("base", "all"), ("high", "low"), ("high", "high"))

@@ -25,8 +25,8 @@ from transformers_radio.data import DataConfig
 from transformers_radio.teachers import Teacher, TeacherOutput, digest_weights
 from transformers_radio.training import cache as cache_module
 from transformers_radio.training.cache import TeacherCaches, cache_fingerprint, check_room, estimate_bytes
-from transformers_radio.training.distill import TeacherShape
 from transformers_radio.training.recipe import TeacherRecipe
+from transformers_radio.training.student import TeacherShape
 from transformers_radio.training.teachers import _layers
 
 torch.set_num_threads(1)

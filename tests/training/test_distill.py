@@ -14,13 +14,12 @@ from transformers_radio.training import load_recipe
 from transformers_radio.training.balancing import NaiveBalancing
 from transformers_radio.training.distill import (
     Distillation,
-    TeacherShape,
     distillation_losses,
-    stage_student,
     teacher_targets,
     term_weights,
 )
-from transformers_radio.training.distill import build_student as build_student_of_shapes
+from transformers_radio.training.student import TeacherShape, stage_student
+from transformers_radio.training.student import build_student as build_student_of_shapes
 from transformers_radio.training.teachers import load_teacher
 
 

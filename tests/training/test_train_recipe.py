@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from transformers_radio.modeling import RadioModel
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.distill import TeacherShape, build_distillation, build_student
+from transformers_radio.training.distill import build_distillation
+from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher
 
 ALL_AT_ONCE = [

@@ -31,7 +31,7 @@ from transformers_radio.training.run.processes import on_main_process
 from .recipe import TeacherRecipe
 
 if TYPE_CHECKING:
-    from .distill import TeacherShape
+    from .student import TeacherShape
 
 logger = logging.getLogger(__name__)
 

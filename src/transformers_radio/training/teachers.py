@@ -23,9 +23,9 @@ from transformers_radio.training.run.processes import LONGEST_WAIT, on_main_proc
 
 from .cache import TeacherCaches, cache_fingerprint, cache_name, check_room, estimate_bytes
 from .checks import checkpoint_bytes
-from .distill import TeacherShape
 from .groups import Group
 from .recipe import Recipe, TeacherRecipe
+from .student import TeacherShape
 
 
 def build_teachers(

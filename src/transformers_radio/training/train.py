@@ -41,16 +41,11 @@ from transformers_radio.training.stability.spectral import power_steps
 from .balancing import AdaLossBalancing
 from .cache import TeacherCaches
 from .checks import check_before_training
-from .distill import (
-    TeacherShape,
-    build_distillation,
-    build_student,
-    teacher_targets,
-    term_weights,
-)
+from .distill import build_distillation, teacher_targets, term_weights
 from .groups import Group, passes_in_step, stage_groups
 from .optimizer import build_optimizer, start_schedule
 from .recipe import Recipe, expand_paths
+from .student import TeacherShape, build_student
 from .teachers import build_teachers, gather_shapes, open_caches
 from .validate import validate
 

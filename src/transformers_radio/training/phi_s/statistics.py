@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from transformers_radio.data import ImageStream
 from transformers_radio.teachers import Teacher
-from transformers_radio.training.distill import TeacherShape
 from transformers_radio.training.groups import Group
 from transformers_radio.training.recipe import Recipe
 from transformers_radio.training.run.folder import size_and_checksum, writing
 from transformers_radio.training.run.log import to_device
 from transformers_radio.training.run.processes import on_main_process
+from transformers_radio.training.student import TeacherShape
 
 from .rotation import FeatureMoments, PhiS
 

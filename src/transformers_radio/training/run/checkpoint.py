@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from transformers_radio.data import merge_states
 from transformers_radio.teachers import portable_checkpoint
-from transformers_radio.training.distill import TeacherShape
 from transformers_radio.training.phi_s.rotation import PhiS
 from transformers_radio.training.recipe import Recipe
 from transformers_radio.training.stability.ema import EMA
+from transformers_radio.training.student import TeacherShape
 
 from .export import WHOLE_ON_MAIN, whole_state, write_student
 from .folder import MANIFEST, STATE, find_checkpoints, size_and_checksum, writing
