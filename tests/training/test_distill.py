@@ -1,3 +1,4 @@
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import transformers_radio
 from helpers.tiny_teachers import PatchTeacher
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.training import load_recipe
+from transformers_radio.training import load_recipe, train
 from transformers_radio.training.balancing import NaiveBalancing
 from transformers_radio.training.distill import (
     Distillation,
     distillation_losses,
     teacher_targets,
 )
-from transformers_radio.training.losses import loss_terms
+from transformers_radio.training.losses import loss_terms, match_loss
 from transformers_radio.training.student import TeacherShape, stage_student
 from transformers_radio.training.student import build_student as build_student_of_shapes
 from transformers_radio.training.teachers import load_teacher
@@ -327,3 +328,29 @@ def test_a_student_names_its_teachers_without_this_machines_folders(make_recipe,
     adaptors = build_student_of_shapes(recipe, shapes).config.adaptors
     assert {name: adaptors[name]["teacher"] for name in teachers} == {name: one[2] for name, one in teachers.items()}
     assert {adaptors[name]["teacher_weights"] for name in teachers} == {"hash of clip", "hash of sam"}
+
+
+def test_a_head_with_a_finer_grid_trains(make_recipe, tmp_path):
+    """An adaptor with an upsample_factor predicts several positions per patch; its own grid is compared."""
+    first = saved_student(make_recipe, tmp_path / "first")
+    adaptors = {name: dict(adaptor) for name, adaptor in first.config.adaptors.items()}
+    adaptors["sam"]["upsample_factor"] = 2
+    config = RadioConfig.from_dict({**first.config.to_dict(), "adaptors": adaptors})
+    RadioModel(config).save_pretrained(tmp_path / "finer")
+    recipe = load_recipe(make_recipe(), [f"student.checkpoint={tmp_path / 'finer'}", "stages.main.steps=30"])
+    teachers = build_teachers(recipe)
+    student = build_student(recipe, teachers).eval()
+    images = {side: torch.rand(2, 3, side, side) for side in (24, 32, 48)}
+    output = student(images[32], adaptors=["sam"])
+    assert output.grid == (4, 4) and output.adaptors["sam"].grid == (8, 8)
+    terms = loss_terms(recipe, "main", student)
+    losses = distillation_losses(output, teacher_targets({"sam": teachers["sam"]}, images), terms, recipe.loss)
+    target = teachers["sam"](images[48]).features.mT.unflatten(2, (6, 6))
+    target = F.interpolate(target, size=(8, 8), mode="bilinear").flatten(2).mT
+    (found,) = losses.values()
+    torch.testing.assert_close(found, match_loss(output.adaptors["sam"].features, target))
+
+    model = RadioModel.from_pretrained(train(recipe).student_dir)
+    assert model.config.adaptors["sam"]["upsample_factor"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["sam/features"] < 0.9 * lines[0]["sam/features"]

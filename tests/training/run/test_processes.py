@@ -11,13 +11,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
+from helpers import forked
 from helpers.forked import fork_group
 from helpers.groups_of_processes import FSDP, children, run, start
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training import teachers as placement
 from transformers_radio.training.groups import stage_groups
 from transformers_radio.training.run.signals import StopSignal
+from transformers_radio.training.stage import Stage
 from transformers_radio.training.teachers import build_teachers
 
 # Two groups, as the paper's second stage: SAM sees fewer images, at a higher student resolution, every second step.
@@ -92,6 +95,31 @@ def test_the_update_of_several_processes_is_that_of_one(processes, engine, alone
             assert one[key] == pytest.approx(many[key], abs=2e-5), (key, one["step"])
     # Half of the steps have the second group.
     assert ["sam/features" in line for line in metrics(several)] == [True, False, True, False]
+
+
+def train_and_look_at_the_blocks(*arguments):
+    train_step = Stage.train_step
+
+    def look(stage):
+        blocks = stage.distillation.student.blocks
+        assert len(blocks) == 2 and all(isinstance(module, FSDPModule) for module in (*blocks, stage.model))
+        train_step(stage)
+
+    Stage.train_step = look
+    return forked.train(*arguments)
+
+
+def test_the_blocks_that_the_student_names_are_sharded_one_by_one(make_recipe):
+    """No environment or YAML file names a class."""
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in FSDP
+    run(
+        2,
+        make_recipe(),
+        "stages.main.steps=2",
+        "stages.main.warmup_steps=1",
+        target=train_and_look_at_the_blocks,
+        **FSDP,
+    )
 
 
 @pytest.mark.parametrize("placement", ["offloaded", "sharded"])
