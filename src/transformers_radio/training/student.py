@@ -82,11 +82,11 @@ def _teacher_name(spec: TeacherRecipe) -> str:
 
 def _fresh(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
     """A student with random weights and one CLS token a summary head, one for all, or none (average pooling)."""
-    summarised = [name for name in adaptors if adaptors[name]["summary_dim"] is not None]
+    summarized = [name for name in adaptors if adaptors[name]["summary_dim"] is not None]
     num_cls_tokens = 0 if recipe.student.summary == "mean" else 1
     if recipe.student.summary == "cls_per_teacher":
-        num_cls_tokens = max(len(summarised), 1)
-        for token, name in enumerate(summarised):
+        num_cls_tokens = max(len(summarized), 1)
+        for token, name in enumerate(summarized):
             adaptors[name]["summary_token"] = token
     config = RadioConfig.from_size(
         recipe.student.size,
@@ -114,9 +114,9 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
     config = RadioConfig.from_dict(
         {**full.config.to_dict(), "adaptors": {name: full.config.adaptors[name] for name in kept}}
     )
-    summarised = {name for name in kept if name in met and full.config.adaptors[name]["summary_dim"] is not None}
+    summarized = {name for name in kept if name in met and full.config.adaptors[name]["summary_dim"] is not None}
     # what its image processor resizes to
-    config.preferred_resolution = recipe.stages[stage_name].preferred_resolution(summarised)
+    config.preferred_resolution = recipe.stages[stage_name].preferred_resolution(summarized)
     with torch.device("meta"):
         student = RadioModel(config)
     wanted = student.state_dict().keys()

@@ -44,10 +44,9 @@ from .checks import check_before_training
 from .distill import build_distillation, teacher_targets, term_weights
 from .groups import Group, passes_in_step, stage_groups
 from .optimizer import build_optimizer, start_schedule
-from .recipe import Recipe, expand_paths
+from .recipe import Recipe, expand_paths, validate
 from .student import TeacherShape, build_student
 from .teachers import build_teachers, gather_shapes, open_caches
-from .validate import validate
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,11 @@ from transformers_radio.teachers import Teacher
 from transformers_radio.teachers.known import is_on_disk, known_teacher
 from transformers_radio.training.checks import check_disk, check_layout, unused_windows
 from transformers_radio.training.groups import Group, stage_groups
-from transformers_radio.training.recipe import Recipe, StageRecipe, TeacherRecipe, expand_paths
+from transformers_radio.training.recipe import Recipe, StageRecipe, TeacherRecipe, expand_paths, validate
 from transformers_radio.training.run.folder import check_writable
 from transformers_radio.training.run.processes import resolve_precision, warn_of_slow_precision
 from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher, sharding_ranks
-from transformers_radio.training.validate import validate
 
 from .cost import Load, stage_loads, stage_time, uneven_shares
 from .dry_run import StepCost, TeacherCost, run_stage, run_teacher
