@@ -12,13 +12,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
-from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
+from .adaptors_radio import AdaptorOutput, RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
 from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
 from .errors_radio import check_source, naming_checkpoint
-from .inputs_radio import check_adaptors, check_images, check_outputs, check_packed, check_size, check_window
+from .inputs_radio import (
+    check_adaptors,
+    check_images,
+    check_outputs,
+    check_packed,
+    check_window,
+    returns_tensors_only,
+)
 from .padding_radio import forward_padded, padded_grids
-from .student_radio import RadioModelOutput, RadioStudentMixin
+from .student_radio import RadioModelOutput
+from .training_radio import RadioTrainingMixin
 from .weights_radio import HEADS, check_found, check_used, may_be_new
 from .windows_radio import RadioWindows
 
@@ -289,7 +297,7 @@ class RadioPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
 
-class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
+class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
     """The RADIO vision transformer (paper Sec. 3) with the adaptors of `config.adaptors`.
 
     Backbone weights have the names and shapes of `transformers.RadioModel`. `eval()` reuses the resized position
@@ -311,30 +319,20 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
         )
         self.post_init()
 
+    @property
+    def min_resolution_step(self) -> int:
+        """Image sides must be multiples of this many pixels (patch size, times the default window if there is one)."""
+        return self.patch_size * (self.config.window_size or 1)
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of `RadioModelOutput.summary`: of all the CLS tokens `config.summary_idxs`, or of the average."""
+        return self.config.summary_dim
+
     def check_images(self, pixel_values: torch.Tensor):
         """Raises ValueError unless these are images that `forward` takes (packed ones aside)."""
         config, weight = self.config, self.embeddings.cls_register_token
         check_images(pixel_values, config.num_channels, config.patch_size, weight)
-
-    def sample_window_size(self, height: int, width: int, generator: torch.Generator | None = None) -> int:
-        """Draw the window of one training forward for images of `height` x `width` pixels.
-
-        With probability `config.train_window_probability`, one of `config.train_window_sizes` that divides the patch
-        grid and does not cover it whole; otherwise 0, attention without windows.
-
-        Args:
-            generator (`torch.Generator`, *optional*): On the CPU; equally seeded ones give all ranks the same
-                windows. Missing: torch's default CPU generator, as in a forward without `window_size`.
-        """
-        check_size(height, width)
-        rows, cols = height // self.patch_size, width // self.patch_size
-        sizes = [
-            size
-            for size in self.config.train_window_sizes or []
-            if rows % size == 0 and cols % size == 0 and (size < rows or size < cols)
-        ]
-        draw, choice = torch.rand(2, generator=generator).tolist()
-        return sizes[int(choice * len(sizes))] if sizes and draw < self.config.train_window_probability else 0
 
     @can_return_tuple
     def forward(
@@ -396,7 +394,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
 
         if image_grid_hw is None:
             self.check_images(pixel_values)
-            rows, cols = (side // self.patch_size for side in pixel_values.shape[-2:])
+            rows, cols = self.grid(*pixel_values.shape[-2:])
             grids = [(rows, cols)]
             if window_size is None and self.training and config.train_window_sizes:
                 window_size = self.sample_window_size(*pixel_values.shape[-2:])
@@ -447,8 +445,9 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
 
         if lengths is not None:  # packed outputs have no batch axis
             hidden_states, features = hidden_states[0], features[0]
-            for head in heads.values():
-                head.features = None if head.features is None else head.features[0]
+            for name, head in heads.items():
+                dense = None if head.features is None else head.features[0]
+                heads[name] = AdaptorOutput(summary=head.summary, features=dense)
         return RadioModelOutput(
             summary=summary,
             features=features,
@@ -457,6 +456,7 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             attentions=attentions,
             adaptors=heads,
             pooler_output=summary,
+            grid=None if lengths is not None or returns_tensors_only() else grids[0],
         )
 
 
