@@ -119,7 +119,7 @@ def test_a_wrong_field_is_named_with_what_was_expected(recipe_file, override, me
         ("teachers.clip=[a]", "teachers.clip is ['a']; expected a mapping with fields of type, checkpoint"),
         ("stages.main.groups=[1]", "stages.main.groups is [1]; expected a mapping"),
         ("student.config=[1]", "student.config is [1]; expected a mapping"),
-        ("student=5", "student is 5; expected a mapping with fields of size, config"),
+        ("student=5", "student is 5; expected a mapping with fields of type, size, config"),
         ("data=null", "data is null; expected a mapping with fields of path"),
         ("seed=null", "seed is null; expected a whole number"),
         ("seed=true", "seed is True; expected a whole number"),

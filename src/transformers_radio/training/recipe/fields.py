@@ -17,6 +17,9 @@ from transformers_radio.teachers import TEACHERS
 class StudentRecipe:
     """The student. It is built from `type`, `size` and `config`, or starts from `checkpoint`."""
 
+    type: str = field(
+        default="radio", metadata={"help": "Its architecture: one of transformers_radio.modeling.STUDENTS."}
+    )
     size: str = field(
         default="vit-b-16",
         metadata={"help": "A named size of the type; for radio one of RadioConfig.sizes(). Unused with a checkpoint."},

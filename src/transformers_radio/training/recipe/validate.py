@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from transformers_radio.data import DataConfig
+from transformers_radio.modeling import STUDENTS
 
 from .fields import GroupRecipe, Recipe, StageRecipe
 
@@ -94,16 +95,19 @@ def _validate_adaptor_names(recipe: Recipe) -> None:
 
 def _validate_student(recipe: Recipe) -> None:
     student = recipe.student
+    _one_of("student.type", student.type, tuple(STUDENTS))
     if student.checkpoint is None:
-        _one_of("student.size", student.size, STUDENT_SIZES)
         _require(student.keep_adaptors is None, "student.keep_adaptors", student.keep_adaptors, "a student.checkpoint")
     else:  # the checkpoint says this already
         for name in ("summary", "head_hidden_dim"):
             default = next(f.default for f in fields(student) if f.name == name)
             value = getattr(student, name)
             _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
-    for name in student.config:
-        _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
+    if student.type == "radio":  # other configurations are asked when the student is built
+        if student.checkpoint is None:
+            _one_of("student.size", student.size, STUDENT_SIZES)
+        for name in student.config:
+            _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
 
 
 def _validate_stage(where: str, stage: StageRecipe, teachers: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
-"""Spectral reparametrisation of the student's Linears: keeps attention entropy from collapsing (paper section 4).
+"""Spectral reparametrization of the student's Linears: keeps attention entropy from collapsing (paper section 4).
 
 W' = W * scale / (u^T W v + eps), with u and v the singular vectors of the largest singular value of W, found by power
 iteration (Miyato et al., arXiv 1802.05957), and a trained scale (Zhai et al., arXiv 2303.06296). A Linear with this
-reparametrisation has, instead of `weight`, the state
+reparametrization has, instead of `weight`, the state
   parametrizations.weight.original        W
   parametrizations.weight.0.scale         (1, 1): rho, from which scale = softplus(rho) + 0.05; two-dimensional, so
                                           that weight decay applies to it
@@ -27,7 +27,7 @@ _PARTS = ("original", "0.scale", "0._u", "0._v", "0._sn_version")
 
 
 class SpectralReparam(nn.Module):
-    """The parametrisation of one weight (out, in). `power_step` moves u and v, `forward` only reads them.
+    """The parametrization of one weight (out, in). `power_step` moves u and v, `forward` only reads them.
 
     Raises:
         ValueError: the largest singular value of the weight is not above 0.05, the smallest scale.
@@ -45,7 +45,7 @@ class SpectralReparam(nn.Module):
         scale = float(self._u.double() @ weight.detach().double() @ self._v.double()) + _EPS
         if not scale > _SMALLEST_SCALE:
             raise ValueError(
-                f"the largest singular value is {scale:.3g}, but spectral reparametrisation cannot go below "
+                f"the largest singular value is {scale:.3g}, but spectral reparametrization cannot go below "
                 f"{_SMALLEST_SCALE}; start from larger weights (student.config.initializer_range) or do without it"
             )
         rho = math.log(math.expm1(scale - _SMALLEST_SCALE))  # the inverse of softplus
@@ -71,20 +71,21 @@ class SpectralReparam(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def add_spectral_reparam(model: RadioModel, heads: bool = False) -> None:
-    """Reparametrises the Linears of the encoder layers, and of the adaptors with `heads`, in place.
+def add_spectral_reparam(model: RadioModel) -> None:
+    """Reparametrizes the Linears in the blocks of a student, in place.
 
     The function that the model computes stays as it is. Call it before the model is wrapped (DDP) or sharded (FSDP2),
-    and `power_steps` once an optimizer step.
+    and `power_steps` once per optimizer step.
 
     Raises:
         ValueError: the model has it already, or a weight is too small (see SpectralReparam).
     """
     if has_spectral_reparam(model):
-        raise ValueError("the model has a spectral reparametrisation already; add it once")
+        raise ValueError("the model has a spectral reparametrization already; add it once")
+    inside = {module for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)}
     reparams = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith(("encoder.", "adaptors.") if heads else "encoder."):
+        if isinstance(module, nn.Linear) and module in inside:
             try:
                 reparams.append((module, SpectralReparam(module.weight)))
             except ValueError as error:
@@ -105,7 +106,7 @@ def fold_spectral(state_dict: dict[str, torch.Tensor], averaged: bool = False) -
             scale / sigma with the largest singular value of W itself.
 
     Raises:
-        ValueError: a parametrisation has other keys than those of this module, or lacks some.
+        ValueError: a parametrization has other keys than those of this module, or lacks some.
     """
     folded = {}
     for key, value in state_dict.items():
@@ -113,7 +114,7 @@ def fold_spectral(state_dict: dict[str, torch.Tensor], averaged: bool = False) -
         if not mark:
             folded[key] = value
         elif part not in _PARTS:
-            raise ValueError(f"{key} is not part of a spectral reparametrisation; expected one of {', '.join(_PARTS)}")
+            raise ValueError(f"{key} is not part of a spectral reparametrization; expected one of {', '.join(_PARTS)}")
         elif part == "original":
             missing = [name for name in _PARTS[1:4] if f"{linear}{mark}{name}" not in state_dict]
             if missing:
