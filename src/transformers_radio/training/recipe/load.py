@@ -76,7 +76,7 @@ def _parse_override(override: str) -> DictConfig:
 
 @contextmanager
 def _one_line_errors(what: str) -> Iterator[None]:
-    """What the libraries of YAML and settings raise, as a ValueError that begins with `what`."""
+    """Turns what the libraries for YAML and settings raise into a ValueError of one line that begins with `what`."""
     try:
         yield
     except yaml.YAMLError as error:
@@ -108,33 +108,37 @@ def expand_paths(recipe: Recipe) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes YAML that `load_recipe` reads back as the same recipe."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """All fields as plain dicts, lists and values."""
     container = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def _check_emptied(overrides: list[str]) -> None:
-    """OmegaConf drops `stages=null` without a word when `stages.main.steps=3` follows."""
+    """Refuses `stages=null` before `stages.main.steps=3`: OmegaConf would silently ignore the first."""
     for number, override in enumerate(overrides):
         key, value = override.split("=", 1)
         later = [other for other in overrides[number + 1 :] if other.startswith(f"{key}.")]
         if later and value.strip().lower() in ("null", "~", ""):
             raise ValueError(
                 f"override {override!r} does not empty {key} before {later[0]!r}: overrides add to what the recipe's "
-                f"file holds; remove it there, or override its fields one by one"
+                "file holds; remove it there, or override its fields one by one"
             )
 
 
 def _check_form(written: Any, schema: Any, name: str) -> None:
-    """Unknown fields, with the one that was probably meant, and values of another form: OmegaConf says either less.
+    """Refuses unknown fields, with the one that was probably meant, and values of another form.
+
+    OmegaConf would do so too, with messages that say less.
 
     Args:
         written: plain dicts, lists and values. Interpolations are left to OmegaConf.
-        schema: the type that the field `name` has.
+        schema: the type of the field `name`.
     """
     parts = get_args(schema)
     if written == MISSING or (isinstance(written, str) and "${" in written):
@@ -158,7 +162,7 @@ def _check_form(written: Any, schema: Any, name: str) -> None:
         for key, value in written.items():
             _expect(isinstance(key, str), f"a name in {name}", key, "a text: write it in quotes")
             _check_form(value, parts[1], f"{name}.{key}")
-    elif parts:  # of a list or tuple
+    elif parts:  # a list or tuple
         expected = f"a list of {len(parts)} numbers" if get_origin(schema) is tuple else "a list, as [one, another]"
         _expect(isinstance(written, list), name, written, expected)
         _expect(get_origin(schema) is list or len(written) == len(parts), name, written, expected)
@@ -192,7 +196,7 @@ def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
 
 
 def _meant(message: str, loaded: DictConfig, overrides: list[str]) -> str:
-    """The name in the file that an override probably meant, where the message is about one that it has made."""
+    """A hint at the name in the file that an override probably meant, where the message names one that it made."""
     for override in overrides:
         level, name = OmegaConf.to_container(loaded, resolve=False), ""
         for part in override.partition("=")[0].split("."):

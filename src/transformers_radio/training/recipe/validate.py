@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe's values by themselves: no file, teacher or process group is needed to tell."""
+"""Checks of a recipe's values by themselves, for which no file, teacher or process group is needed."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -52,7 +52,7 @@ def validate(recipe: Recipe) -> None:
 
 
 def _validate_fields(section: Any, where: str) -> None:
-    """The range and the choices that the fields of a section have in their metadata, and those of sections within."""
+    """Checks a section, and the sections within it, against the ranges and choices in its fields' metadata."""
     types = get_type_hints(type(section))
     for field in fields(section):
         value, name = getattr(section, field.name), f"{where}{field.name}"
@@ -73,7 +73,7 @@ def _validate_fields(section: Any, where: str) -> None:
 
 
 def _lies_in(value: Any, interval: str, whole: bool) -> bool:
-    """`interval`: as in "(0, 1]", which is above 0 and at most 1."""
+    """Whether a number lies in an interval such as "(0, 1]", which is above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
     low, high = map(float, interval[1:-1].split(","))
