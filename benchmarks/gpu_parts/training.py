@@ -29,8 +29,8 @@ from transformers_radio.training.plan.cost import stage_loads
 from transformers_radio.training.plan.count import Plan, describe_student, describe_teacher
 from transformers_radio.training.plan.dry_run import run_stage, run_teacher
 from transformers_radio.training.plan.gpus import GPUS
-from transformers_radio.training.run.log import to_device
 from transformers_radio.training.stability.spectral import power_steps
+from transformers_radio.training.streams import to_device
 from transformers_radio.training.student import TeacherShape, build_student
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "radio_vit_h16.yaml"

@@ -16,8 +16,8 @@ from transformers_radio.training.distill import (
     Distillation,
     distillation_losses,
     teacher_targets,
-    term_weights,
 )
+from transformers_radio.training.losses import loss_terms
 from transformers_radio.training.student import TeacherShape, stage_student
 from transformers_radio.training.student import build_student as build_student_of_shapes
 from transformers_radio.training.teachers import load_teacher
@@ -32,7 +32,7 @@ def build_student(recipe, teachers):
 
 
 def build_distillation(recipe, student):
-    return Distillation(student, NaiveBalancing(term_weights(recipe, student)), recipe.loss)
+    return Distillation(student, NaiveBalancing(loss_terms(recipe, "main", student)), recipe.loss)
 
 
 def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
@@ -42,12 +42,14 @@ def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
     student = build_student(recipe, teachers).eval()
     images = {side: torch.rand(3, 3, side, side) for side in (24, 32, 48)}
     output = student(images[32])
-    terms = distillation_losses(output, (4, 4), teacher_targets(teachers, images), recipe.loss)
-    assert set(terms) == {"clip/summary", "clip/features", "sam/features"}
+    terms = loss_terms(recipe, "main", student)
+    losses = distillation_losses(output, teacher_targets(teachers, images), terms, recipe.loss)
+    losses = {str(term): values for term, values in losses.items()}
+    assert set(losses) == {"clip/summary", "clip/features", "sam/features"}
 
     clip = teachers["clip"](images[24])
     summary = 1 - F.cosine_similarity(output.adaptors["clip"].summary, clip.summary)  # (B,)
-    torch.testing.assert_close(terms["clip/summary"], summary)
+    torch.testing.assert_close(losses["clip/summary"], summary)
     expected = {}
     for name, side, student_maps_grow in (("clip", 24, False), ("sam", 48, True)):
         target = teachers[name](images[side]).features.mT.unflatten(2, (side // 8, side // 8))
@@ -59,7 +61,7 @@ def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
         cosine = (1 - F.cosine_similarity(found, target, dim=1)).mean(dim=(1, 2))
         smooth_l1 = F.smooth_l1_loss(found, target, beta=2.0, reduction="none").mean(dim=(1, 2, 3))
         expected[name] = 0.9 * cosine + 0.1 * smooth_l1
-        torch.testing.assert_close(terms[f"{name}/features"], expected[name])
+        torch.testing.assert_close(losses[f"{name}/features"], expected[name])
     total = 0.5 * summary + expected["clip"] + 2 * expected["sam"]
     found, _ = build_distillation(recipe, student)(images[32], teacher_targets(teachers, images))
     torch.testing.assert_close(found, total)
@@ -108,16 +110,16 @@ def test_heads_that_are_not_in_a_pass_get_a_gradient_of_zero(make_recipe):
     teachers = build_teachers(recipe)
     model = build_distillation(recipe, build_student(recipe, teachers).train())
     images = {side: torch.rand(2, 3, side, side) for side in (24, 32)}
-    totals, terms = model(images[32], teacher_targets({"clip": teachers["clip"]}, images))
-    assert set(terms) == {"clip/summary", "clip/features"}
+    totals, losses = model(images[32], teacher_targets({"clip": teachers["clip"]}, images))
+    assert {str(term) for term in losses} == {"clip/summary", "clip/features"}
     totals.sum().backward()
     assert all(not p.grad.any() for p in model.student.adaptors["sam"].parameters())
     assert all(p.grad.any() for p in model.student.adaptors["clip"].parameters())
 
     model.zero_grad()
-    totals, terms = model(images[32], {})
+    totals, losses = model(images[32], {})
     totals.sum().backward()
-    assert not terms and not totals.any()
+    assert not losses and not totals.any()
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()] == []
 
 
@@ -157,7 +159,8 @@ def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
             assert torch.equal(parameter, full.get_parameter(name)), name
 
 
-NEW = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
+CHECKPOINT = "helpers.tiny_teachers:PatchTeacher"
+NEW = f"teachers.new={{type: python, checkpoint: '{CHECKPOINT}', image_size: 24, options: {{width: 12}}}}"
 
 
 def saved_student(make_recipe, folder, *overrides):

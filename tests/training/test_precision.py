@@ -11,8 +11,8 @@ from transformers_radio.precision import is_fast, resolve_dtype, resolve_mixed_p
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.plan.tables import print_plan
 from transformers_radio.training.run.folder import find_run
-from transformers_radio.training.run.log import StopSignal
 from transformers_radio.training.run.processes import threads_beside_workers
+from transformers_radio.training.run.signals import StopSignal
 
 CPU = torch.device("cpu")
 AUTO = ["mixed_precision=auto", "teachers.clip.dtype=auto"]

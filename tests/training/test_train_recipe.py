@@ -1,18 +1,17 @@
 """Runs with everything that the recipe offers: they learn, resume to the bit, and leave a plain student."""
 
-import importlib
 import json
 import re
 import resource
 import shutil
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import forked
 from transformers_radio.modeling import RadioModel
-from transformers_radio.training import load_recipe, train
+from transformers_radio.training import load_recipe, stage, train
 from transformers_radio.training.distill import build_distillation
 from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher
@@ -219,16 +218,15 @@ def test_data_that_cannot_be_dealt_out_as_before_is_refused_unless_told(make_rec
 
 
 def train_until_the_disk_is_full(recipe):
-    module = importlib.import_module("transformers_radio.training.train")
-    save = module.save_checkpoint
+    save = stage.save_checkpoint
 
-    def limited(*arguments):
-        if any(isinstance(one, dict) and one.get("step") == 6 for one in arguments):
+    def limited(run, *arguments):
+        if run.state.step == 6:
             # Like a disk that fills up: no file can grow further.
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        return save(*arguments)
+        return save(run, *arguments)
 
-    module.save_checkpoint = limited
+    stage.save_checkpoint = limited
     return forked.train(recipe)
 
 

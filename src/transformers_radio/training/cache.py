@@ -15,7 +15,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from transformers_radio.data import DataConfig, one_line
+from transformers_radio.disk import differences, existing, lock_folder, remove, write_json, writing
 from transformers_radio.teachers import Teacher, TeacherOutput
-from transformers_radio.training.run.folder import existing, fcntl, writing
 from transformers_radio.training.run.processes import on_main_process
 
 from .recipe import TeacherRecipe
-
-if TYPE_CHECKING:
-    from .student import TeacherShape
+from .student import TeacherShape
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +99,7 @@ class TeacherCache:
         sums = [_checksum(key, self._grid, output) for key, output in self._recent.items()]
         tensors["checksums"] = torch.tensor(sums)
         tensors["keys"] = torch.frombuffer(bytearray(json.dumps(list(self._recent)).encode()), dtype=torch.uint8)
-        with writing(path):
+        with writing(path, also=(SafetensorError,)):
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, path, metadata={"grid": json.dumps(self._grid)})
             with path.open("rb+") as file:
@@ -212,25 +210,16 @@ class TeacherCaches(dict[str, TeacherCache]):
         """Checks and takes the folder, on the main process."""
         for name, fingerprint in fingerprints.items():
             _check_fingerprint(self.folder / name / "fingerprint.json", fingerprint)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise FileExistsError(
-                    f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose "
-                    "another folder"
-                ) from error
+        self._lock = lock_folder(
+            self.folder,
+            f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose another folder",
+        )
         try:
             for name, fingerprint in fingerprints.items():
                 path = self.folder / name / "fingerprint.json"
                 with writing(path):
-                    path.parent.mkdir(exist_ok=True)
-                    path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
-                    os.replace(path.with_suffix(".tmp"), path)
-                if (path.parent / "pending.tmp").exists():  # of a run that was killed
-                    shutil.rmtree(path.parent / "pending.tmp")
+                    write_json(path, fingerprint)
+                remove(path.parent / "pending.tmp")  # a killed run's
         except OSError:
             self._lock.close()
             raise
@@ -265,20 +254,18 @@ def _read_keys(path: Path) -> tuple[list[str], tuple[int, int]]:
 
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    here = json.loads(json.dumps(fingerprint))
+    if not path.exists():
+        return
     try:
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
-        there.keys()
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), fingerprint)
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged, so nobody knows what {path.parent} holds; delete this folder, or choose another"
         ) from error
-    fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
-    if fields:
-        differs = [f"{field}: {there.get(field)!r} there, {here.get(field)!r} here" for field in fields]
+    if changed:
         raise ValueError(
-            f"{path.parent} holds outputs of another teacher or for other crops ({'; '.join(differs)}); restore "
-            "these, choose another folder, or delete this one"
+            f"{path.parent} holds outputs of another teacher or for other crops: it differs in {', '.join(changed)}; "
+            "restore these, choose another folder, or delete this one"
         )
 
 

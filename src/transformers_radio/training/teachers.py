@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from transformers_radio.data import ImageStream, count_images
+from transformers_radio.disk import existing
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, build_teacher, digest_weights
-from transformers_radio.training.run.folder import existing
 from transformers_radio.training.run.processes import LONGEST_WAIT, on_main_process
 
 from .cache import TeacherCaches, cache_fingerprint, cache_name, check_room, estimate_bytes
@@ -119,10 +119,9 @@ def open_caches(
     served = set()
     for stage, stage_groups in groups.items():
         for group in stage_groups:
-            stream_sides = {group.resolution, *(shapes[name].image_size for name in group.teachers)}
             for name in group.teachers:
-                cache = cache_name(name, stream_sides)
-                of[cache], sides[cache] = name, max(stream_sides)
+                cache = cache_name(name, group.sides(shapes))
+                of[cache], sides[cache] = name, max(group.sides(shapes))
                 seen[cache] += math.ceil(recipe.stages[stage].steps * group.rate) * group.batch_size
                 served |= {cache} if group.index is not None else set()
 

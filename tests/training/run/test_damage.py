@@ -11,14 +11,13 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from helpers.paths import HELPERS
 from transformers_radio.training import cache, load_recipe, train
 from transformers_radio.training.phi_s import statistics
 from transformers_radio.training.plan.tables import print_plan
 from transformers_radio.training.run import checkpoint, export
 from transformers_radio.training.run import folder as run_folder
 from transformers_radio.training.run import log as progress
-from transformers_radio.training.run.log import StopSignal
+from transformers_radio.training.run.signals import StopSignal
 
 LAST = "checkpoints/step-00000004"
 OPTIONS = ["stages.main.steps=6", "checkpoints.every_steps=2", "log_every_steps=1"]
@@ -33,24 +32,20 @@ def weights(run):
 def runs(tmp_path_factory, image_folder, recipe_text):
     """A run stopped in its fourth step of six, and the same run finished, both at the path that `start` trains in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HELPERS))
         folder = tmp_path_factory.mktemp("damage")
         (folder / "recipe.yaml").write_text(recipe_text.format(output=folder / "run", images=image_folder))
         patch.setattr(StopSignal, "agreed", lambda self, _: setattr(self, "number", 15) or self.steps.pop())
         patch.setattr(StopSignal, "steps", [True, False, False, False], raising=False)
         train(load_recipe(folder / "recipe.yaml", OPTIONS))
         shutil.copytree(folder / "run", folder / "unfinished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HELPERS))
-        train(load_recipe(folder / "recipe.yaml", OPTIONS))
-        shutil.copytree(folder / "run", folder / "finished")
+    train(load_recipe(folder / "recipe.yaml", OPTIONS))
+    shutil.copytree(folder / "run", folder / "finished")
     return folder
 
 
 @pytest.fixture
-def start(runs, monkeypatch):
+def start(runs):
     """Puts one of the runs into its place, lets something be damaged, and trains."""
-    monkeypatch.syspath_prepend(str(HELPERS))
 
     def start(which, change, *overrides):
         shutil.rmtree(runs / "run", ignore_errors=True)
@@ -126,12 +121,13 @@ def test_a_damaged_run_says_so_and_ends_with_the_same_bits(start, runs, change, 
 
 
 def test_statistics_that_cannot_be_had_again_are_refused(start, monkeypatch):
-    look = statistics._look
+    measure = statistics._measure
 
-    def look_at_others(recipe, *arguments):
-        look(replace(recipe, loss=replace(recipe.loss, statistics_images=20)), *arguments)
+    def measure_others(run, *arguments):
+        recipe = replace(run.recipe, loss=replace(run.recipe.loss, statistics_images=20))
+        return measure(replace(run, recipe=recipe), *arguments)
 
-    monkeypatch.setattr(statistics, "_look", look_at_others)
+    monkeypatch.setattr(statistics, "_measure", measure_others)
     with pytest.raises(ValueError, match=r"clip.safetensors was damaged .* restore the file, or set overwrite=true"):
         start("unfinished", damaged(STATISTICS[0], "flip"))
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -15,11 +14,10 @@ from safetensors.torch import load_file
 
 from helpers.forked import fork_group
 from helpers.groups_of_processes import FSDP, children, run, start
-from helpers.paths import HELPERS
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training import teachers as placement
 from transformers_radio.training.groups import stage_groups
-from transformers_radio.training.run.log import StopSignal
+from transformers_radio.training.run.signals import StopSignal
 from transformers_radio.training.teachers import build_teachers
 
 # Two groups, as the paper's second stage: SAM sees fewer images, at a higher student resolution, every second step.
@@ -56,7 +54,6 @@ def assert_close(left, right, atol):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, image_folder, recipe_text):
     """One process that runs all groups in turn."""
-    sys.path.insert(0, str(HELPERS))
     folder = tmp_path_factory.mktemp("alone")
     path = folder / "recipe.yaml"
     path.write_text(recipe_text.format(output=folder / "run", images=image_folder))

@@ -1,6 +1,5 @@
 """A student in training as the Hugging Face folder that others load: what only training needs is folded in."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils import logging as transformers_logging
 
+from transformers_radio.disk import remove, replace_whole, writing
 from transformers_radio.modeling import RadioConfig, RadioImageProcessor, RadioModel
 from transformers_radio.training.phi_s.rotation import PhiS
 from transformers_radio.training.stability.spectral import fold_spectral
 
-from .folder import MANIFEST, writing
+from .folder import MANIFEST
 
 PREFIX = "student."
 WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -31,16 +31,17 @@ def write_student(
     student: RadioModel,
     model_state: dict[str, torch.Tensor],
     averages: dict[str, torch.Tensor] | None,
-    standardize: dict[str, PhiS],
+    transforms: dict[str, PhiS],
     folder: Path,
 ) -> None:
     """Weights, config, remote code and image processor. For the main process alone.
 
     Args:
-        student: says the architecture; its weights are not read.
-        model_state: of the `Distillation`, whole.
+        student: gives the architecture; its weights are not read.
+        model_state: the state of the whole `Distillation`.
         averages: by the same names, in place of the trained weights where given.
-        standardize: of teachers whose heads predict standardised features: the inverse goes into their last Linear.
+        transforms: teacher -> PHI-S, for heads that predict standardized features: the inverse goes into their last
+            Linear.
     """
     state = {**model_state, **(averages or {})}
     state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
@@ -49,7 +50,7 @@ def write_student(
     with torch.device("meta"):
         plain = RadioModel(config)
     plain.load_state_dict(state, assign=True)
-    for name, transform in standardize.items():
+    for name, transform in transforms.items():
         if name in plain.adaptors:
             last = _last_linear(plain.adaptors[name].feature_head)
             weight, bias = transform.fold(last)
@@ -68,11 +69,10 @@ def publish_student(checkpoint: Path, output_dir: Path) -> Path:
     Raises:
         OSError: the disk is full, or the like; nothing is left of the copy, and the checkpoint stays.
     """
-    temporary, path = output_dir / "student.tmp", output_dir / "student"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(path):
+    path = output_dir / "student"
+    with writing(path), replace_whole(path) as temporary:
+        remove(temporary)  # a publishing that was killed
         shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
-        os.replace(temporary, path)
     return path
 
 

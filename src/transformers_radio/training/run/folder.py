@@ -12,24 +12,17 @@ import json
 import logging
 import os
 import re
-import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from safetensors import SafetensorError, safe_open
 
 from transformers_radio.data import one_line
+from transformers_radio.disk import differences, existing, lock_folder, remove, replace_whole, writing
 from transformers_radio.training.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
 
 logger = logging.getLogger(__name__)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.yaml"
 MANIFEST = "manifest.json"  # of a checkpoint
@@ -54,16 +47,16 @@ FREE_PATTERN = re.compile(  # as data.path: the same files elsewhere; and what o
 )
 
 
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return output_dir / "checkpoints" / f"step-{step:08d}"
+
+
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints, oldest first; unfinished (`.tmp`) and damaged ones do not count."""
     return sorted(
         path for path in (output_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)
     )
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def size_and_checksum(path: Path) -> list[int] | None:
@@ -75,22 +68,6 @@ def size_and_checksum(path: Path) -> list[int] | None:
         while chunk := file.read(1 << 22):
             value = zlib.crc32(chunk, value)
     return [path.stat().st_size, value]
-
-
-@contextmanager
-def writing(
-    path: Path, fix: str = "make room on the disk, or mend it, and run the same command again"
-) -> Iterator[None]:
-    """What libraries make of a full or broken disk, as one OSError that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        nearest = existing(path.absolute())
-        free = shutil.disk_usage(nearest).free
-        raise OSError(
-            f"{path} could not be written ({type(error).__name__}: {one_line(error)}; {nearest} has {free:,} bytes "
-            f"free): {fix}"
-        ) from error
 
 
 def read_manifest(checkpoint: Path) -> dict[str, list[int]]:
@@ -114,7 +91,7 @@ def damage(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8")) if wrong is None else None
     except (OSError, ValueError) as error:
         return one_line(error)
-    if state is not None and checkpoint.name != f"step-{state['step']:08d}":
+    if state is not None and checkpoint != checkpoint_folder(checkpoint.parent.parent, state["step"]):
         return f"it holds step {state['step']}, of another name"
     return wrong
 
@@ -123,7 +100,7 @@ def check_student(recipe: Recipe) -> None:
     """ValueError when the finished student is not that of the last checkpoint, or, where this is gone, unreadable."""
     student = Path(recipe.output_dir) / "student"
     steps = sum(stage.steps for stage in recipe.stages.values())
-    last = student.parent / "checkpoints" / f"step-{steps:08d}"
+    last = checkpoint_folder(student.parent, steps)
     if damage(last) is None:
         files = {name: entry for name, entry in read_manifest(last).items() if not name.startswith("training_state/")}
         wrong, fix = _differing(student, files), f"delete this folder, and the same command makes it again from {last}"
@@ -195,7 +172,7 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
         if recipe.teacher_cache is not None:
             check_writable(Path(recipe.teacher_cache), "teacher_cache")
         if (output_dir / ".lock").exists():
-            _lock(output_dir).close()
+            _lock(output_dir).close()  # nobody trains here now
     if not (checkpoints or finished):
         return False, None
     before = recorded_recipe(recipe)
@@ -265,7 +242,6 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
         FileExistsError: another process trains in this folder.
     """
     output_dir = Path(recipe.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     lock = _lock(output_dir)
     try:
         _prepare_folder(recipe, output_dir, resume_from)
@@ -282,37 +258,23 @@ def _prepare_folder(recipe: Recipe, output_dir: Path, resume_from: Path | None) 
             path = output_dir / name
             if name == "student" and path.is_dir():  # half of it must not count as a finished run
                 path = path.rename(output_dir / "student.tmp")
-            _remove(path)
+            remove(path)
     for leftover in (output_dir / "checkpoints").glob("*.tmp"):
-        _remove(leftover)
+        remove(leftover)
     for newer in find_checkpoints(output_dir):
         if resume_from is not None and newer > resume_from:  # damaged: out of the way of the one to be written again
-            _remove(newer.with_name(newer.name + ".damaged"))
+            remove(newer.with_name(newer.name + ".damaged"))
             os.replace(newer, newer.with_name(newer.name + ".damaged"))
-    temporary = output_dir / f"{RUN_FILE}.tmp"
-    with writing(output_dir / RUN_FILE):
+    run_file = output_dir / RUN_FILE
+    with writing(run_file), replace_whole(run_file) as temporary:
         save_recipe(recipe, temporary)
-        os.replace(temporary, output_dir / RUN_FILE)
 
 
 def _lock(output_dir: Path) -> IO[str]:
-    lock = (output_dir / ".lock").open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise FileExistsError(
-                f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another"
-            ) from error
-    return lock
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    return lock_folder(
+        output_dir,
+        f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another",
+    )
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -329,31 +291,13 @@ def truncate_metrics(path: Path, step: int) -> None:
             damaged.append(str(number))
     if damaged:
         logger.warning("%s: dropping the damaged lines %s", path, ", ".join(damaged))
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path), replace_whole(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(temporary, path)
 
 
 def _changed_fields(recipe: Recipe, recorded: Recipe) -> list[str]:
-    before = _flatten(recipe_to_dict(recorded))
-    now = _flatten(recipe_to_dict(recipe))
-    return [
-        f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _may_change(key)
-    ]
+    return differences(recipe_to_dict(recorded), recipe_to_dict(recipe), is_free=_may_change)
 
 
 def _may_change(key: str) -> bool:
     return bool(FREE_PATTERN.fullmatch(key)) or key in FREE_FIELDS or key.split(".")[0] in FREE_FIELDS
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
