@@ -31,7 +31,7 @@ from transformers_radio.teachers import Teacher
 from transformers_radio.training import Recipe, load_recipe, stage, train
 from transformers_radio.training.distill import build_distillation
 from transformers_radio.training.groups import stage_groups
-from transformers_radio.training.plan.tables import describe_teacher
+from transformers_radio.training.plan.count import describe_teacher
 from transformers_radio.training.recipe import TeacherRecipe
 from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher

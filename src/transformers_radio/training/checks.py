@@ -56,7 +56,7 @@ def check_layout(
     """What needs shapes alone, of models that may be on the meta device: `plan` calls it too."""
     check_resolutions(student, groups)
     check_lanes(recipe, groups)
-    check_windows(student, groups)
+    settings_without_effect(student, groups)
     check_standardization(recipe, student, teachers)
 
 
@@ -90,24 +90,17 @@ def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
                 )
 
 
-def unused_windows(student: RadioModel, groups: dict[str, list[Group]]) -> dict[int, list[int]]:
-    """The sizes of `train_window_sizes` that no group will draw -> the sides of all groups' grids, in patches.
+def settings_without_effect(student: RadioModel, groups: dict[str, list[Group]]) -> list[str]:
+    """What the student's configuration asks for and no image of the run will get: one line each, for a note.
 
-    A window has to divide the grid, and not to cover it.
+    Raises:
+        ValueError: a field has no effect at all.
     """
-    sides = sorted({group.resolution // student.patch_size for stage in groups.values() for group in stage})
-    sizes = student.config.train_window_sizes or []
-    return {size: sides for size in sizes if not any(side % size == 0 and size < side for side in sides)}
-
-
-def check_windows(student: RadioModel, groups: dict[str, list[Group]]) -> None:
-    unused = unused_windows(student, groups)
-    if unused and len(unused) == len(set(student.config.train_window_sizes or [])):
-        raise ValueError(
-            f"student.config.train_window_sizes is {list(unused)}, and none of them divides a grid of patches into "
-            f"several windows: the stages' grids have sides of {next(iter(unused.values()))}; choose divisors of "
-            "these, or null for no windows"
-        )
+    sides = sorted({group.resolution for of_stage in groups.values() for group in of_stage})
+    try:
+        return [f"student.config.{line}" for line in student.training_warnings([(side, side) for side in sides])]
+    except ValueError as error:
+        raise ValueError(f"student.config.{error}") from error
 
 
 def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher]) -> None:
@@ -121,7 +114,7 @@ def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[st
         try:
             hadamard(channels)
         except ValueError as error:
-            raise ValueError(f"teachers.{name} cannot be standardised with phi_s: {error}") from error
+            raise ValueError(f"teachers.{name} cannot be standardized with phi_s: {error}") from error
         if name not in teachers:  # another process serves it
             continue
         positions = (teachers[name].image_size // teachers[name].patch_size) ** 2

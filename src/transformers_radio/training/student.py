@@ -1,24 +1,32 @@
 """The student: built from the recipe, and as each stage trains it."""
 
-from dataclasses import dataclass
+import difflib
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 
 from transformers_radio.data import one_line
-from transformers_radio.modeling import RadioConfig, RadioModel
+from transformers_radio.modeling import RadioModel, student_class
 from transformers_radio.teachers import Teacher, portable_checkpoint
 from transformers_radio.training.stability.spectral import add_spectral_reparam
 from transformers_radio.training.stability.weight_noise import add_weight_noise
 
-from .continued import continued_student
-from .recipe import Recipe, TeacherRecipe
+from .recipe import Recipe, StudentRecipe, TeacherRecipe
+
+logger = logging.getLogger(__name__)
+
+# What these fields of a recipe's student do, they do to its blocks.
+ON_BLOCKS = ("compile", "gradient_checkpointing", "spectral_reparam", "weight_noise")
 
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What a student has to know of a teacher: of all teachers, also those that another process serves."""
+    """What a student has to know of a teacher, also where another process serves that teacher."""
 
     summary_dim: int | None
     feature_dim: int
@@ -32,45 +40,64 @@ class TeacherShape:
 
 
 def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioModel:
-    """The student with one adaptor a teacher (paper section 3.2), of its size or from its checkpoint.
+    """The student with one adaptor per teacher (paper section 3.2), of its size or from its checkpoint.
 
     Heads exist for the terms that are trained: a summary head where the teacher has a summary and summary_weight > 0,
     a feature head where feature_weight > 0.
+
+    Raises:
+        ValueError: fields of `student` that do not fit together, the type of student, its checkpoint or the teachers.
     """
-    has_summary = {
-        name: teachers[name].summary_dim is not None and spec.summary_weight > 0
-        for name, spec in recipe.teachers.items()
-    }
-    has_features = {name: spec.feature_weight > 0 for name, spec in recipe.teachers.items()}
-    for name in recipe.teachers:
-        if not has_summary[name] and not has_features[name]:
+    options, adaptors = recipe.student, _adaptors(recipe, teachers)
+    model_class = student_class(options.type)
+    known = sorted(field.name for field in fields(model_class.config_class))
+    for name in options.config:
+        if name not in known:  # the configuration would keep it as an attribute that nothing reads
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"student.config.{name} is not a field of {model_class.config_class.__name__}; {hint}")
+    try:
+        if options.checkpoint is not None:
+            student = _from_checkpoint(recipe, adaptors)
+        else:
+            config = model_class.config_class.for_training(options.size, adaptors, options.summary, **options.config)
+            student = model_class(config)
+    except (StrictDataclassError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if not options.config:
+            raise
+        # a field of a wrong type, or a value that layers cannot have
+        raise ValueError(
+            f"student.config {options.config} gives no student ({type(error).__name__}: {one_line(error)}); "
+            "correct the field, or leave it out for the size's own value"
+        ) from error
+    without_effect = [name for name in ON_BLOCKS if getattr(options, name) and not student.blocks]
+    if without_effect:
+        raise ValueError(
+            f"student.{without_effect[0]} acts on a student's blocks, and students of the type {options.type} name "
+            "none; leave it out"
+        )
+    return student
+
+
+def _adaptors(recipe: Recipe, teachers: dict[str, TeacherShape]) -> dict[str, dict[str, Any]]:
+    """Entries of the student's `config.adaptors` for the recipe's teachers."""
+    widest = max(max(teacher.feature_dim, teacher.summary_dim or 0) for teacher in teachers.values())
+    adaptors = {}
+    for name, spec in recipe.teachers.items():
+        teacher = teachers[name]
+        adaptors[name] = {
+            "summary_dim": teacher.summary_dim if spec.summary_weight > 0 else None,
+            "feature_dim": teacher.feature_dim if spec.feature_weight > 0 else None,
+            "hidden_dim": recipe.student.head_hidden_dim or widest,
+            "teacher": _teacher_name(spec),
+            "teacher_weights": teacher.weights,
+        }
+        if adaptors[name]["summary_dim"] is None and adaptors[name]["feature_dim"] is None:
             raise ValueError(
                 f"teachers.{name} teaches nothing: feature_weight is 0 and it has no summary, or summary_weight is 0; "
                 "raise a weight or remove the teacher"
             )
-    widest = max(max(teacher.feature_dim, teacher.summary_dim or 0) for teacher in teachers.values())
-    adaptors: dict[str, dict[str, Any]] = {
-        name: {
-            "summary_dim": teachers[name].summary_dim if has_summary[name] else None,
-            "feature_dim": teachers[name].feature_dim if has_features[name] else None,
-            "hidden_dim": recipe.student.head_hidden_dim or widest,
-            "summary_token": 0,
-            "teacher": _teacher_name(spec),
-            "teacher_weights": teachers[name].weights,
-        }
-        for name, spec in recipe.teachers.items()
-    }
-    try:
-        student = continued_student(recipe, adaptors) if recipe.student.checkpoint else _fresh(recipe, adaptors)
-    except (StrictDataclassError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if not recipe.student.config:
-            raise
-        # a field of a wrong type, or a value that layers cannot have
-        raise ValueError(
-            f"student.config {recipe.student.config} gives no student ({type(error).__name__}: {one_line(error)}); "
-            "correct the field, or leave it out for the size's own value"
-        ) from error
-    return student
+    return adaptors
 
 
 def _teacher_name(spec: TeacherRecipe) -> str:
@@ -80,67 +107,114 @@ def _teacher_name(spec: TeacherRecipe) -> str:
     return f"{spec.type}:{portable_checkpoint(spec.checkpoint)}"
 
 
-def _fresh(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
-    """A student with random weights and one CLS token a summary head, one for all, or none (average pooling)."""
-    summarised = [name for name in adaptors if adaptors[name]["summary_dim"] is not None]
-    num_cls_tokens = 0 if recipe.student.summary == "mean" else 1
-    if recipe.student.summary == "cls_per_teacher":
-        num_cls_tokens = max(len(summarised), 1)
-        for token, name in enumerate(summarised):
-            adaptors[name]["summary_token"] = token
-    config = RadioConfig.from_size(
-        recipe.student.size,
-        adaptors=adaptors,
-        summary_type="mean" if recipe.student.summary == "mean" else "cls",
-        num_cls_tokens=num_cls_tokens,
-        summary_idxs=list(range(num_cls_tokens)),
-        **recipe.student.config,
-    )
-    return RadioModel(config)
+def _from_checkpoint(recipe: Recipe, adaptors: dict[str, dict[str, Any]]) -> RadioModel:
+    """The student of `student.checkpoint` with heads for the recipe's teachers.
+
+    Its heads for teachers that it knows stay, and so do those for other teachers (see `student.keep_adaptors`). New
+    teachers get new heads.
+
+    Raises:
+        ValueError: there is no such checkpoint; it knows a teacher of this name with other widths.
+    """
+    saved = _load(recipe.student)
+    own = saved.config.adaptors
+    for name in adaptors.keys() & own.keys():
+        for width in ("summary_dim", "feature_dim"):
+            if adaptors[name][width] not in (None, own[name][width]):
+                raise ValueError(
+                    f"student.checkpoint {recipe.student.checkpoint} has an adaptor {name!r} with {width} "
+                    f"{own[name][width]}, but teachers.{name} needs {adaptors[name][width]}; give this teacher "
+                    "another name, or use the one it was trained with"
+                )
+    kept = _kept_adaptors(recipe, list(own))
+    grown = saved.with_new_adaptors({name: adaptor for name, adaptor in adaptors.items() if name not in own})
+    student = grown.with_adaptors([*kept, *adaptors])
+    for name, adaptor in adaptors.items():
+        student.config.adaptors[name] |= {key: adaptor[key] for key in ("teacher", "teacher_weights")}
+    return student
+
+
+def _load(options: StudentRecipe) -> RadioModel:
+    """The saved student in float32, with `student.config` over its own configuration."""
+    checkpoint, model_class = str(options.checkpoint), student_class(options.type)
+    if not Path(checkpoint).is_dir() and checkpoint.count("/") > 1:
+        raise ValueError(f"student.checkpoint is {checkpoint!r}; there is no such folder")
+    found = model_class.config_class.get_config_dict(checkpoint)[0].get("model_type")
+    if found != options.type:
+        raise ValueError(
+            f"student.checkpoint {checkpoint} holds a model of the type {found}, and student.type is {options.type}; "
+            f"set student.type={found}, or choose another checkpoint"
+        )
+    config = model_class.config_class.from_pretrained(checkpoint)
+    config = type(config).from_dict({**config.to_dict(), **options.config})
+    try:
+        return model_class.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+    except ValueError as error:
+        if "other shapes" not in str(error):
+            raise
+        raise ValueError(
+            f"the weights of student.checkpoint {checkpoint} do not have the shapes that student.config "
+            f"{options.config} gives them; leave out the fields that change shapes"
+        ) from error
+
+
+def _kept_adaptors(recipe: Recipe, adaptors: list[str]) -> list[str]:
+    """Those of the checkpoint's adaptors that no teacher of the recipe trains and that are not left out."""
+    others = [name for name in adaptors if name not in recipe.teachers]
+    keep = recipe.student.keep_adaptors
+    for name in keep or []:
+        if name not in others:
+            raise ValueError(
+                f"student.keep_adaptors names {name!r}; student.checkpoint {recipe.student.checkpoint} has, beside "
+                f"the recipe's teachers, the adaptors {', '.join(others) or '(none)'}"
+            )
+    kept = [name for name in others if keep is None or name in keep]
+    if not dist.is_initialized() or dist.get_rank() == 0:  # every process builds the student
+        for name in others:
+            what = "kept as it is, frozen" if name in kept else "left out, as student.keep_adaptors says"
+            logger.warning(f"the student's adaptor {name!r} has no teacher in this recipe: it is {what}")
+    return kept
 
 
 def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioModel:
     """The student as a stage trains it: it shares the weights of `full` and has the heads of the teachers so far.
 
-    Heads of teachers that came and went stay, and rest; so do those that a checkpoint brought and nobody teaches.
+    Heads of teachers absent from this stage are kept, frozen; so are those that a checkpoint brought and that no
+    teacher of the recipe trains.
     """
+    options, stage = recipe.student, recipe.stages[stage_name]
     met: list[str] = []
-    for name, stage in recipe.stages.items():
-        met += stage.teacher_names(recipe)
+    for name, one in recipe.stages.items():
+        met += one.teacher_names(recipe)
         if name == stage_name:
             break
-    kept = [name for name in full.adaptors if name in met or name not in recipe.teachers]
-    resting = set(kept) - set(recipe.stages[stage_name].teacher_names(recipe))
-    config = RadioConfig.from_dict(
-        {**full.config.to_dict(), "adaptors": {name: full.config.adaptors[name] for name in kept}}
-    )
-    summarised = {name for name in kept if name in met and full.config.adaptors[name]["summary_dim"] is not None}
-    # what its image processor resizes to
-    config.preferred_resolution = recipe.stages[stage_name].preferred_resolution(summarised)
-    with torch.device("meta"):
-        student = RadioModel(config)
-    wanted = student.state_dict().keys()
-    student.load_state_dict({key: value for key, value in full.state_dict().items() if key in wanted}, assign=True)
-    student.set_attn_implementation(recipe.student.attn_implementation)
-    for name in resting:
+    student = full.with_adaptors([name for name in full.adaptors if name in met or name not in recipe.teachers])
+    for name in student.adaptors.keys() - set(stage.teacher_names(recipe)):
         student.adaptors[name].requires_grad_(False)
-    if recipe.student.gradient_checkpointing:
+    summarized = {name for name in student.adaptors if name in met and full.adaptors[name].summary_head is not None}
+    # what its image processor resizes to
+    student.config.preferred_resolution = stage.preferred_resolution(summarized)
+    if student._supports_sdpa:  # a student without attention has no implementation to choose
+        student.set_attn_implementation(options.attn_implementation)
+    if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
-    if recipe.student.spectral_reparam:
+    if options.spectral_reparam:
         add_spectral_reparam(student)
-    if recipe.student.weight_noise:
-        add_weight_noise(student, recipe.student.weight_noise)
-    if recipe.student.compile:
-        if recipe.student.spectral_reparam:
-            _compile_all(len(student.encoder.layer))
-        for layer in student.encoder.layer:
-            layer.compile()
+    if options.weight_noise:
+        add_weight_noise(student, options.weight_noise)
+    if options.compile:
+        if options.spectral_reparam:
+            _compile_all(len(student.blocks))
+        for block in student.blocks:
+            block.compile()
     return student
 
 
 def _compile_all(blocks: int) -> None:
-    """Spectral reparametrisation makes a class of each Linear: torch compiles each block for itself then, and leaves
-    those beyond its limit as they are."""
+    """Raises torch's limit of compiled functions: the blocks beyond it would stay as they are.
+
+    Spectral reparametrization makes a class of each Linear, so that torch compiles each block for itself.
+    """
     from torch._dynamo import config
 
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # as before torch 2.7

@@ -25,11 +25,10 @@ from transformers_radio.training.run.state import Run, TrainingState
 
 from .checks import check_before_training
 from .groups import stage_groups
-from .recipe import Recipe, expand_paths
+from .recipe import Recipe, expand_paths, validate
 from .stage import Stage
 from .student import build_student
 from .teachers import build_teachers, gather_shapes, open_caches
-from .validate import validate
 
 
 @dataclass
