@@ -151,7 +151,7 @@ def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
     full = build_student(recipe, build_teachers(recipe))
     first, second = (stage_student(full, recipe, name) for name in recipe.stages)
     assert set(first.adaptors) == {"clip"} and set(second.adaptors) == {"clip", "sam"}
-    # A CLS token for each teacher from the start; a head that has no teacher any more rests.
+    # A CLS token for each teacher from the start; a head whose teacher is absent is frozen.
     assert first.config.num_cls_tokens == second.config.num_cls_tokens == 2
     assert not any(p.requires_grad for p in second.adaptors["clip"].parameters())
     assert all(p.requires_grad for p in second.adaptors["sam"].parameters())
@@ -230,7 +230,7 @@ def test_a_new_teacher_with_a_summary_gets_a_token_behind_the_others(make_recipe
 
 @contextmanager
 def mask_token(student, token):
-    """Nobody attends to this token."""
+    """No other token attends to this one."""
 
     def masked(module, query, key, value, attention_mask, **kwargs):
         bias = torch.zeros(1, 1, 1, key.shape[2])
@@ -284,7 +284,7 @@ def test_a_token_that_the_summary_left_out_comes_into_it(make_recipe, tmp_path):
     assert student.summary_idxs.tolist() == [0, 1]
 
 
-def test_adaptors_without_a_teacher_stay_and_rest_unless_told_otherwise(make_recipe, tmp_path, caplog):
+def test_adaptors_without_a_teacher_stay_frozen_unless_told_otherwise(make_recipe, tmp_path, caplog):
     first = saved_student(make_recipe, tmp_path)
     path = make_recipe()
     text = path.read_text()

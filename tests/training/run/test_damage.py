@@ -145,7 +145,7 @@ def without_checksums(run):
         manifest.write_text(json.dumps(entries))
 
 
-def test_runs_of_older_versions_go_on(start, runs, caplog):
+def test_runs_of_older_versions_resume(start, runs, caplog):
     assert start("unfinished", without_checksums).step == 6 and weights(runs / "run") == weights(runs / "finished")
     assert "damaged" not in caplog.text
 
@@ -250,7 +250,7 @@ CACHED = ["data.frozen_crops=true", "teacher_cache={run}/cache"]
         (cache, "save_file", r"run/cache/\w+-48/pending.tmp/\S+", CACHED),
     ],
 )
-def test_a_full_disk_names_the_file_and_the_same_command_goes_on(owner, name, file, options, runs, start, monkeypatch):
+def test_a_full_disk_names_the_file_and_the_same_command_resumes(owner, name, file, options, runs, start, monkeypatch):
     options = [option.format(run=runs / "run") for option in options]
     full = Full(getattr(owner, name))
     shutil.rmtree(runs / "run")
