@@ -30,8 +30,23 @@ RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), see the folde
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe fields as key=value, e.g. stages.main.steps=100.")]
 
 
+def print_fields(asked: bool) -> None:
+    if asked:
+        from transformers_radio.settings import describe_fields
+        from transformers_radio.training.recipe import Recipe
+
+        typer.echo(describe_fields(Recipe))
+        raise typer.Exit()
+
+
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="Print all fields of a recipe.", is_eager=True, callback=print_fields)
+    ] = False,
+) -> None:
     """Distil a student. The same command continues a run that was stopped or killed."""
     from transformers_radio.training.__main__ import main
 

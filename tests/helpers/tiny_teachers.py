@@ -1,4 +1,4 @@
-"""Teachers that need no weights, for `type: python`; also imported by the training processes that tests start."""
+"""Teachers that need no weights, for `type: python`; the training processes that tests start import them too."""
 
 import torch
 from torch import nn

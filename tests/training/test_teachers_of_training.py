@@ -18,7 +18,8 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.recipe import TeacherRecipe
-from transformers_radio.training.run.log import STEPS_PER_AGREEMENT, FiniteCheck
+from transformers_radio.training.run.log import FiniteCheck
+from transformers_radio.training.run.signals import STEPS_PER_AGREEMENT
 from transformers_radio.training.stability.spectral import add_spectral_reparam, power_steps
 from transformers_radio.training.teachers import _place, stack
 

@@ -6,73 +6,96 @@ from typing import Any
 
 from omegaconf import MISSING
 
+PATH = {
+    "help": "A folder of images (nested or not), a webdataset tar or a parquet file, a folder of such files, a glob "
+    "pattern or {000..999} range of any of these, a .txt file with one of these in each line, the URL of any of them, "
+    "or the id of a dataset on the Hub."
+}
+SPLIT = {
+    "help": "Of a Hub dataset, its split. Of a folder: the sub-folder of this name if there is one; else the tar or "
+    "parquet files whose names start with it; else, for train, everything."
+}
+NAME = {"help": "The configuration of a Hub dataset that has several."}
+IMAGE_COLUMN = {"help": "The column, or in tars the extension, of the image. null: the only one that holds images."}
+IMAGE_ROOT = {
+    "help": "The folder that paths in a parquet file start from. Files outside of it are not opened. null: the folder "
+    "of the parquet files."
+}
+
 
 @dataclass
 class SourceConfig:
-    """One data set of a mixture.
+    """One data set of a mixture."""
 
-    Attributes:
-        path, split, name, image_column, image_root: As in `DataConfig`.
-        weight: Share of the images that come from here, relative to the other sets' weights.
-    """
-
-    path: str = MISSING
-    split: str = "train"
-    name: str | None = None
-    image_column: str | None = None
-    weight: float = 1.0
-    image_root: str | None = None
+    path: str = field(default=MISSING, metadata=PATH)
+    split: str = field(default="train", metadata=SPLIT)
+    name: str | None = field(default=None, metadata=NAME)
+    image_column: str | None = field(default=None, metadata=IMAGE_COLUMN)
+    weight: float = field(
+        default=1.0, metadata={"help": "Share of the images that come from here, relative to the other sets' weights."}
+    )
+    image_root: str | None = field(default=None, metadata=IMAGE_ROOT)
 
 
 @dataclass
 class DataConfig:
-    """Which images are read, and how they are cropped and shuffled.
+    """Which images are read, and how they are cropped and shuffled."""
 
-    Attributes:
-        path: A folder of images (nested as it likes), a webdataset tar or a parquet file, a folder of such files, a
-            glob pattern or {000..999} range of any of these, a .txt file with one of these in each line, the URL of
-            any of them, or the id of a dataset on the Hub. `~` is the home folder.
-        split: Of a Hub dataset, its split. Of a folder: the sub-folder of this name if there is one; else the
-            tar or parquet files whose names start with it; else, for `train`, everything.
-        name: The configuration of a Hub dataset that has several.
-        image_column: The column, or in tars the extension, of the image. Found by itself when there is only one.
-        num_workers: Processes per rank that read and decode. 0: in the training process itself.
-        shuffle_window: Samples of a shard that are read ahead and shuffled together; a worker holds this many
-            undecoded files in memory for each of its lanes (image folders: only their names).
-        crop_scale: Share of the image area that the random crop covers, smallest and largest.
-        crop_ratio: Width / height of the crop, smallest and largest.
-        horizontal_flip: Mirror half of the crops.
-        frozen_crops: The crop of an image is the same in every epoch, and whatever the seed.
-        max_skipped_share: The run stops when more than this share of the images (of one data set) could not be used.
-        min_side: Images with a shorter side (in pixels) are skipped.
-        lanes: Number of parallel sequences the source is dealt out to (see `ImageStream`). Default: as many as there
-            are workers over all ranks. The order of the images depends on it, and on neither ranks nor workers.
-        sources: In place of `path`: several data sets by name, mixed by weight.
-        retry_seconds: How long a server that fails is tried again before the run stops. 0: not at all.
-        max_pixels: Images of more pixels (width x height) are skipped, before they are decoded.
-        image_root: The folder that paths in a parquet file start from. Files outside of it are not opened. Default:
-            the folder of the parquet files.
-    """
-
-    path: str | None = None
-    split: str = "train"
-    name: str | None = None
-    image_column: str | None = None
-    num_workers: int = 2
-    shuffle_window: int = 1000
+    path: str | None = field(default=None, metadata=PATH)
+    split: str = field(default="train", metadata=SPLIT)
+    name: str | None = field(default=None, metadata=NAME)
+    image_column: str | None = field(default=None, metadata=IMAGE_COLUMN)
+    num_workers: int = field(
+        default=2,
+        metadata={"help": "Processes per rank that read and decode. 0: the training process does it itself."},
+    )
+    shuffle_window: int = field(
+        default=1000,
+        metadata={
+            "help": "Samples of a shard that are read ahead and shuffled together; a worker holds this many undecoded "
+            "files in memory for each of its lanes (image folders: only their names)."
+        },
+    )
     # The paper (section 4, "General") applies "random scale + cropping" and gives no ranges: these are ours. Half of
     # the area or more keeps a crop a picture of the same scene, at scales that the teachers know.
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    horizontal_flip: bool = False  # not in the paper; mirrored text would be a wrong target for CLIP
-    frozen_crops: bool = False
-    max_skipped_share: float = 0.01
-    min_side: int = 16
-    lanes: int | None = None
+    crop_scale: tuple[float, float] = field(
+        default=(0.5, 1.0),
+        metadata={"help": "Share of the image's area that the random crop covers, smallest and largest."},
+    )
+    crop_ratio: tuple[float, float] = field(
+        default=(3 / 4, 4 / 3), metadata={"help": "Width / height of the crop, smallest and largest."}
+    )
+    # not in the paper; mirrored text would be a wrong target for CLIP
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the crops."})
+    frozen_crops: bool = field(
+        default=False, metadata={"help": "The crop of an image is the same in every epoch, whatever the seed."}
+    )
+    max_skipped_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "The run stops when more than this share of the images (of one data set) could not be used."
+        },
+    )
+    min_side: int = field(
+        default=16, metadata={"help": "Images with a shorter side than this, in pixels, are skipped."}
+    )
+    lanes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of parallel sequences that the source is divided into. The order of the images depends on "
+            "it, and not on the number of processes or workers. null: as many as there are workers in all."
+        },
+    )
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    retry_seconds: float = 300.0
-    max_pixels: int = 120_000_000
-    image_root: str | None = None
+    retry_seconds: float = field(
+        default=300.0,
+        metadata={"help": "How long requests to a failing server are repeated before the run stops. 0: not at all."},
+    )
+    max_pixels: int = field(
+        default=120_000_000,
+        metadata={"help": "Images with more pixels (width x height) are skipped before they are decoded."},
+    )
+    image_root: str | None = field(default=None, metadata=IMAGE_ROOT)
 
     def named_sources(self) -> dict[str, SourceConfig]:
         """Name -> data set, by name; a single one given by `path` has the name ""."""

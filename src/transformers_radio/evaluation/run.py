@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from transformers_radio.evaluation.models.specs import check_model, split_title
-from transformers_radio.training.recipe import quoted
+from transformers_radio.settings import quoted
 
 from .paths import expand_home
 from .result import Result, slug
