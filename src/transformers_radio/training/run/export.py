@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.utils import logging as transformers_logging
 
 from transformers_radio.disk import remove, replace_whole, writing
-from transformers_radio.modeling import RadioConfig, RadioImageProcessor, RadioModel
+from transformers_radio.modeling import RadioImageProcessor, RadioModel, student_class
 from transformers_radio.training.phi_s.rotation import PhiS
 from transformers_radio.training.stability.spectral import fold_spectral
 
@@ -46,9 +46,10 @@ def write_student(
     state = {**model_state, **(averages or {})}
     state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     state = fold_spectral(state, averaged=averages is not None)
-    config = RadioConfig.from_dict(student.config.to_dict())
+    model_class = student_class(student.config.model_type)
+    config = model_class.config_class.from_dict(student.config.to_dict())
     with torch.device("meta"):
-        plain = RadioModel(config)
+        plain = model_class(config)
     plain.load_state_dict(state, assign=True)
     for name, transform in transforms.items():
         if name in plain.adaptors:
