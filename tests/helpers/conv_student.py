@@ -8,10 +8,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_radio.modeling.adaptors_radio import RadioAdaptor
-from transformers_radio.modeling.embeddings_radio import RadioInputConditioner
 from transformers_radio.modeling.fields_radio import complete_adaptors
 from transformers_radio.modeling.inputs_radio import check_adaptors
-from transformers_radio.modeling.student_radio import RadioModelOutput, RadioStudentMixin
+from transformers_radio.modeling.student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin
 
 
 class ConvStudentConfig(PreTrainedConfig):

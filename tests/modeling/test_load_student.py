@@ -17,6 +17,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from helpers.conv_student import ConvStudent, ConvStudentConfig
 from helpers.tiny_radio import build
 from transformers_radio import (
     RadioBackbone,
@@ -165,3 +166,12 @@ def test_misfits_are_named(student_folder):
     fields = {**student.config.to_dict(), "num_attention_heads": 4}  # the weights would fit
     with pytest.raises(ValueError, match="RadioModel: num_attention_heads differ"):
         load_student(RadioModel(RadioConfig.from_dict(fields)), student)
+
+
+def test_a_part_of_another_kind_of_student_is_filled_too(tmp_path):
+    student, images = ConvStudent(ConvStudentConfig()).eval(), torch.rand(1, 3, 32, 48)
+    student.save_pretrained(tmp_path)
+    model = torch.nn.Sequential(ConvStudent(ConvStudentConfig()).eval())
+    assert not torch.equal(model(images).features, student(images).features)
+    load_student(model, tmp_path)
+    assert torch.equal(model(images).features, student(images).features)

@@ -10,7 +10,6 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .adaptors_radio import AdaptorOutput
-from .embeddings_radio import RadioExternalConditioner
 from .errors_radio import shown
 from .inputs_radio import (
     can_read_values,
@@ -27,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class RadioModelOutput(ModelOutput):
-    """Output of a student; for packed inputs the images' tokens follow each other, without a batch axis.
+    """Output of a student. With packed inputs the tokens of all images follow each other, without a batch axis.
 
     Args:
         summary (`torch.Tensor` of shape `(batch, n_summary_idxs * hidden)`): The selected CLS tokens side by side, or
@@ -51,6 +50,44 @@ class RadioModelOutput(ModelOutput):
     adaptors: dict[str, AdaptorOutput] | None = None
     pooler_output: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
+
+
+class RadioInputConditioner(nn.Module):
+    """`(pixels - mean) / std` per channel; in float32, the result in the dtype of the pixels.
+
+    The statistics stay in float32 when the model is cast: half precision would round them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        # (3,) -> (3, 1, 1)
+        self.norm_mean = nn.Buffer(torch.tensor(config.norm_mean, dtype=torch.float32).view(-1, 1, 1))
+        self.norm_std = nn.Buffer(torch.tensor(config.norm_std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        normalized = (pixel_values.float() - self.norm_mean.float()) / self.norm_std.float()
+        return normalized.to(pixel_values.dtype)
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, statistic in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != statistic.dtype:  # a cast: take over the device only
+                setattr(self, name, statistic.to(moved.device))
+        return self
+
+
+class RadioExternalConditioner(RadioInputConditioner, nn.Identity):
+    """Replaces a conditioner that was handed over: keeps its statistics for the state dict and changes no pixel."""
+
+    def __init__(self, conditioner: nn.Module):
+        nn.Module.__init__(self)
+        for name, statistic in conditioner.named_buffers():
+            self.register_buffer(name, statistic.clone())
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
 
 
 class RadioStudentMixin(nn.Module):
@@ -142,7 +179,7 @@ class RadioStudentMixin(nn.Module):
     def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
 
-        It is what models expect that know one class token. The summary token is the first selected CLS token, or the
+        Models that know one class token expect this. The summary token is the first selected CLS token, or the
         average of the patches with average pooling.
         """
         patches = tokens[:, self.config.num_summary_tokens :]
@@ -179,8 +216,8 @@ class RadioStudentMixin(nn.Module):
     def with_adaptors(self, names: list[str]) -> Any:
         """The same model with these adaptors only, in this order; it shares every weight with `self`.
 
-        Training mode, attention implementation, an external conditioner, and which weights are frozen are those of
-        `self`; freezing weights of one of the two leaves the other as it is.
+        It also takes over training mode, attention implementation, an external conditioner, and which weights are
+        frozen; freezing weights of one of the two models later leaves the other as it is.
 
         Raises:
             ValueError: A name that is not an adaptor of this model.
@@ -216,9 +253,9 @@ class RadioStudentMixin(nn.Module):
     def _share_weights(self, model: Any, **grown: torch.Tensor) -> Any:
         """`model` with the weights of `grown` and of `self`, by name, and in the state of `self`."""
         mine = {**self.state_dict(), **grown}
-        wanted = model.state_dict()  # of new heads alone the own weights are kept
+        wanted = model.state_dict()  # only new heads keep the weights they have here
         weights = {name: mine[name] if name in mine else new.to(dtype=self.dtype) for name, new in wanted.items()}
-        model.load_state_dict(weights, assign=True)  # not copied: tensors of a state dict are the parameters' memory
+        model.load_state_dict(weights, assign=True)  # no copies: a state dict holds the memory of the weights
         for name, parameter in self.named_parameters():
             if name in wanted:
                 model.get_parameter(name).requires_grad_(parameter.requires_grad)
@@ -246,7 +283,7 @@ class RadioStudentMixin(nn.Module):
         return {}
 
     def training_warnings(self, sizes: list[tuple[int, int]]) -> list[str]:
-        """What the configuration asks for and no training image of these `(height, width)` in pixels will get.
+        """Settings of the configuration without effect for training images of these `(height, width)` in pixels.
 
         Raises:
             ValueError: A field of the configuration has no effect at all.

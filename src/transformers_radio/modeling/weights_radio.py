@@ -1,27 +1,95 @@
-"""Whether the weights of a checkpoint are those of the model that its configuration describes."""
+"""Loading that fails unless the weights of a checkpoint are those that its configuration describes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
+from typing import Any
 
-# task heads, which a student's checkpoint may have or lack
+from transformers import PreTrainedModel
+
+from .errors_radio import check_source, naming_checkpoint
+
+# weights of task heads, which a checkpoint may have or lack
 HEADS = ("summary_norm.", "batch_norm.", "classifier.")
 # prefixes of weights that the checkpoint may lack, while `from_pretrained` runs
-may_be_new: ContextVar[tuple[str, ...]] = ContextVar("may_be_new", default=())
+_may_be_new: ContextVar[tuple[str, ...]] = ContextVar("_may_be_new", default=())
 
 
-def check_found(owner: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str], new: bool):
-    """Every weight of the model is in the checkpoint, in its shape, but for those that `may_be_new`.
+class CheckedLoadingMixin:
+    """First base of a model: a checkpoint and a configuration that do not belong together are an error."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but a checkpoint and a configuration that do not belong together are an error.
+
+        Args:
+            allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialization, e.g.
+                `["classifier"]` to put a new head on a backbone. Only these may have another shape, with
+                `ignore_mismatched_sizes=True`.
+            allow_unexpected (`Sequence[str]`): Prefixes of weights of the checkpoint that may be left out. Weights of
+                a task head always may be, and weights of adaptors where `adaptors` are passed.
+
+        Raises:
+            OSError: There is no checkpoint, or a part of it is missing.
+            ValueError: The checkpoint is damaged, lacks other weights of this model, has them in other shapes, has
+                weights that the model lacks, or contradicts `config.summary_idxs`.
+        """
+        if pretrained_model_name_or_path is not None or "state_dict" not in kwargs:
+            check_source(cls.__name__, pretrained_model_name_or_path)
+        left_out = (*allow_unexpected, *HEADS, *(["adaptors."] if "adaptors" in kwargs else []))
+        token = _may_be_new.set(tuple(allow_missing))
+        try:
+            with naming_checkpoint(pretrained_model_name_or_path):
+                loaded: Any = super().from_pretrained(  # type: ignore[misc]
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                )
+                model, info = loaded
+                _check_found(
+                    cls.__name__, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"], True
+                )
+                _check_used(cls.__name__, info["unexpected_keys"], left_out)
+                _check_summary_idxs(model.base_model)
+        finally:
+            _may_be_new.reset(token)
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # before memory is allocated for missing weights: a mistyped width could need more than there is
+        _check_found(
+            type(model).__name__,
+            loading_info.missing_keys,
+            loading_info.mismatched_keys,
+            loading_info.unexpected_keys,
+            load_config.ignore_mismatched_sizes,
+        )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def _check_found(
+    owner: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str], new: bool
+):
+    """Raises unless every weight of the model is in the checkpoint, in its shape; those in `_may_be_new` need not be.
 
     Args:
         mismatched: (name, shape in the checkpoint, shape in the model) of weights.
-        new: whether those that may be new may have another shape in the checkpoint.
+        new: whether the weights in `_may_be_new` may have another shape in the checkpoint.
     """
-    allowed = may_be_new.get()
+    allowed = _may_be_new.get()
     misfits = [entry for entry in mismatched if not (new and entry[0].startswith(allowed))]
     if misfits:
         key, stored, expected = min(misfits)
         if key.startswith(allowed):
-            fix = "Pass ignore_mismatched_sizes=True to start them anew, or load with the checkpoint's own config"
+            fix = (
+                "Pass ignore_mismatched_sizes=True to initialize them afresh, or load with the checkpoint's own config"
+            )
         else:
             fix = (
                 "Load with the checkpoint's own config; ignore_mismatched_sizes is for weights named in "
@@ -46,8 +114,8 @@ def check_found(owner: str, missing: Iterable[str], mismatched: Iterable[tuple],
         )
 
 
-def check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
-    """Every weight of the checkpoint has a place in the model, but for those with an allowed prefix."""
+def _check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
+    """Raises unless the model has every weight of the checkpoint; those with an allowed prefix it may lack."""
     unused = sorted(key for key in unexpected if not key.removeprefix("model.").startswith(allowed))
     if unused:
         parts = sorted({key.removeprefix("model.").split(".")[0] for key in unused})
@@ -55,6 +123,18 @@ def check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
             f"{owner}: {len(unused)} weights of the checkpoint have no place in this model: {_first(unused)}. Its "
             f"configuration contradicts them (num_hidden_layers, adaptors, final_norm, ...): correct it, or pass "
             f"allow_unexpected={parts} to leave these out."
+        )
+
+
+def _check_summary_idxs(model: Any):
+    """Raises unless the checkpoint selects the same CLS tokens as the configuration, in a model that selects any."""
+    stored = getattr(model, "summary_idxs", None)
+    if stored is None or stored.is_meta:
+        return
+    if stored.tolist() != model.config.summary_idxs:
+        raise ValueError(
+            f"config.summary_idxs is {model.config.summary_idxs}, but the checkpoint's summary_idxs are "
+            f"{stored.tolist()}. Load without summary_idxs, then select from last_hidden_state."
         )
 
 
