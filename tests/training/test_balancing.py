@@ -92,7 +92,7 @@ def test_uncertainty_equals_its_formula_and_derivatives():
     for kind, columns in order.items():
         head = balancing.heads[kind]
         b = pooled[kind] @ array(head.weight).T + array(head.bias)
-        slope = np.zeros_like(b)  # of the mean total
+        slope = np.zeros_like(b)  # d mean(total) / db
         for column, name in enumerate(columns):
             if name not in names:
                 continue
@@ -213,7 +213,7 @@ def test_a_saved_state_gives_the_same_totals(mode, tmp_path):
     restored.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert torch.equal(call(balancing, *inputs()), call(restored, *inputs()))
     assert mode == "naive" or not torch.equal(call(make(mode), *inputs()), call(restored, *inputs()))
-    if mode == "adaloss":  # and goes on in the same way
+    if mode == "adaloss":  # and continues in the same way
         for part in (balancing, restored):
             update(part, {"clip/summary": 0.9})
         assert torch.equal(call(balancing, *inputs()), call(restored, *inputs()))

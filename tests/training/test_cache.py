@@ -62,7 +62,7 @@ class CountingTeacher(Teacher):
 
 
 def image(index):
-    """Noise that says its number in the first pixel."""
+    """Noise whose first pixel holds its number."""
     pixels = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
     pixels[:, 0, 0] = index / IMAGES
     return pixels
@@ -130,9 +130,9 @@ def test_each_image_is_encoded_once_and_every_answer_is_the_rounded_output(summa
             assert ("summary" in shard.keys()) == summary and shard.get_slice("features").get_dtype() == "BF16"
 
     caches.close()
-    again, nobody = open_caches(tmp_path), CountingTeacher(summary)
-    found = again["clip"].targets(*batch_of(range(IMAGES)), nobody)
-    assert nobody.seen == [] and found.grid == (2, 2)
+    again, unused = open_caches(tmp_path), CountingTeacher(summary)
+    found = again["clip"].targets(*batch_of(range(IMAGES)), unused)
+    assert unused.seen == [] and found.grid == (2, 2)
     said = CountingTeacher(summary)(batch_of(range(IMAGES))[1])
     assert torch.equal(found.features, round_to_bf16(said.features))
 
@@ -144,7 +144,7 @@ def test_an_image_that_comes_twice_in_a_batch_is_encoded_once(tmp_path):
     assert torch.equal(found.features, round_to_bf16(CountingTeacher()(batch_of([4, 2, 4, 9, 2])[1]).features))
 
 
-def test_shards_are_of_bounded_size_and_what_is_not_flushed_is_nobodys(tmp_path):
+def test_shards_are_of_bounded_size_and_what_is_not_flushed_is_not_found(tmp_path):
     caches, teacher = open_caches(tmp_path, shard_bytes=5 * AN_IMAGE), CountingTeacher()
     for indices in schedule(epochs=1, batch_size=3):
         caches["clip"].targets(*batch_of(indices), teacher)
@@ -209,7 +209,7 @@ def start(folder, batches, dying=0, die=None, **options):
         port = one.getsockname()[1]
 
     def process(rank):
-        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that runs the tests
+        AcceleratorState._reset_state(reset_partial_state=True)  # the test process has one already
         if len(batches) > 1:
             rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": len(batches)}
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
@@ -242,7 +242,7 @@ PAIR = [schedule(epochs=3, batch_size=4, rank=rank, ranks=2) for rank in range(2
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What runs of one and of two processes are taught with when nobody kills them."""
+    """The targets of runs of one and of two processes that are not killed."""
     results_of = {}
     for processes, batches in {1: ALONE, 2: PAIR}.items():
         folder = tmp_path_factory.mktemp(f"undisturbed{processes}")
@@ -262,7 +262,7 @@ def undisturbed(tmp_path_factory):
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_a_killed_run_goes_on_with_the_same_bits(batches, dying, die, undisturbed, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(batches, dying, die, undisturbed, tmp_path):
     assert start(tmp_path, batches, dying, die) == -signal.SIGKILL
     for path in shards(tmp_path):  # all that counts is whole
         with safe_open(path, "pt") as shard:
@@ -304,7 +304,7 @@ def test_two_processes_share_a_folder_and_what_they_have_encoded(tmp_path):
 
 
 def test_what_a_killed_run_had_not_flushed_never_counts(tmp_path):
-    leftover = tmp_path / "clip" / "pending.tmp" / "00003-000000.safetensors"  # of a fourth process
+    leftover = tmp_path / "clip" / "pending.tmp" / "00003-000000.safetensors"  # a fourth process wrote it
     leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half a sh")
     fill(tmp_path)

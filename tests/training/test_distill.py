@@ -1,3 +1,4 @@
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import transformers_radio
 from helpers.tiny_teachers import PatchTeacher
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.training import load_recipe
+from transformers_radio.training import load_recipe, train
 from transformers_radio.training.balancing import NaiveBalancing
 from transformers_radio.training.distill import (
     Distillation,
     distillation_losses,
     teacher_targets,
 )
-from transformers_radio.training.losses import loss_terms
+from transformers_radio.training.losses import loss_terms, match_loss
 from transformers_radio.training.student import TeacherShape, stage_student
 from transformers_radio.training.student import build_student as build_student_of_shapes
 from transformers_radio.training.teachers import load_teacher
@@ -150,7 +151,7 @@ def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
     full = build_student(recipe, build_teachers(recipe))
     first, second = (stage_student(full, recipe, name) for name in recipe.stages)
     assert set(first.adaptors) == {"clip"} and set(second.adaptors) == {"clip", "sam"}
-    # A CLS token for each teacher from the start; a head that has no teacher any more rests.
+    # A CLS token for each teacher from the start; a head whose teacher is absent is frozen.
     assert first.config.num_cls_tokens == second.config.num_cls_tokens == 2
     assert not any(p.requires_grad for p in second.adaptors["clip"].parameters())
     assert all(p.requires_grad for p in second.adaptors["sam"].parameters())
@@ -229,7 +230,7 @@ def test_a_new_teacher_with_a_summary_gets_a_token_behind_the_others(make_recipe
 
 @contextmanager
 def mask_token(student, token):
-    """Nobody attends to this token."""
+    """No other token attends to this one."""
 
     def masked(module, query, key, value, attention_mask, **kwargs):
         bias = torch.zeros(1, 1, 1, key.shape[2])
@@ -283,7 +284,7 @@ def test_a_token_that_the_summary_left_out_comes_into_it(make_recipe, tmp_path):
     assert student.summary_idxs.tolist() == [0, 1]
 
 
-def test_adaptors_without_a_teacher_stay_and_rest_unless_told_otherwise(make_recipe, tmp_path, caplog):
+def test_adaptors_without_a_teacher_stay_frozen_unless_told_otherwise(make_recipe, tmp_path, caplog):
     first = saved_student(make_recipe, tmp_path)
     path = make_recipe()
     text = path.read_text()
@@ -327,3 +328,29 @@ def test_a_student_names_its_teachers_without_this_machines_folders(make_recipe,
     adaptors = build_student_of_shapes(recipe, shapes).config.adaptors
     assert {name: adaptors[name]["teacher"] for name in teachers} == {name: one[2] for name, one in teachers.items()}
     assert {adaptors[name]["teacher_weights"] for name in teachers} == {"hash of clip", "hash of sam"}
+
+
+def test_a_head_with_a_finer_grid_trains(make_recipe, tmp_path):
+    """An adaptor with an upsample_factor predicts several positions per patch; its own grid is compared."""
+    first = saved_student(make_recipe, tmp_path / "first")
+    adaptors = {name: dict(adaptor) for name, adaptor in first.config.adaptors.items()}
+    adaptors["sam"]["upsample_factor"] = 2
+    config = RadioConfig.from_dict({**first.config.to_dict(), "adaptors": adaptors})
+    RadioModel(config).save_pretrained(tmp_path / "finer")
+    recipe = load_recipe(make_recipe(), [f"student.checkpoint={tmp_path / 'finer'}", "stages.main.steps=30"])
+    teachers = build_teachers(recipe)
+    student = build_student(recipe, teachers).eval()
+    images = {side: torch.rand(2, 3, side, side) for side in (24, 32, 48)}
+    output = student(images[32], adaptors=["sam"])
+    assert output.grid == (4, 4) and output.adaptors["sam"].grid == (8, 8)
+    terms = loss_terms(recipe, "main", student)
+    losses = distillation_losses(output, teacher_targets({"sam": teachers["sam"]}, images), terms, recipe.loss)
+    target = teachers["sam"](images[48]).features.mT.unflatten(2, (6, 6))
+    target = F.interpolate(target, size=(8, 8), mode="bilinear").flatten(2).mT
+    (found,) = losses.values()
+    torch.testing.assert_close(found, match_loss(output.adaptors["sam"].features, target))
+
+    model = RadioModel.from_pretrained(train(recipe).student_dir)
+    assert model.config.adaptors["sam"]["upsample_factor"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["sam/features"] < 0.9 * lines[0]["sam/features"]

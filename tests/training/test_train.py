@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_alone(finished, make_recipe):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(number, finished, make_recipe, start_training, tmp_path):
+def test_a_signal_saves_and_the_same_command_resumes(number, finished, make_recipe, start_training, tmp_path):
     recipe = make_recipe("stopped")
     process = start_training(recipe)
     _wait_for_step(tmp_path / "stopped", 2, process)
@@ -257,7 +257,7 @@ STAGES = [
 ]
 
 
-def test_a_second_stage_goes_on_with_the_images_and_resumes_to_the_bit(make_recipe, tmp_path, monkeypatch):
+def test_a_second_stage_resumes_with_the_images_and_resumes_to_the_bit(make_recipe, tmp_path, monkeypatch):
     """The second stage starts accumulating at an odd number of passes, and its images follow those of the first."""
     seen = []
     to_device = stage.to_device

@@ -66,7 +66,7 @@ def test_a_run_with_everything_resumes_to_the_bit(balancing, make_recipe, tmp_pa
 
 
 def test_the_student_of_such_a_run_is_plain_and_speaks_the_teachers_space(make_recipe, tmp_path):
-    """Folded: no parametrisation is left, and its features are those of the trained model, put back in place."""
+    """Folded: no parametrization is left, and its features are those of the trained model, put back in place."""
     options = ["loss.standardization=phi_s", "loss.statistics_images=24", "student.spectral_reparam=true"]
     recipe = load_recipe(make_recipe(), [*options, "stages.main.steps=40", "optimizer.learning_rate=3e-3"])
     model = RadioModel.from_pretrained(train(recipe).student_dir).eval()
@@ -230,7 +230,7 @@ def train_until_the_disk_is_full(recipe):
     return forked.train(recipe)
 
 
-def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(make_recipe, tmp_path):
+def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_resumes(make_recipe, tmp_path):
     train(load_recipe(make_recipe("whole")))
     recipe = make_recipe("full")
     stopped = forked.Forked(recipe, target=train_until_the_disk_is_full)

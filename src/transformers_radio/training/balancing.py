@@ -1,6 +1,6 @@
 """Four ways to add up the distillation terms: the schemes of paper section 3.4.1 and table 4.
 
-All are called alike, with the terms of the teachers that this pass serves and with the student's output:
+All are called alike, with the losses of the teachers of a pass and with the student's output:
 
     losses: term -> (B,), the unweighted loss of each image
     summary: (B, summary_dim), features: (B, N, feature_dim) of the student, any floating dtype
@@ -128,9 +128,9 @@ class AMTMLBalancing(Balancing):
     with t over the T teachers of this pass and L_t the weighted terms of one teacher. The paper reports that the
     weight collapses onto one teacher: the softmax can lower the loss by favoring whichever teacher is easiest.
 
-    How the paper wired the method to its losses is not known. Ours are the factor T, by which equal weights give the
-    naive total at the same learning rate, and what the L2 penalty covers: the parameters in use, so that a teacher
-    that is not served keeps its own.
+    How the paper connected the method to its losses is not known. Ours are the factor T, by which equal weights give
+    the naive total at the same learning rate, and what the L2 penalty covers: the parameters in use, so that those of
+    an absent teacher do not change.
     """
 
     def __init__(self, terms: list[Term], feature_dim: int, l2_penalty: float = 0.1):
@@ -143,7 +143,7 @@ class AMTMLBalancing(Balancing):
         self.v = nn.Parameter(torch.full((feature_dim,), feature_dim**-0.5))
 
     def forward(self, losses: dict[Term, torch.Tensor], summary: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if not losses:  # a pass without teachers, for the sake of the other processes: gradients of zero
+        if not losses:  # a pass without teachers, beside other processes that have some: gradients of zero
             return summary.new_zeros(len(summary), dtype=torch.float32) + 0 * (self.theta.sum() + self.v.sum())
         by_teacher: dict[str, torch.Tensor] = {}  # teacher -> (B,)
         for term, loss in losses.items():

@@ -1,4 +1,4 @@
-"""Runs that go on elsewhere: with other passes, less memory, several data sets, or a server that was down."""
+"""Runs that resume elsewhere: with other passes, less memory, several data sets, or a server that was down."""
 
 import functools
 import itertools
@@ -87,7 +87,7 @@ def test_a_new_stage_has_passes_of_its_own(make_recipe, tmp_path):
     assert_close(tmp_path / "whole", tmp_path / "moved", atol=0)
 
 
-def test_a_run_goes_on_with_less_memory_and_learns_the_same(make_recipe, tmp_path):
+def test_a_run_resumes_with_less_memory_and_learns_the_same(make_recipe, tmp_path):
     train(load_recipe(make_recipe("whole"), PLAIN))
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
     cut_back(tmp_path / "moved", 9)
@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_less_memory_and_learns_the_same(make_recipe, tmp_pat
         train(load_recipe(make_recipe("moved"), [*PLAIN, "teachers.sam.options.width=24"]))
 
 
-def test_a_mixture_goes_on_to_the_bit(make_recipe, image_folder, tmp_path):
+def test_a_mixture_resumes_to_the_bit(make_recipe, image_folder, tmp_path):
     sources = [f"{part}: {{path: {image_folder / part}, weight: {n}}}" for n, part in enumerate(("part0", "part1"), 1)]
     mixture = ["data.path=null", f"data.sources={{{', '.join(sources)}}}"]
     train(load_recipe(make_recipe("whole"), mixture))
@@ -112,7 +112,7 @@ def test_a_mixture_goes_on_to_the_bit(make_recipe, image_folder, tmp_path):
         train(load_recipe(make_recipe("cut"), [*mixture, "data.sources.part1.weight=5"]))
 
 
-def test_a_lost_server_stops_the_run_and_the_same_command_goes_on(make_recipe, image_folder, tmp_path, monkeypatch):
+def test_a_lost_server_stops_the_run_and_the_same_command_resumes(make_recipe, image_folder, tmp_path, monkeypatch):
     from helpers.flaky_server import FlakyServer, HttpFileSystem
     from helpers.sample_images import write_tar
 

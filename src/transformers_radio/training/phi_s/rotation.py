@@ -94,8 +94,8 @@ class FeatureMoments:
 class PhiS:
     """The standardization of one teacher's features. Calls compute and return in the dtype of `mean` and `rotation`.
 
-    `rotation` depends on the eigensolver's choice of signs: compute it once and share or save it, rather than again on
-    another process or machine.
+    `rotation` depends on the eigensolver's choice of signs: compute it once and share or save it, instead of computing
+    it again on another process or machine.
     """
 
     mean: torch.Tensor  # (C,)

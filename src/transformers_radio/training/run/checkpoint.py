@@ -2,7 +2,7 @@
 
 output_dir/checkpoints/step-00001000/
   config.json, model.safetensors, *.py      a Hugging Face folder that AutoModel loads, as the student is published
-  training_state/                           for DDP, FSDP2 and one process alike: each goes on from the others
+  training_state/                           for DDP, FSDP2 and one process: each resumes what another has written
     model.safetensors                       what is trained, as it is trained
     optimizer.pt, scaler.pt, ema.safetensors
     random_<rank>.pt                        random generators
@@ -158,21 +158,24 @@ def check_teachers(checkpoint: Path, teachers: dict[str, dict[str, Any]]) -> Non
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module, same_stage: bool) -> None:
-    """Weights of the unprepared `Distillation`: of this stage, or of the last one, whose student has fewer heads.
+    """Loads a checkpoint's weights into the `Distillation`, before it is prepared.
+
+    Args:
+        same_stage: False when an earlier stage has written them, whose student may have fewer heads.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: they belong to another model.
     """
     saved = load_file(checkpoint / "training_state" / "model.safetensors")
-    if not same_stage:  # the balancing starts anew with the terms of a stage, whose number decides its shapes
+    if not same_stage:  # each stage has its own terms, whose number decides the shapes of the balancing
         saved = {name: value for name, value in saved.items() if not name.startswith("balancing.")}
     missing, unexpected = model.load_state_dict(saved, strict=False)
     if not same_stage:
         missing = [name for name in missing if not name.startswith(("student.adaptors.", "balancing."))]
     if missing or unexpected:
         raise ValueError(
-            f"{checkpoint} is of another model: it lacks {missing[:3]} and has {unexpected[:3]} in addition; restore "
-            "the recipe that wrote it, or choose another output_dir"
+            f"{checkpoint} belongs to another model: it lacks {missing[:3]} and has {unexpected[:3]} in addition; "
+            "restore the recipe that wrote it, or choose another output_dir"
         )
 
 

@@ -19,7 +19,7 @@ from .state import Run
 
 logger = logging.getLogger(__name__)
 
-BOUND_BY_READING = 0.2  # share of the time that training waits for images
+BOUND_BY_READING = 0.2  # warn when training spends this share of its time waiting for images
 
 
 def raise_if_not_finite(values: dict[str, float], step: int) -> None:
@@ -33,7 +33,7 @@ def raise_if_not_finite(values: dict[str, float], step: int) -> None:
 
 
 class FiniteCheck:
-    """Finds losses and gradient norms that are NaN or infinite one step late, so that nobody waits for the device.
+    """Finds losses and gradient norms that are NaN or infinite one step late, so that no step waits for the device.
 
     `put` starts a copy of a step's values; `check` reads it once the next step's work has been queued.
     """
@@ -47,9 +47,9 @@ class FiniteCheck:
     def put(self, step: int, terms: torch.Tensor, grad_norm: torch.Tensor | float, scaled: bool) -> None:
         """
         Args:
-            terms: (number of names - 1,) sums of each term, on the device.
-            grad_norm: the last value, of one element.
-            scaled: in fp16 the scaler expects overflows and skips the step, so the norm does not count.
+            terms: (number of names - 1,), the sum of each term, on the device.
+            grad_norm: one number, which has the last name.
+            scaled: whether a gradient scaler (fp16) skips the step after an overflow, so that the norm does not count.
         """
         self.step = step
         if isinstance(grad_norm, DTensor):
@@ -60,7 +60,7 @@ class FiniteCheck:
             self.copied.record()
 
     def check(self) -> None:
-        """Raises FloatingPointError for the values that were put last, with their step and names."""
+        """Raises FloatingPointError if a value of the last `put` is not finite, with its step and name."""
         if self.step is None:
             return
         if self.copied is not None:
@@ -108,7 +108,7 @@ class Log:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around whatever waits for images."""
+        """Measures a block that waits for images."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
@@ -161,7 +161,7 @@ class Log:
 
     def _warn_of_reading(self, data_wait: float) -> None:
         if self.is_first or self.has_warned or data_wait < BOUND_BY_READING:
-            self.is_first = False  # it holds the start of the workers
+            self.is_first = False  # the first interval includes the start of the workers
             return
         self.has_warned = True
         workers = self.run.recipe.data.num_workers

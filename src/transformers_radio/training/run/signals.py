@@ -10,13 +10,15 @@ STEPS_PER_AGREEMENT = 5  # steps between agreements of several processes, as agr
 
 
 class StopSignal:
-    """Remembers the first Ctrl-C or SIGTERM, so that the step in hand ends and is saved; a second one is immediate.
+    """Remembers the first Ctrl-C or SIGTERM, so that the step in hand ends and is saved; a second one stops at once.
 
-    `number` is what all processes have agreed on.
+    Attributes:
+        received: the signal's number, on this process; 0 if there was none.
+        number: the signal that all processes have agreed to follow.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # by this process
+        self.received = 0
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
@@ -36,7 +38,7 @@ class StopSignal:
     def agreed(self, accelerator: Accelerator) -> bool:
         """True on every process as soon as one has been told to stop: all must save the same step."""
         number = self.received
-        if accelerator.num_processes > 1:  # a signal that comes while they talk counts the next time
+        if accelerator.num_processes > 1:  # a signal that comes during the gathering counts the next time
             number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
         self.number = number or None
         return self.number is not None
