@@ -28,7 +28,11 @@ class ToyConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.adaptors = complete_adaptors("ToyConfig", self.adaptors, tokens=1)
+        self.validate()
+
+    def validate(self):
+        super().validate()
+        self.adaptors = complete_adaptors(type(self).__name__, self.adaptors, tokens=1)
 
     @classmethod
     def for_training(cls, size: str, adaptors: dict[str, dict[str, Any]], summary: str, **fields):
@@ -46,6 +50,7 @@ class ToyModel(RadioStudentMixin, PreTrainedModel):
 
     def __init__(self, config: ToyConfig):
         super().__init__(config)
+        config.validate()  # its adaptors may have been set after construction
         width = config.hidden_size
         self.input_conditioner = RadioInputConditioner(config)
         self.stem = nn.Conv2d(config.num_channels, width, kernel_size=4, stride=4)
