@@ -8,10 +8,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adaptors_radio import RadioAdaptor
-from .embeddings_radio import RadioInputConditioner
 from .fields_radio import complete_adaptors
 from .inputs_radio import check_adaptors
-from .student_radio import RadioModelOutput, RadioStudentMixin
+from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin
 
 
 class ToyConfig(PreTrainedConfig):
