@@ -197,7 +197,7 @@ def test_name_and_tag(built_in_model, monkeypatch, images):
 def test_text_encoder(make_folder):
     folder, original = make_folder(VIT)
     texts = ["a red cube", "a photo of a sphere.", "ünusual wörds"] * 100  # more than one batch
-    encode = load_text_encoder(str(folder))
+    encode = load_text_encoder("open_clip", str(folder))
     assert not hasattr(encode.model, "visual")
     embeddings = encode(texts)
     expected = original.encode_text(open_clip.get_tokenizer("ViT-B-32")(texts))
@@ -219,7 +219,7 @@ def test_text_encoder_with_the_folder_s_own_tokenizer(make_folder):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     expected = original.encode_text(torch.tensor([[2, 3, 0, 0], [1, 4, 0, 0]]))
-    torch.testing.assert_close(load_text_encoder(str(folder))(["red cube", "blue sphere"]), expected)
+    torch.testing.assert_close(load_text_encoder("open_clip", str(folder))(["red cube", "blue sphere"]), expected)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,9 @@ def test_what_a_student_says_of_its_teacher_can_be_opened():
     folder = Path(transformers_radio.__file__).parent / "quickstart" / "teachers" / "clip"
     name = portable_checkpoint(str(folder))
     assert name == "package:quickstart/teachers/clip"
-    assert torch.equal(load_text_encoder(name)(["a cube"]), load_text_encoder(str(folder))(["a cube"]))
+    assert torch.equal(
+        load_text_encoder("open_clip", name)(["a cube"]), load_text_encoder("open_clip", str(folder))(["a cube"])
+    )
 
 
 def test_folder_without_weights(make_folder):

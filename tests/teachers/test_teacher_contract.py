@@ -20,7 +20,7 @@ class Patches(Teacher):
     def __init__(self, **kwargs):
         network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.AvgPool2d(8))
         settings = {"image_size": 16, "patch_size": 8, "summary_dim": 3, "feature_dim": 3}
-        super().__init__(network, **settings | {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 1.0]} | kwargs)
+        super().__init__(network, **settings | {"normalization": ([0.1, 0.2, 0.3], [0.5, 0.25, 1.0])} | kwargs)
 
     def encode(self, pixel_values):
         maps = self.model(pixel_values)
@@ -79,7 +79,7 @@ def test_a_teacher_that_breaks_its_promise(images, wrong):
 
 def test_unknown_dtype():
     with pytest.raises(ValueError, match="dtype='float8' is unknown: use one of float32, bfloat16, float16"):
-        Patches(dtype="float8")
+        Patches().cast("float8")
 
 
 def test_unknown_type():

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from transformers_radio.teachers import build_teacher
+from transformers_radio.teachers.transformers.dino import DinoTeacher
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
@@ -241,10 +242,8 @@ def test_images_unnormalised_when_the_processor_says_so(save, images):
         torch.testing.assert_close(teacher(images(48)).summary, original(images(48)).pooler_output)
 
 
-def test_the_paper_s_dinov2(monkeypatch):
+def test_the_paper_s_dinov2():
     """Widths and grid of DINOv2-g with registers at 224 px (meta device: the architecture without weights)."""
-    from transformers_radio.teachers import transformers as module
-
     config = transformers.Dinov2WithRegistersConfig(
         hidden_size=1536,
         num_hidden_layers=40,
@@ -255,9 +254,7 @@ def test_the_paper_s_dinov2(monkeypatch):
     )
     with torch.device("meta"):
         original = transformers.Dinov2WithRegistersModel(config)
-    monkeypatch.setattr(module, "load_pretrained", lambda *args, **kwargs: original)
-    monkeypatch.setattr(module, "normalization", lambda checkpoint: {"mean": MEAN, "std": STD})
-    teacher = module.DinoTeacher("facebook/dinov2-with-registers-giant", image_size=224)
+    teacher = DinoTeacher(original, image_size=224)
     assert (teacher.summary_dim, teacher.feature_dim) == (1536, 1536)
     assert sum(parameter.numel() for parameter in teacher.parameters()) // 10**6 == 1136
     output = teacher.encode(torch.empty(1, 3, 224, 224, device="meta"))

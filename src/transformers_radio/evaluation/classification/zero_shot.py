@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from transformers_radio.evaluation.images.labelled import check_labelled
 from transformers_radio.teachers import load_text_encoder
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
 
 Template = str | Callable[[str], str]
 
@@ -32,7 +31,7 @@ def load_text_tower(spec: str) -> nn.Module:
         ValueError: another type, or a checkpoint that does not fit.
         OSError: a checkpoint that is not there. All name the setting `text`, by which another one is chosen.
     """
-    towers = {"open_clip": load_text_encoder, "transformers": load_transformers_text_encoder}
+    towers = ("open_clip", "transformers")
     kind, colon, checkpoint = spec.partition(":")
     if not colon or kind not in towers:
         raise ValueError(
@@ -40,7 +39,7 @@ def load_text_tower(spec: str) -> nn.Module:
             "open_clip:ViT-H-14-378-quickgelu:dfn5b."
         )
     try:
-        return towers[kind](checkpoint)
+        return load_text_encoder(kind, checkpoint)
     except (OSError, ValueError, RuntimeError) as error:
         kind_of_error = OSError if isinstance(error, OSError) else ValueError
         raise kind_of_error(
