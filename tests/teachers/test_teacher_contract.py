@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPConfig, Dinov2Config, SiglipConfig, ViTConfig
 
 import transformers_radio
-from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher
+from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher, has_text
 from transformers_radio.teachers.checkpoints import load_weights, portable_checkpoint, resolve_checkpoint
 
 
@@ -86,6 +87,18 @@ def test_unknown_type():
     message = "type 'clip' is unknown: use one of open_clip, transformers, segment_anything, timm, python"
     with pytest.raises(ValueError, match=message):
         build_teacher("clip", "anything")
+
+
+def test_whether_a_teacher_has_a_text_tower_is_known_without_weights(tmp_path):
+    for number, (config, expected) in enumerate(
+        [(CLIPConfig(), True), (SiglipConfig(), True), (Dinov2Config(), False), (ViTConfig(), False)]
+    ):
+        config.save_pretrained(tmp_path / str(number))
+        assert has_text(f"transformers:{tmp_path / str(number)}") is expected
+    assert has_text("open_clip:ViT-H-14:dfn5b") is True
+    for name in ("segment_anything:sam.pth", "timm:vit_base", "python:my:Teacher", "", "open_clip", "a student"):
+        assert has_text(name) is False
+    assert has_text("transformers:local:clip") is None and has_text(f"transformers:{tmp_path}/nowhere") is None
 
 
 W = {"a": torch.arange(3.0), "module_b": torch.ones(2)}

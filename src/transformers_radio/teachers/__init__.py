@@ -30,7 +30,7 @@ _MODULES = {
     "portable_checkpoint": "checkpoints",
     "resolve_checkpoint": "checkpoints",
 }
-__all__ = ["TEACHERS", "build_teacher", "load_text_encoder", "teacher_class", *_MODULES]
+__all__ = ["TEACHERS", "build_teacher", "has_text", "load_text_encoder", "teacher_class", *_MODULES]
 
 
 def __getattr__(name: str):
@@ -95,6 +95,22 @@ def teacher_class(type: str, checkpoint: str, **options: Any) -> "type[Teacher]"
         return found(checkpoint, **options)
     check_options(f"the {type} teacher", found.from_checkpoint, options)
     return found
+
+
+def has_text(teacher: str) -> bool | None:
+    """Whether a teacher has a text tower; None where its configuration cannot be read to find out.
+
+    Args:
+        teacher: TYPE:CHECKPOINT, as a student's configuration names it. A `python` teacher counts as one without: no
+            code is to run for this.
+    """
+    type, _, checkpoint = teacher.partition(":")
+    if type not in TEACHERS or type == "python" or not checkpoint:
+        return False
+    try:
+        return teacher_class(type, checkpoint).has_text
+    except (OSError, ValueError):
+        return None
 
 
 def load_text_encoder(type: str, checkpoint: str) -> "TextEncoder":
