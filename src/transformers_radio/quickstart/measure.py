@@ -98,9 +98,7 @@ def score(
         num_classes=1 + len(CLASS_NAMES),
         description=f"{name}: probe",
     )
-    speaks_sam = (
-        "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.startswith("segment_anything:")
-    )
+    speaks_sam = "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.kind == "segment_anything"
     if speaks_sam:
         sam = yardstick.sam
         embed: nn.Module = StudentEncoder(encoder.model, sam) if encoder.is_student else SamEncoder(sam)
