@@ -68,7 +68,7 @@ def test_the_class_as_checkpoint(module):
     [
         ("my_teachers.Colors", {}, "'my_teachers.Colors' names no class: write module:Class"),
         ("no_such_module:Colors", {}, "no module 'no_such_module': put it on PYTHONPATH"),
-        ("my_teachers:Colours", {}, "module 'my_teachers' has no 'Colours'"),
+        ("my_teachers:Colour", {}, "module 'my_teachers' has no 'Colour'"),
         ("my_teachers:NoTeacher", {}, "my_teachers:NoTeacher is no subclass of transformers_radio.teachers.Teacher"),
         ("my_teachers:Colors", {"depth": 2}, "my_teachers:Colors does not know 'depth': its options are width"),
     ],

@@ -43,7 +43,7 @@ def test_backbone(student, images, assert_contract, size):
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size, teacher.patch_size) == (64, 32, side, 16)
     output = assert_contract(teacher)
     with torch.no_grad():
-        expected = original(images(side))  # in [0, 1]: the student normalises by itself, and only once
+        expected = original(images(side))  # in [0, 1]: the student normalizes by itself, and only once
     assert output.grid == (side // 16, side // 16)
     torch.testing.assert_close(output.summary, expected.summary)
     torch.testing.assert_close(output.features, expected.features)

@@ -28,8 +28,8 @@ class Patches(Teacher):
         return TeacherOutput(maps.mean((2, 3)), maps.flatten(2).mT, (2, 2))
 
 
-def test_normalisation_and_order(images, assert_contract):
-    """Closed form: each feature is its patch's mean colour, normalised, row by row."""
+def test_normalization_and_order(images, assert_contract):
+    """Closed form: each feature is its patch's mean color, normalized, row by row."""
     output = assert_contract(Patches())
     batch = images(16)
     for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):

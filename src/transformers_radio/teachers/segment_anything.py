@@ -79,6 +79,7 @@ class SegmentAnythingTeacher(Teacher):
 
 
 def check_features(features: str) -> None:
+    """Raises a ValueError unless `features` is "trunk" or "neck"."""
     if features not in ("trunk", "neck"):
         raise ValueError(f"features={features!r} is unknown: SAM gives 'trunk' (before the neck) or 'neck'")
 
@@ -137,8 +138,8 @@ def load_sam(checkpoint: str) -> Any:
 
 
 def load_sam_encoder(checkpoint: str) -> Any:
-    """The image encoder alone, as `load_sam` has it. What else the file holds is not read: a decoder of another kind
-    (HQ-SAM), one that was fine-tuned, or none."""
+    """The image encoder alone, as `load_sam` has it. Nothing else in the file is read: its decoder may be of another
+    kind (HQ-SAM), fine-tuned, or missing."""
     require("segment_anything.modeling")  # before the file is looked for
     weights = load_weights(_local_file(checkpoint))
     weights = {name: tensor for name, tensor in weights.items() if name.startswith("image_encoder.")}
@@ -150,8 +151,8 @@ def load_sam_encoder(checkpoint: str) -> Any:
 
 
 def _image_encoder(checkpoint: str, shape: dict[str, tuple[int, ...]]) -> Any:
-    """The architecture of the weights that have these shapes. To be called on the meta device: there is no random
-    initialisation to wait for then, as the weights are assigned.
+    """The architecture of the weights that have these shapes. To be called on the meta device, where no random
+    initialization has to be waited for: the weights are assigned.
 
     Image size = position grid x patch; heads = width / relative-position width; a block whose relative-position table
     has 2g-1 rows (g the grid side) attends globally, any other in windows of (rows+1)/2.

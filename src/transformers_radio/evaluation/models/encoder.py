@@ -192,7 +192,7 @@ class VisionStudent(VisionEncoder):
             known = ", ".join(self.model.config.adaptors) or "no adaptors"
             raise ValueError(
                 f"{self.spec} has no adaptor to a teacher with a text tower (it has {known}): name one with "
-                "adaptor=..., or distil a student with a CLIP or SigLIP teacher."
+                "adaptor=..., or distill a student with a CLIP or SigLIP teacher."
             )
         return self.adaptor
 

@@ -4,7 +4,7 @@ import string
 from typing import Any
 
 import torch
-from transformers import Siglip2TextConfig, SiglipTextConfig
+from transformers import Siglip2TextModel, Siglip2VisionModel, SiglipTextModel, SiglipVisionModel
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from transformers_radio.teachers.base import Normalization, Teacher, TeacherOutput, grid_of, resolve_image_size
@@ -14,7 +14,7 @@ from .pretrained import load_pretrained, load_tokenizer, normalization_of
 
 HALF = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-SHARED = ("logit_scale", "logit_bias")
+SHARED = ("logit_scale", "logit_bias")  # weights that belong to neither tower
 
 
 class SiglipTeacher(Teacher):
@@ -29,6 +29,8 @@ class SiglipTeacher(Teacher):
     """
 
     has_text = True
+    vision_model: Any = SiglipVisionModel
+    text_model: Any = SiglipTextModel
 
     def __init__(self, model: Any, image_size: int | None = None, normalization: Normalization = HALF):
         config = model.config
@@ -48,13 +50,13 @@ class SiglipTeacher(Teacher):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
-        model = load_pretrained(checkpoint, "SiglipVisionModel", dtype, ("text_model.", *SHARED))
+        model = load_pretrained(checkpoint, cls.vision_model, dtype, ("text_model.", *SHARED))
         return cls(model, image_size, normalization_of(checkpoint))
 
     @classmethod
     def text_encoder(cls, checkpoint: str) -> TextEncoder:
-        config = SiglipTextConfig.from_pretrained(checkpoint)
-        model = load_pretrained(checkpoint, "SiglipTextModel", "float32", ("vision_model.", *SHARED), config=config)
+        config = cls.text_model.config_class.from_pretrained(checkpoint)
+        model = load_pretrained(checkpoint, cls.text_model, "float32", ("vision_model.", *SHARED), config=config)
         return SiglipTextEncoder(model, load_tokenizer(checkpoint))
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
@@ -69,20 +71,12 @@ class Siglip2Teacher(SiglipTeacher):
     position table (256 for the released 16 x 16 tables at patch 16).
     """
 
+    vision_model: Any = Siglip2VisionModel
+    text_model: Any = Siglip2TextModel
+
     @staticmethod
     def native_size(config: Any) -> int:
         return round(config.num_patches**0.5) * config.patch_size
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
-        model = load_pretrained(checkpoint, "Siglip2VisionModel", dtype, ("text_model.", *SHARED))
-        return cls(model, image_size, normalization_of(checkpoint))
-
-    @classmethod
-    def text_encoder(cls, checkpoint: str) -> TextEncoder:
-        config = Siglip2TextConfig.from_pretrained(checkpoint)
-        model = load_pretrained(checkpoint, "Siglip2TextModel", "float32", ("vision_model.", *SHARED), config=config)
-        return SiglipTextEncoder(model, load_tokenizer(checkpoint))
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         p = self.patch_size
