@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from PIL import Image
+
 from transformers_radio.modeling.decoding_radio import read_file
 
 from .columns import choose_from_table
 from .config import SourceConfig
 from .errors import ColumnError, FileError, SourceError, one_line
 from .files import local_path
-from .images import SkippedImage
+from .images import SkippedImage, decode_rgb
 from .listing import Found, disable_retries_of_datasets, explained, find_source, load_builder, patiently, where_of
 from .parquet import below, count_rows, find_column, read_parquet, times_read
 from .remote import is_url, open_stream, size_of, without_query
@@ -228,9 +230,9 @@ def _error(what: str, error: Exception, retry: Retry, is_remote: bool) -> Source
 
 
 def read_image(value: Any) -> bytes:
-    """The bytes of an image as a table has it: raw, {"bytes", "path"}, a path or URL, or nothing (b"").
+    """The bytes of an image as a table has it: raw bytes, {"bytes", "path"}, a path or a URL; b"" where there is none.
 
-    A path that leads to no file is nothing too, or to something else: a folder, a pipe, a device.
+    A path that does not lead to a file (but to nothing, a folder, a pipe or a device) has no bytes either.
 
     Raises:
         OSError: the file may not be read, or the disk or the server fails.
@@ -239,6 +241,8 @@ def read_image(value: Any) -> bytes:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, SkippedImage):
         raise value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not value:
         return b""
     if not isinstance(value, str):
@@ -256,6 +260,16 @@ def read_image(value: Any) -> bytes:
         if not is_url(value) and error.errno in NO_FILE:
             return b""
         raise
+
+
+def read_rgb(value: Any) -> Image.Image:
+    """The upright RGB image of what `read_image` takes: bytes, a table's {"bytes", "path"}, a path or a URL.
+
+    Raises:
+        SkippedImage: there is none, or it cannot be decoded; see `decode_rgb`.
+        OSError: the file may not be read, or the disk or the server fails.
+    """
+    return decode_rgb(read_image(value))
 
 
 def _open_stream_of_datasets(config: SourceConfig, where: str) -> tuple[Any, str]:

@@ -92,10 +92,8 @@ def score(
         metrics["Zero-shot"] = zero_shot_accuracy(queries.language, yardstick.classifier, validation.classes)
     metrics["k-NN"] = knn_accuracy(bank.summary, train.classes, queries.summary, validation.classes)
     metrics["mIoU"] = probe_miou(
-        bank.maps,
-        train.semantic[:PROBE_IMAGES],
-        queries.maps,
-        validation.semantic[:SCORED_IMAGES],
+        (bank.maps, train.semantic[:PROBE_IMAGES]),
+        (queries.maps, validation.semantic[:SCORED_IMAGES]),
         num_classes=1 + len(CLASS_NAMES),
         description=f"{name}: probe",
     )

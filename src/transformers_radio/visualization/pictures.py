@@ -13,7 +13,7 @@ from PIL import Image
 from transformers_radio.data.files import kind_of
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
-from transformers_radio.evaluation.images.labelled import IMAGE_COLUMNS
+from transformers_radio.evaluation.images.labeled import IMAGE_COLUMNS
 from transformers_radio.evaluation.images.split_files import find_split, load_builder
 from transformers_radio.evaluation.paths import expand_home
 

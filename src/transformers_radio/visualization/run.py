@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from transformers_radio.evaluation.classification.zero_shot import load_text_tower
-from transformers_radio.evaluation.images.labelled import resize_image
+from transformers_radio.evaluation.images.resize import cover_image
 from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder, split_spec, split_title
 from transformers_radio.evaluation.paths import expand_home
 from transformers_radio.evaluation.result import slug
@@ -230,11 +230,11 @@ def _students(encoders: list[VisionEncoder], what: str) -> list[VisionEncoder]:
 def _squares(encoder: VisionEncoder, pictures: list[Picture]) -> torch.Tensor:
     """float (N, 3, image_size, image_size) in [0, 1]: scaled until they cover the square, the centre cut out."""
     side = encoder.image_size
-    images = torch.stack([resize_image(picture.image, (side, side)) for picture in pictures])
+    images = torch.stack([cover_image(picture.image, (side, side)) for picture in pictures])
     return images.float().div(255).to(next(encoder.model.parameters()).device)
 
 
 def _shown(pictures: list[Picture]) -> list[torch.Tensor]:
     """The same squares for the eye, uint8 (3, side, side): as large as the largest image allows."""
     side = min(MAX_SHOWN, max(min(picture.image.size) for picture in pictures))
-    return [resize_image(picture.image, (side, side)) for picture in pictures]
+    return [cover_image(picture.image, (side, side)) for picture in pictures]

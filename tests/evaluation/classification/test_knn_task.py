@@ -16,7 +16,7 @@ from helpers.classification_world import pictures, run_processes, start_process,
 from helpers.paths import ROOT
 from transformers_radio.evaluation.classification.knn_task import KnnConfig
 from transformers_radio.evaluation.classification.zero_shot_task import ZeroShotConfig
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.evaluation.run import load_config, run_task
 from transformers_radio.modeling import RadioConfig, RadioModel
@@ -96,7 +96,7 @@ def test_a_student_and_a_teacher_are_scikit_learns_figures(student, folders, tmp
         "bank_images": 120, "query_images": 59, "classes": 3, "bank_skipped": 0, "query_skipped": 1
     }  # fmt: skip
     assert first.protocol == (
-        "k = 5, votes exp(cosine similarity / 0.07); 32 x 32 px, scaled to cover, centre cut out; bank of 120 images"
+        "k = 5, votes exp(cosine similarity / 0.07); 32 x 32 px, scaled to cover, center cut out; bank of 120 images"
     )
     assert first.model == "mine/student" and first.data == "pictures"
     written = json.loads((tmp_path / "mine-student" / "knn.pictures.json").read_text())
@@ -210,9 +210,9 @@ def test_a_set_of_another_number_of_classes_than_its_name_has_warns(
 
 def test_labels_that_class_folders_show_are_those_of_their_rows(folders, parquet):
     for limit in (None, 10, 60):
-        split = LabelledSplit(folders, "train", limit=limit)
+        split = LabeledSplit(folders, "train", limit=limit)
         assert split.labels_of_folders() == {label for _, label in split.rows()}
-    assert LabelledSplit(parquet, "train").labels_of_folders() is None
+    assert LabeledSplit(parquet, "train").labels_of_folders() is None
 
 
 @pytest.mark.parametrize(

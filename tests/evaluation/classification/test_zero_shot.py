@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from transformers_radio.evaluation import openai_imagenet_templates, zero_shot_accuracy, zero_shot_classifier
-from transformers_radio.evaluation.classification.metrics import ZeroShotAccuracy
 from transformers_radio.evaluation.classification.words import load_class_names, load_templates
-from transformers_radio.evaluation.classification.zero_shot import load_text_tower
+from transformers_radio.evaluation.classification.zero_shot import ZeroShotAccuracy, load_text_tower
 
 
 def text_vector(text: str) -> np.ndarray:
@@ -138,5 +137,5 @@ def test_templates_that_cannot_be_used_are_named(tmp_path):
 
 @pytest.mark.parametrize("spec", ["timm:vit", "ViT-H-14", "open_clip"])
 def test_text_towers_of_no_known_kind_are_named(spec):
-    with pytest.raises(ValueError, match="is no text tower; expected TYPE:CHECKPOINT"):
+    with pytest.raises(ValueError, match="is not a text tower; expected TYPE:CHECKPOINT"):
         load_text_tower(spec)

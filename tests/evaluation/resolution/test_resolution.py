@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from helpers.classification_world import start_process
-from transformers_radio.evaluation.images.labelled import extract_summaries
-from transformers_radio.evaluation.images.sampled import sample_labelled_files
+from transformers_radio.evaluation.images.labeled import LabeledSplit
+from transformers_radio.evaluation.images.sampled import sample_labeled_files
+from transformers_radio.evaluation.images.summaries import extract_summaries
 from transformers_radio.evaluation.resolution import figure as resolution_plot
 from transformers_radio.evaluation.resolution.figure import curves, parse_size, resolution_figure, size_name
 from transformers_radio.evaluation.resolution.task import find_collapses
@@ -283,13 +284,13 @@ def test_collapse_is_relative_to_the_reference():
 
 class TestSample:
     def test_of_class_folders_any_image_may_come_and_the_seed_decides(self, pictures):
-        labels = sample_labelled_files(pictures, "train", limit=12).labels.tolist()
+        labels = sample_labeled_files(LabeledSplit(pictures, "train"), limit=12).labels.tolist()
         assert len(labels) == 12 and len(set(labels)) >= 3  # the first twelve are of two classes
-        assert sample_labelled_files(pictures, "train", limit=12).labels.tolist() == labels
-        assert sample_labelled_files(pictures, "train", limit=12, seed=1).labels.tolist() != labels
+        assert sample_labeled_files(LabeledSplit(pictures, "train"), limit=12).labels.tolist() == labels
+        assert sample_labeled_files(LabeledSplit(pictures, "train"), limit=12, seed=1).labels.tolist() != labels
 
     def test_batches_are_the_whole_image_at_any_size(self, pictures):
-        files = sample_labelled_files(pictures, "validation")
+        files = sample_labeled_files(LabeledSplit(pictures, "validation"))
         assert len(files.files) == 16 and files.skipped == {"undecodable": 1} and files.class_names == list(COLOURS)
         batches = files.batches((40, 56), 6)
         assert [tuple(batch.shape) for batch in batches] == [(6, 3, 40, 56), (6, 3, 40, 56), (4, 3, 40, 56)]
@@ -300,15 +301,15 @@ class TestSample:
     def test_a_broken_file_of_both_splits_is_one(self, pictures, students, tmp_path):
         settings = ["sizes=[32]", "k=3", "feature_images=2", "train_split=validation", "bank_images=12"]
         (result,) = run_task("resolution", [str(students / "steady")], str(pictures), None, tmp_path, settings)
-        whole = sample_labelled_files(pictures, "validation")
+        whole = sample_labeled_files(LabeledSplit(pictures, "validation"))
         assert result.counts["skipped_images"] == len(whole.unusable) == 1
-        assert whole.unusable >= sample_labelled_files(pictures, "validation", limit=12).unusable
+        assert whole.unusable >= sample_labeled_files(LabeledSplit(pictures, "validation"), limit=12).unusable
 
     def test_bad_sources_are_named(self, pictures, tmp_path):
         with pytest.raises(ValueError, match="limit is 0"):
-            sample_labelled_files(pictures, "train", limit=0)
+            sample_labeled_files(LabeledSplit(pictures, "train"), limit=0)
         with pytest.raises(ValueError, match="no label column"):
-            sample_labelled_files(pictures, "train", label_column="breed")
+            LabeledSplit(pictures, "train", label_column="breed")
 
 
 def test_bad_settings_are_refused_before_anything_is_encoded(pictures, students, tmp_path, monkeypatch):
@@ -320,7 +321,7 @@ def test_bad_settings_are_refused_before_anything_is_encoded(pictures, students,
         ("sizes=[wide]", "sizes has 'wide'"),
         ("k=0", "k is 0"),
         ("k=33", "fewer than k"),
-        ("text=word2vec:news", "'word2vec:news' is no text tower"),
+        ("text=word2vec:news", "'word2vec:news' is not a text tower"),
         ("flag_below=1.5", "flag_below is 1.5"),
         ("classes=[a,b]", "2 class names, but .* has 4 classes"),
     ]:

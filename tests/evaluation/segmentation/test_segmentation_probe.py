@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
@@ -111,7 +110,7 @@ def test_the_defaults_are_the_papers():
     assert setting.learning_rate_at(0) == pytest.approx(1e-9) and setting.learning_rate_at(1500) == 1e-3
 
 
-def test_the_loss_counts_labelled_pixels_over_all_pixels():
+def test_the_loss_counts_labeled_pixels_over_all_pixels():
     logits = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     masks = torch.tensor([0, 1, 2, 255]).repeat(2, 8, 2)  # (2, 8, 8), every fourth pixel without a label
     upsampled = F.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
@@ -133,7 +132,7 @@ def test_training_is_a_plain_loop_of_pytorch(tmp_path):
         for number in range(6)
     ]
     setting = config(iterations=5, warmup_iterations=2, weight_decay=0.01, photometric_distortion=True)
-    head = train_head(encode, samples, 3, setting, tmp_path / "checkpoint.pt", Accelerator(cpu=True))
+    head = train_head(encode, samples, 3, setting, tmp_path / "checkpoint.pt")
 
     torch.manual_seed(setting.seed)
     expected = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1))
@@ -172,7 +171,7 @@ def test_workers_change_no_bit_and_lose_no_batch(workers, folder, tmp_path):
         return encode(images)
 
     setting = config(iterations=7, num_workers=workers)
-    head = train_head(watched, samples, 3, setting, tmp_path / "checkpoint.pt", Accelerator(cpu=True))
+    head = train_head(watched, samples, 3, setting, tmp_path / "checkpoint.pt")
     assert head.batch_norm.num_batches_tracked == 7
     for step, images in enumerate(seen[1:]):  # the first call asks for the number of features
         for position, image in enumerate(images, 4 * step):

@@ -126,13 +126,12 @@ def dense_zero_shot(
     samples = SegmentationSplit(data, "validation")
     accelerator = Accelerator(mixed_precision="no")
     head = TextHead(classifier).to(accelerator.device)
-    classes, ignored = len(data.classes), data.ignore_index
-    scores = evaluate_segmentation(encode, head, samples, classes, config, accelerator, ignored)
+    scores = evaluate_segmentation(encode, head, samples, len(data.classes), config, data.ignore_index)
     return {
         "protocol": f"dense zero-shot, {how}; test: {config.test_protocol}",
         "model": model_name,
         "data": data.name,
-        "num_classes": classes,
+        "num_classes": len(data.classes),
         "processes": accelerator.num_processes,
         **scores,
         "IoU": dict(zip(data.classes, scores["IoU"], strict=True)),
