@@ -73,13 +73,13 @@ def test_exif_orientation_of_a_photograph_decoded_at_a_fraction():
     assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() < 2
 
 
-def white_behind(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def white_behind(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     alpha = alpha[..., None] / 255
-    return colour * alpha + 255 * (1 - alpha)
+    return color * alpha + 255 * (1 - alpha)
 
 
-COLOUR = np.asarray(picture(2)).astype(int)  # (32, 40, 3)
-GREY = COLOUR[..., 0]
+COLOR = np.asarray(picture(2)).astype(int)  # (32, 40, 3)
+GREY = COLOR[..., 0]
 ALPHA = np.tile(np.linspace(0, 255, 40).astype(int), (32, 1))
 
 
@@ -87,8 +87,8 @@ def image_of(*channels: np.ndarray, mode: str) -> Image.Image:
     return Image.merge(mode, [Image.fromarray(channel.astype(np.uint8)) for channel in channels])
 
 
-def three(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, axis=2)
+def three(gray: np.ndarray) -> np.ndarray:
+    return np.repeat(gray[..., None], 3, axis=2)
 
 
 def palette_image() -> tuple[Image.Image, np.ndarray, np.ndarray]:
@@ -102,22 +102,22 @@ def palette_image() -> tuple[Image.Image, np.ndarray, np.ndarray]:
 def cases() -> dict[str, tuple[bytes, np.ndarray, float]]:
     """name -> (file, expected RGB, tolerance in levels)."""
     palette, palette_rgb, indices = palette_image()
-    c, m, y, k = (COLOUR[..., 0], COLOUR[..., 1], COLOUR[..., 2], GREY // 2)
+    c, m, y, k = (COLOR[..., 0], COLOR[..., 1], COLOR[..., 2], GREY // 2)
     ink = np.stack([c, m, y], 2)
-    key_transparent = white_behind(COLOUR, np.where((COLOUR == COLOUR[0, 0]).all(2), 0, 255))
-    colour = image_of(*COLOUR.transpose(2, 0, 1), mode="RGB")
-    grey = Image.fromarray(GREY.astype(np.uint8))
-    rgba = image_of(*COLOUR.transpose(2, 0, 1), ALPHA, mode="RGBA")
+    key_transparent = white_behind(COLOR, np.where((COLOR == COLOR[0, 0]).all(2), 0, 255))
+    color = image_of(*COLOR.transpose(2, 0, 1), mode="RGB")
+    gray = Image.fromarray(GREY.astype(np.uint8))
+    rgba = image_of(*COLOR.transpose(2, 0, 1), ALPHA, mode="RGBA")
     deep = (GREY * 257).astype(np.uint16)
     return {
-        "L png": (encode(grey, "PNG"), three(GREY), 0),
-        "L jpeg": (encode(grey, "JPEG", quality=100), three(GREY), 3),
+        "L png": (encode(gray, "PNG"), three(GREY), 0),
+        "L jpeg": (encode(gray, "JPEG", quality=100), three(GREY), 3),
         "1 png": (encode(Image.fromarray(GREY > 128), "PNG"), three((GREY > 128) * 255), 0),
         "LA png": (encode(image_of(GREY, ALPHA, mode="LA"), "PNG"), white_behind(three(GREY), ALPHA), 1),
-        "RGBA png": (encode(rgba, "PNG"), white_behind(COLOUR, ALPHA), 1),
-        "RGBA webp": (encode(rgba, "WEBP", lossless=True, exact=True), white_behind(COLOUR, ALPHA), 1),
-        "RGB png with a transparent colour": (
-            encode(colour, "PNG", transparency=tuple(COLOUR[0, 0].tolist())),
+        "RGBA png": (encode(rgba, "PNG"), white_behind(COLOR, ALPHA), 1),
+        "RGBA webp": (encode(rgba, "WEBP", lossless=True, exact=True), white_behind(COLOR, ALPHA), 1),
+        "RGB png with a transparent color": (
+            encode(color, "PNG", transparency=tuple(COLOR[0, 0].tolist())),
             key_transparent,
             0,
         ),
@@ -150,11 +150,11 @@ def cases() -> dict[str, tuple[bytes, np.ndarray, float]]:
             three(GREY),
             0,
         ),
-        "webp": (encode(colour, "WEBP", lossless=True), COLOUR, 0),
-        "bmp": (encode(colour, "BMP"), COLOUR, 0),
-        "tiff": (encode(colour, "TIFF"), COLOUR, 0),
-        "ppm": (encode(colour, "PPM"), COLOUR, 0),
-        "progressive jpeg": (encode(colour, "JPEG", quality=100, subsampling=0, progressive=True), COLOUR, 4),
+        "webp": (encode(color, "WEBP", lossless=True), COLOR, 0),
+        "bmp": (encode(color, "BMP"), COLOR, 0),
+        "tiff": (encode(color, "TIFF"), COLOR, 0),
+        "ppm": (encode(color, "PPM"), COLOR, 0),
+        "progressive jpeg": (encode(color, "JPEG", quality=100, subsampling=0, progressive=True), COLOR, 4),
     }
 
 

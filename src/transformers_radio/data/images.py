@@ -1,7 +1,7 @@
 """From the bytes of an image file to one random crop at several resolutions.
 
-Whatever the file holds becomes 8-bit RGB, upright: EXIF orientation is applied, greyscale, palette and CMYK are
-converted, 16-bit greyscale is scaled to 8 bit, and transparency is composited on white. Colour profiles are ignored,
+Whatever the file holds becomes 8-bit RGB, upright: EXIF orientation is applied, grayscale, palette and CMYK are
+converted, 16-bit grayscale is scaled to 8 bit, and transparency is composited on white. Color profiles are ignored,
 as in the preprocessing of CLIP, DINOv2 and SAM. Of an animation the first frame is used.
 """
 
@@ -37,7 +37,7 @@ def random_crop(
 
     Returns:
         (left, top, right, bottom) in whole pixels, inside the image. When no box of the wanted shape fits after ten
-        draws (very long images), the largest centred box within `ratio`.
+        draws (very long images), the largest centerd box within `ratio`.
     """
     width, height = size
     for _ in range(10):

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers_radio.evaluation.classification.knn import knn_accuracy
 from transformers_radio.evaluation.classification.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from transformers_radio.evaluation.models.encoder import VisionEncoder
-from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, prompted_mask_iou
+from transformers_radio.evaluation.sam_coco.measure import prompted_mask_iou
+from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder
 from transformers_radio.evaluation.segmentation.quick_probe import probe_miou
 from transformers_radio.teachers import load_sam
 from transformers_radio.teachers.open_clip import load_text_encoder

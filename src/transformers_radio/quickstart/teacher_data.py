@@ -69,8 +69,8 @@ def draw_frames(seed: int, count: int, frames: int, workers: int = 2) -> torch.T
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).unflatten(0, (frames, count)).contiguous()
 
 
-def normalise(images: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, 3, H, W) uint8 -> (B, 3, side, side) float32, standardised per channel."""
+def normalize(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 3, H, W) uint8 -> (B, 3, side, side) float32, standardized per channel."""
     if images.shape[-1] != side:
         images = transforms.resize(images, [side, side], antialias=True)
     return transforms.normalize(images.float() / 255, list(MEAN), list(STD))

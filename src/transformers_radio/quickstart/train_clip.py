@@ -19,7 +19,7 @@ from .teacher_data import (
     STD,
     Split,
     jitter,
-    normalise,
+    normalize,
     parameter_groups,
     random_crops,
     set_learning_rate,
@@ -111,7 +111,7 @@ def train_clip(directory: Path, data: Split, steps: int = 1400, seed: int = 0) -
     for step in progress:
         set_learning_rate(optimizer, step, steps, peak)
         chosen = torch.stack([one[int(rng.integers(len(one)))] for one in members])
-        images = jitter(normalise(random_crops(data.images[chosen], SIDE, (0.7, 1.0), rng), SIDE), rng)
+        images = jitter(normalize(random_crops(data.images[chosen], SIDE, (0.7, 1.0), rng), SIDE), rng)
         with torch.autocast("cpu", torch.bfloat16):
             image_features, text_features, scale = model(images, tokens[chosen])
         loss = contrastive(image_features.float(), text_features.float(), scale.float())

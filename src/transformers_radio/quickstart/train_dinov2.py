@@ -29,7 +29,7 @@ from .teacher_data import (
     batches,
     draw_frames,
     jitter,
-    normalise,
+    normalize,
     parameter_groups,
     random_crops,
     set_learning_rate,
@@ -73,7 +73,7 @@ def _cross_entropy(targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def _koleo(tokens: torch.Tensor) -> torch.Tensor:
-    """Minus the mean log distance to the nearest neighbour, over (B, width) class tokens."""
+    """Minus the mean log distance to the nearest neighbor, over (B, width) class tokens."""
     directions = F.normalize(tokens, dim=1)
     nearest = (directions @ directions.T - 2 * torch.eye(len(directions))).argmax(dim=1)
     return -torch.log((directions - directions[nearest]).norm(dim=1) + 1e-6).mean()
@@ -130,7 +130,7 @@ def train_dinov2(directory: Path, data: Split, steps: int = 3000, seed: int = 0)
         scenes = next(order)
         pictures = torch.from_numpy(rng.integers(0, len(frames), (2, len(scenes))))
         views = torch.cat([random_crops(frames[one, scenes], side, SCALE, rng, flip=True) for one in pictures])
-        views = jitter(normalise(views, side), rng)  # (2 B, 3, side, side): first all first views
+        views = jitter(normalize(views, side), rng)  # (2 B, 3, side, side): first all first views
         masks = _masks(len(views), side // PATCH, rng)
 
         with torch.autocast("cpu", torch.bfloat16):
@@ -161,7 +161,7 @@ def train_dinov2(directory: Path, data: Split, steps: int = 3000, seed: int = 0)
     config.dtype = torch.float32
     config.architectures = ["Dinov2WithRegistersModel"]
     config.save_pretrained(directory)
-    BitImageProcessor(  # what DINOv2's releases carry: code that loads the folder reads the normalisation from it
+    BitImageProcessor(  # what DINOv2's releases carry: code that loads the folder reads the normalization from it
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=MEAN, image_std=STD
     ).save_pretrained(directory)
     seconds = round(time.monotonic() - started)

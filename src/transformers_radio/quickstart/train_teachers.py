@@ -88,7 +88,7 @@ def cell_labels(semantic: torch.Tensor, part: str) -> torch.Tensor:
 def linear_probe_miou(
     bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
 ) -> float:
-    """Percent mean IoU over the classes of a linear classifier of single cells (standardised, AdamW, 600 steps).
+    """Percent mean IoU over the classes of a linear classifier of single cells (standardized, AdamW, 600 steps).
 
     Args:
         bank, queries: (N, C, 8, 8) and (M, C, 8, 8) features.

@@ -10,7 +10,7 @@ from transformers_radio.modeling import RadioModel
 
 from .panels import Column, heat, photographs, write_panels
 
-BRIGHTEST = 0.99  # quantile of a panel: one artefact patch must not darken all others
+BRIGHTEST = 0.99  # quantile of a panel: one artifact patch must not darken all others
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from .panels import Column, heat, write_panels
 PLACES = {
     "Upper left": (1 / 6, 1 / 6),
     "Upper right": (1 / 6, 5 / 6),
-    "Centre": (1 / 2, 1 / 2),
+    "Center": (1 / 2, 1 / 2),
     "Lower left": (5 / 6, 1 / 6),
     "Lower right": (5 / 6, 5 / 6),
 }
@@ -28,8 +28,8 @@ def position_similarity(table: torch.Tensor, row: int, column: int) -> torch.Ten
 
     The mean is subtracted because it tells no place from another, yet would make all of them similar.
     """
-    centred = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
-    return centred @ centred[row, column]
+    centerd = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
+    return centerd @ centerd[row, column]
 
 
 def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path:
@@ -43,9 +43,9 @@ def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path
         assert table is not None  # every student has one
         tables[name] = table.float().cpu()
     sides = [len(table) for table in tables.values()]
-    colours = [pca_rgb([table.flatten(0, 1)], [(len(table), len(table))])[0] for table in tables.values()]
+    colors = [pca_rgb([table.flatten(0, 1)], [(len(table), len(table))])[0] for table in tables.values()]
     label = f"table of {sides[0]} × {sides[0]}" if len(set(sides)) == 1 else "the whole table"
-    shown = [Column("Positions", f"PCA, {label}", colours)]
+    shown = [Column("Positions", f"PCA, {label}", colors)]
     for title, (down, across) in PLACES.items():
         places = [(int(down * side), int(across * side)) for side in sides]
         panels = [

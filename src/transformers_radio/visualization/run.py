@@ -228,7 +228,7 @@ def _students(encoders: list[VisionEncoder], what: str) -> list[VisionEncoder]:
 
 
 def _squares(encoder: VisionEncoder, pictures: list[Picture]) -> torch.Tensor:
-    """float (N, 3, image_size, image_size) in [0, 1]: scaled until they cover the square, the centre cut out."""
+    """float (N, 3, image_size, image_size) in [0, 1]: scaled until they cover the square, the center cut out."""
     side = encoder.image_size
     images = torch.stack([cover_image(picture.image, (side, side)) for picture in pictures])
     return images.float().div(255).to(next(encoder.model.parameters()).device)

@@ -21,9 +21,9 @@ torch.set_num_threads(1)  # as in the processes that the tests start: bits are e
 
 def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(6, 12, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(6, 12, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, 6, (count,), generator=generator)
-    vectors = centres[labels] + 1.6 * torch.randn(count, 12, generator=generator)
+    vectors = centers[labels] + 1.6 * torch.randn(count, 12, generator=generator)
     return vectors * torch.rand(count, 1, generator=generator).add(0.1), labels  # lengths must not matter
 
 

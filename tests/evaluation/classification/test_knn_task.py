@@ -51,16 +51,16 @@ def parquet(tmp_path_factory):
     return write_parquet(folder, "validation", VALIDATION, files=1)
 
 
-def scikit_learn(summarise, resize, validation):
+def scikit_learn(summarize, resize, validation):
     """Percent, from one image at a time."""
     vectors = [
-        np.stack([summarise(resize(Image.fromarray(pixels))) for pixels, _ in made]) for made in (TRAIN, validation)
+        np.stack([summarize(resize(Image.fromarray(pixels))) for pixels, _ in made]) for made in (TRAIN, validation)
     ]
     labels = [[label for _, label in made] for made in (TRAIN, validation)]
-    neighbours = KNeighborsClassifier(
+    neighbors = KNeighborsClassifier(
         5, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     )
-    return 100 * neighbours.fit(vectors[0], labels[0]).score(vectors[1], labels[1])
+    return 100 * neighbors.fit(vectors[0], labels[0]).score(vectors[1], labels[1])
 
 
 def as_batch(image):
@@ -85,11 +85,11 @@ def test_a_student_and_a_teacher_are_scikit_learns_figures(student, folders, tmp
     clip = open_clip.create_model("local-dir:" + CLIP).eval()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
-    def summarise(image):
+    def summarize(image):
         with torch.no_grad():
             return clip.encode_image((as_batch(image) - mean) / std)[0].double().numpy()
 
-    expected = scikit_learn(summarise, cover(64), VALIDATION[:-1])
+    expected = scikit_learn(summarize, cover(64), VALIDATION[:-1])
     assert second.metrics == {"k-NN": pytest.approx(expected, abs=1e-9)} and 40 < expected < 95
     assert (first.resolution, second.resolution) == (32, 64)
     assert first.counts == {
@@ -178,7 +178,7 @@ def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet
         assert bool(encoded) == (data == parquet)  # the names of class folders show it before
 
 
-def test_more_neighbours_than_the_bank_has_are_refused_before_the_first_image(
+def test_more_neighbors_than_the_bank_has_are_refused_before_the_first_image(
     student, folders, parquet, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(VisionEncoder, "summary", None)  # cannot be called

@@ -16,7 +16,7 @@ from transformers_radio.evaluation.classification.zero_shot import ZeroShotAccur
 def text_vector(text: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
     generator = np.random.default_rng(seed)
-    return generator.normal(size=16) * generator.uniform(0.1, 10)  # lengths differ, so normalising each text shows
+    return generator.normal(size=16) * generator.uniform(0.1, 10)  # lengths differ, so normalizing each text shows
 
 
 def encode_text(texts: list[str]) -> torch.Tensor:

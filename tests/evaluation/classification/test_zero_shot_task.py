@@ -35,13 +35,13 @@ def as_batch(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def expected_accuracy(summarise, side, classifier):
+def expected_accuracy(summarize, side, classifier):
     """Percent, from one image at a time; `classifier` (C, D)."""
     correct = 0
     with torch.no_grad():
         for pixels, label in VALIDATION:
             image = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC)
-            correct += int((summarise(as_batch(image)) @ classifier.T).argmax() == label)
+            correct += int((summarize(as_batch(image)) @ classifier.T).argmax() == label)
     return 100 * correct / len(VALIDATION)
 
 

@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # as in the processes that the tests start: bits are e
 
 MADE = pictures(45, seed=0)
 SMALL = {"image_size": (24, 32), "batch_size": 4, "num_workers": 2, "block_images": 8}
-SETTINGS = {"model": "colours", "weights": "0"}
+SETTINGS = {"model": "colors", "weights": "0"}
 
 
 def encode(images):
@@ -78,7 +78,7 @@ def parquet(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["folders", "parquet", "tar"])
-def test_two_numbers_scale_to_cover_and_cut_the_centre(kind, tmp_path, request):
+def test_two_numbers_scale_to_cover_and_cut_the_center(kind, tmp_path, request):
     data = write_tar(tmp_path / "data", "train", MADE) if kind == "tar" else request.getfixturevalue(kind)
     made = by_class(MADE) if kind == "folders" else MADE
     expected = expected_rows(made, lambda image: ImageOps.fit(image, (32, 24), Image.Resampling.BICUBIC))
@@ -254,10 +254,10 @@ def test_a_disk_that_is_full_keeps_what_is_there(parquet, tmp_path):
 
 def test_what_cannot_be_used_is_named(tmp_path):
     no_class = [(pixels, -1 if number == 3 else label) for number, (pixels, label) in enumerate(MADE[:5])]
-    data = write_parquet(tmp_path / "unlabelled", "train", no_class, files=1, names=None)
+    data = write_parquet(tmp_path / "unlabeled", "train", no_class, files=1, names=None)
     with pytest.raises(ValueError, match="-1 in column 'label'.*not a class index; expected an integer from 0"):
         store(tmp_path / "store", data)
-    split = LabeledSplit(write_parquet(tmp_path / "labelled", "train", MADE[:5], files=1, names=None), "train")
+    split = LabeledSplit(write_parquet(tmp_path / "labeled", "train", MADE[:5], files=1, names=None), "train")
     split.num_classes = 2
     with pytest.raises(ValueError, match="2 in column 'label'.*expected an integer from 0 to 1"):
         store_summaries(tmp_path / "store2", encode, SETTINGS, split, StoreConfig(**SMALL))

@@ -236,13 +236,13 @@ def test_wrong_questions_are_named(tmp_path, lines, message):
 
 @pytest.mark.slow
 def test_trained_on_blank_images_it_guesses(root, trained):
-    """The blind baseline: the same training and questions, every image grey."""
+    """The blind baseline: the same training and questions, every image gray."""
     blind = root / "blind"
     shutil.copytree(root / "world", blind)
     for path in (blind / "images").iterdir():
         with Image.open(path) as image:
-            grey = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
-        Image.fromarray(grey).save(path)
+            gray = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
+        Image.fromarray(gray).save(path)
     (result,) = run(root, root / "out-blind", "blind", **LEARNING)
     assert result.metrics["made"] < 40 < trained.metrics["made"] - 40
 

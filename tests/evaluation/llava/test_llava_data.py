@@ -58,7 +58,7 @@ def test_only_answers_are_learned(tmp_path, built):
     processor = built[1]
     Image.new("RGB", (64, 40)).save(tmp_path / "a.png")
     items = [
-        {"image": "a.png", "conversations": turns("What colour?\n<image>", "red", "Where is it?", "at the left, red")},
+        {"image": "a.png", "conversations": turns("What color?\n<image>", "red", "Where is it?", "at the left, red")},
         {"conversations": [{"from": "gpt", "value": "early"}, *turns("Who are you?", "ASSISTANT: nobody")]},
     ]
     examples = conversations(tmp_path, items).examples
@@ -69,7 +69,7 @@ def test_only_answers_are_learned(tmp_path, built):
     assert first["pixel_values"].shape == (3, 48, 64) and second["pixel_values"] is None
     text = processor.tokenizer.decode(first["input_ids"])
     assert text.endswith(
-        f"USER: {IMAGE_TOKEN * 12}\nWhat colour? ASSISTANT: red</s>USER: Where is it? ASSISTANT: at the left, red</s>"
+        f"USER: {IMAGE_TOKEN * 12}\nWhat color? ASSISTANT: red</s>USER: Where is it? ASSISTANT: at the left, red</s>"
     )
     assert "early" not in processor.tokenizer.decode(second["input_ids"])
 

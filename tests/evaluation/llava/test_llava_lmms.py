@@ -16,7 +16,7 @@ from transformers_radio.evaluation.llava.lmms import check_lmms_eval, evaluate_l
 from transformers_radio.evaluation.llava.model import build_llava
 
 DOCUMENTS = [
-    {"image": Image.new("RGB", (64, 40), "red"), "question": "What colour is the shape?"},
+    {"image": Image.new("RGB", (64, 40), "red"), "question": "What color is the shape?"},
     {"image": Image.new("RGB", (40, 64), "blue").convert("P"), "question": "Where is the shape?"},
     {"image": None, "question": "Who are you?"},
 ]

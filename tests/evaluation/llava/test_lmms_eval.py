@@ -41,7 +41,7 @@ SETS = {
             {
                 "question_id": 1,
                 "image": PICTURE,
-                "question": "which colour?",
+                "question": "which color?",
                 "answers": PEOPLE,
                 "ocr_tokens": ["STOP", "all way"],
             }
@@ -66,7 +66,7 @@ SETS = {
 REPLIES = {
     f"Is it red?{SHORT}": "Yes.",
     f"What is it?{SHORT}": "a circle",
-    f"Which colour?\nReference OCR token: STOP, all way{SHORT}": "Red.",  # as LLaVA-1.5 asks it
+    f"Which color?\nReference OCR token: STOP, all way{SHORT}": "Red.",  # as LLaVA-1.5 asks it
     f"How?{SHORT}": "the red",
     f"Is there a dog?{SHORT}": "Yes",
     f"Is there a cat?{SHORT}": "yes",
@@ -133,7 +133,7 @@ def test_textvqa_without_ocr_tokens(built, hub, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(llava_lmms, "generate", lambda *args: asked.extend(args[3]) or ["red"] * len(args[3]))
     metrics = evaluate_lmms(*built, ["textvqa_val"], tmp_path, batch_size=2, textvqa_ocr=False)
-    assert metrics == {"TextVQA (no OCR tokens)": pytest.approx(60.0)} and asked == [f"Which colour?{SHORT}"]
+    assert metrics == {"TextVQA (no OCR tokens)": pytest.approx(60.0)} and asked == [f"Which color?{SHORT}"]
     # the folder's answers are of their prompts: with OCR tokens it is asked again
     assert list(evaluate_lmms(*built, ["textvqa_val"], tmp_path, batch_size=2)) == ["TextVQA (OCR tokens)"]
     assert len(asked) == 2

@@ -30,7 +30,7 @@ torch.set_num_threads(1)  # as in the processes that the tests start: bits are e
 
 
 def probe(folder, output, **changes):
-    return segmentation_probe(encode, "colours of patches", describe(folder), config(**changes), output)
+    return segmentation_probe(encode, "colors of patches", describe(folder), config(**changes), output)
 
 
 def config(**changes):
@@ -39,7 +39,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("colours"))
+    return write_set(tmp_path_factory.mktemp("colors"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def _run(folder, output, dies_at, rank, world, port, changes):
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(images)
 
-    segmentation_probe(mortal, "colours of patches", describe(folder), config(**changes), output)
+    segmentation_probe(mortal, "colors of patches", describe(folder), config(**changes), output)
 
 
 def weights(output):
@@ -190,7 +190,7 @@ def test_the_probe_learns_and_reports_its_conditions(finished, folder):
     assert report["pixels"] == sum((height - 1) * width for height, width in sizes)
     assert "40 iterations of 4 crops of 32; test: 32 pixels, sliding window 32, stride 16" in report["protocol"]
     assert (report["train_images"], report["num_classes"], report["feature_dim"], report["processes"]) == (16, 3, 6, 1)
-    assert report["probe"]["seed"] == 0 and report["model"] == "colours of patches"
+    assert report["probe"]["seed"] == 0 and report["model"] == "colors of patches"
     assert json.loads((output / "result.json").read_text()) == report
 
 
@@ -219,7 +219,7 @@ def test_a_finished_probe_is_left_alone_and_another_is_refused(finished, folder)
         probe(folder, output, learning_rate=0.1)
     with pytest.raises(FileExistsError, match="the encoder's weights"):
         other = lambda images: (encode(images)[0] * 1.1, encode(images)[1])  # noqa: E731
-        segmentation_probe(other, "colours of patches", describe(folder), config(), output)
+        segmentation_probe(other, "colors of patches", describe(folder), config(), output)
 
 
 def test_killed_probes_end_with_the_same_bits(finished, folder, tmp_path):

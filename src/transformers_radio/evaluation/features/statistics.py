@@ -105,7 +105,7 @@ def patch_norms(features: torch.Tensor, grid: tuple[int, int], factor: float = 3
 
 
 def _quantile(ascending: torch.Tensor, share: float) -> float:
-    """Linear between neighbours, as numpy; `torch.quantile` refuses more than 16 million values."""
+    """Linear between neighbors, as numpy; `torch.quantile` refuses more than 16 million values."""
     place = share * (len(ascending) - 1)
     low, high = math.floor(place), math.ceil(place)
     return torch.lerp(ascending[low], ascending[high], place - low).item()
