@@ -45,16 +45,16 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
             f"Block {layer} attends within windows of {config.window_size} patches, outside of which its class tokens "
             f"see nothing: choose a layer among {config.global_blocks}."
         )
-    rows, columns = (side // model.patch_size for side in images.shape[2:])
     implementation = config._attn_implementation
     model.set_attn_implementation("eager")
     maps = []
     try:
         for image in tqdm(images.to(model.dtype), desc="attention", unit="image"):
-            attention = model(image[None], adaptors=[], output_attentions=True).attentions[layer][0]  # (heads, L, L)
+            output = model(image[None], adaptors=[], output_attentions=True)
+            attention = output.attentions[layer][0]  # (heads, L, L)
             to_patches = attention[:, : config.num_cls_tokens, config.num_summary_tokens :].float()
             # (heads, cls, h*w) -> (cls, heads, h*w) -> (cls, heads, h, w)
-            maps.append(to_patches.transpose(0, 1).unflatten(2, (rows, columns)))
+            maps.append(to_patches.transpose(0, 1).unflatten(2, output.grid))
     finally:
         model.set_attn_implementation(implementation)
     return torch.stack(maps)

@@ -85,13 +85,10 @@ def _same_model(one: str, other: str) -> bool:
 
 
 def _adaptor_features(student: VisionEncoder, adaptor: str) -> Callable[[torch.Tensor], Features]:
-    factor = student.model.config.adaptors[adaptor]["upsample_factor"]
-
     @torch.no_grad()
     def encode(images: torch.Tensor) -> Features:
-        output = student.model(images.to(student.model.dtype), adaptors=[adaptor])
-        rows, columns = (side // student.model.patch_size * factor for side in images.shape[2:])
-        return output.adaptors[adaptor].features, (rows, columns)
+        output = student.model(images.to(student.model.dtype), adaptors=[adaptor]).adaptors[adaptor]
+        return output.features, output.grid
 
     return encode
 

@@ -59,8 +59,8 @@ def test_sams_own_features_from_a_student_give_the_predictors_masks_bit_for_bit(
     # (1, h, w, C) and (1, C, h, w) -> (1, h * w, C)
     given = trunk[0].flatten(1, 2) if features == "trunk" else predictor.features.flatten(2).transpose(1, 2)
     student = make_student(WIDTH if features == "trunk" else NECK)
-    output = SimpleNamespace(adaptors={"sam": SimpleNamespace(features=given)})
-    monkeypatch.setattr(student, "forward", lambda pixel_values, adaptors, window_size: output)
+    output = SimpleNamespace(adaptors={"sam": SimpleNamespace(features=given, grid=(8, 8))})
+    monkeypatch.setattr(student, "forward", lambda pixel_values, adaptors: output)
     embedding = StudentEncoder(student, sam)(as_batch(image))
     masks, predicted = predict_masks(sam, embedding, boxes, size)
     expected, expected_iou = predictor_masks(predictor, boxes, False)
@@ -72,14 +72,14 @@ def test_a_student_that_computes_sams_trunk_is_sam(sam, monkeypatch, size):
     """The pixels that a student gets, normalized by SAM's statistics, are SAM's own input: scale, padding, range."""
     student = make_student()
 
-    def forward(pixel_values, adaptors, window_size):
+    def forward(pixel_values, adaptors):
         assert pixel_values.shape == (1, 3, SIDE, SIDE) and adaptors == ["sam"]
         assert 0 <= pixel_values.min() and pixel_values.max() <= 1
         caught = []
         handle = sam.image_encoder.blocks[-1].register_forward_hook(lambda *args: caught.append(args[2]))
         sam.image_encoder(sam.preprocess(pixel_values * 255))
         handle.remove()
-        return SimpleNamespace(adaptors={"sam": SimpleNamespace(features=caught[0].flatten(1, 2))})
+        return SimpleNamespace(adaptors={"sam": SimpleNamespace(features=caught[0].flatten(1, 2), grid=(8, 8))})
 
     monkeypatch.setattr(student, "forward", forward)
     predictor = SamPredictor(sam)

@@ -81,7 +81,7 @@ def test_both_ways_from_a_student_to_the_text_space(student):
         projected = encode_grid(projected_patches(student, "clip", projection), images)
         torch.testing.assert_close(projected[1, :, 2, 1], projection(output.adaptors["clip"].features[1, 5]))
     assert by_head.shape == projected.shape == (2, 128, 4, 2)
-    with pytest.raises(ValueError, match="'sam' is no adaptor with a summary; the model has clip"):
+    with pytest.raises(ValueError, match="'sam' is not an adaptor with a summary; the model has clip"):
         summary_head_patches(student, "sam")
 
 

@@ -90,12 +90,12 @@ class StudentEncoder(nn.Module):
         images = resize_longest_side(images, size).float() / 255
         pixel_values = self.padding.repeat(len(images), 1, size, size)  # (3, 1, 1) -> (B, 3, size, size)
         pixel_values[..., : images.shape[2], : images.shape[3]] = images
-        output = self.student(pixel_values, adaptors=[self.adaptor], window_size=self.window_size)
-        features = output.adaptors[self.adaptor].features
-        grid = self.student.features_to_grid(features, size, size)  # (B, h * w, C) -> (B, C, h, w)
-        if grid.shape[2:] != self.grid:
-            grid = F.interpolate(grid, size=self.grid, mode="bilinear", align_corners=False)
-        return self.neck(grid)
+        options = {} if self.window_size is None else {"window_size": self.window_size}
+        output = self.student(pixel_values, adaptors=[self.adaptor], **options).adaptors[self.adaptor]
+        maps = output.features.transpose(1, 2).unflatten(2, output.grid)  # (B, h*w, C) -> (B, C, h*w) -> (B, C, h, w)
+        if maps.shape[2:] != self.grid:
+            maps = F.interpolate(maps, size=self.grid, mode="bilinear", align_corners=False)
+        return self.neck(maps)
 
 
 def _needs_neck(student: Any, sam: Any, adaptor: str) -> bool:
