@@ -141,16 +141,15 @@ def test_models_without_a_common_space_are_refused(student, folder, tmp_path):
 @pytest.fixture
 def shown(monkeypatch):
     """The columns of each figure that is written."""
-    from transformers_radio.visualization import attention, heat_map, masks
-    from transformers_radio.visualization import pca as features
+    from transformers_radio.visualization import attention, heat_map, masks, teacher_student
 
-    seen, write = {}, features.write_panels
+    seen, write = {}, teacher_student.write_panels
 
     def write_and_keep(columns, path, *args, **options):
         seen[path.name] = columns
         return write(columns, path, *args, **options)
 
-    for module in (features, attention, heat_map, masks):
+    for module in (teacher_student, attention, heat_map, masks):
         monkeypatch.setattr(module, "write_panels", write_and_keep)
     return seen
 
