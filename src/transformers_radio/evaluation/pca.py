@@ -14,7 +14,10 @@ CLIP_PERCENTILES = (1.0, 99.0)
 class PcaBasis:
     """Three directions and their color scale, all float64 on the CPU.
 
-    mean: (C,). directions: (C, 3), the strongest first. low, high: (3,), the components that are 0 and 1 as colors.
+    Attributes:
+        mean: (C,).
+        directions: (C, 3), the strongest first.
+        low, high: (3,), the components whose color is 0 and 1.
     """
 
     mean: torch.Tensor
