@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from helpers.sample_images import encode, picture
-from transformers_radio.data import decode_rgb, random_crop
+from transformers_radio.data import DataConfig, decode_rgb, random_crop
 from transformers_radio.data.images import SkippedImage, load_crops
 from transformers_radio.modeling import RadioImageProcessor
 
@@ -41,9 +41,13 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def crops_of(scale, ratio, **options) -> DataConfig:
+    return DataConfig(crop_scale=scale, crop_ratio=ratio, **{"min_side": 1, **options})
+
+
 def whole(data: bytes, resolutions: list[int], width: int, height: int) -> dict[int, torch.Tensor]:
     """load_crops with a crop that has no choice but the whole image."""
-    return load_crops(data, resolutions, generator(), (1.0, 1.0), (width / height, width / height))
+    return load_crops(data, resolutions, generator(), crops_of((1.0, 1.0), (width / height, width / height)))
 
 
 def with_exif(image: Image.Image, orientation: int, file_format: str) -> bytes:
@@ -170,7 +174,7 @@ def test_every_mode_becomes_rgb(name):
 
 def reason(data: bytes, min_side: int = 1, **options) -> str:
     with pytest.raises(SkippedImage) as error:
-        load_crops(data, [16], generator(), (1, 1), (1, 1), min_side=min_side, **options)
+        load_crops(data, [16], generator(), crops_of((1, 1), (1, 1), min_side=min_side, **options))
     return error.value.reason
 
 
@@ -218,7 +222,7 @@ def test_crop_is_resized_from_the_original_pixels_to_every_resolution(resolution
     photo = Image.fromarray(astronaut())  # 512 x 512
     data = encode(photo, "PNG")
     for seed in range(5):
-        crops = load_crops(data, resolutions, generator(seed), (0.3, 1.0), (3 / 4, 4 / 3))
+        crops = load_crops(data, resolutions, generator(seed), crops_of((0.3, 1.0), (3 / 4, 4 / 3)))
         left, top, right, bottom = random_crop((512, 512), generator(seed), (0.3, 1.0), (3 / 4, 4 / 3))
         assert list(crops) == resolutions
         for r, crop in crops.items():
@@ -250,7 +254,7 @@ def test_jpeg_is_decoded_at_a_fraction_but_never_below_the_largest_resolution(mo
     for seed in range(12):
         largest = (60, 150, 224, 500)[seed % 4]
         factors.clear()
-        crops = load_crops(data, [32, largest], generator(seed), (0.1, 1.0), (3 / 4, 4 / 3))
+        crops = load_crops(data, [32, largest], generator(seed), crops_of((0.1, 1.0), (3 / 4, 4 / 3)))
         left, top, right, bottom = random_crop((2000, 1500), generator(seed), (0.1, 1.0), (3 / 4, 4 / 3))
         room = min(right - left, bottom - top) / largest
         factor = factors[0] if factors else 1
@@ -297,9 +301,9 @@ def test_horizontal_flip_mirrors_half_of_the_crops_and_nothing_else():
     data = encode(picture(7, 64, 64), "PNG")
     flipped = 0
     for seed in range(40):
-        arguments = ([32], generator(seed), (0.5, 1.0), (3 / 4, 4 / 3))
-        plain = load_crops(data, *arguments)[32]
-        maybe = load_crops(data, [32], generator(seed), (0.5, 1.0), (3 / 4, 4 / 3), horizontal_flip=True)[32]
+        plain = load_crops(data, [32], generator(seed), crops_of((0.5, 1.0), (3 / 4, 4 / 3)))[32]
+        flips = crops_of((0.5, 1.0), (3 / 4, 4 / 3), horizontal_flip=True)
+        maybe = load_crops(data, [32], generator(seed), flips)[32]
         if not torch.equal(maybe, plain):
             assert (maybe.int() - plain.flip(2).int()).abs().max() <= 1  # resizing a mirrored image rounds anew
             flipped += 1
@@ -365,7 +369,7 @@ def test_damaged_pixels_of_a_png_are_still_noticed():
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_images_of_too_many_pixels_are_not_decoded(file_format, monkeypatch):
     data = encode(picture(4, 50, 40), file_format)
-    assert load_crops(data, [16], generator(), (1, 1), (1, 1), max_pixels=2000)
+    assert load_crops(data, [16], generator(), crops_of((1, 1), (1, 1), max_pixels=2000))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("was decoded"))
     assert reason(data, max_pixels=1999) == "too large"
 
@@ -416,7 +420,7 @@ def test_memory_of_one_image(name, tmp_path):
         return (tmp_path / name).read_bytes()
 
     def crop(data: bytes) -> None:
-        load_crops(data, [32], generator(), (1, 1), (1, 1))
+        load_crops(data, [32], generator(), crops_of((1, 1), (1, 1)))
 
     processor = RadioImageProcessor(size=32)
     crop(write(64))

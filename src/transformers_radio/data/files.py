@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import Counter
+from typing import NamedTuple
 
 from .images import EXTENSIONS
 from .remote import has_wildcard, is_url, list_folder, match, open_stream, without_query
@@ -45,40 +46,16 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
         ValueError: it is not clear which files to read.
         OSError: a server does not answer; see `retry.is_temporary`.
     """
-    given, path = path, local_path(path)
-    root, in_split = None, False
-    exists = not is_url(path) and os.path.exists(path)
-    notes: list[str] = []
-    if (is_url(path) or os.path.isfile(path)) and without_query(path).lower().endswith(".txt"):
-        found, notes = _find_all(_read_list(path, f"{where}.path={given!r}"), f"{where}.path={given!r}")
-    elif not exists and BRACES.search(path):
-        found, notes = _find_all(expand_braces(path), f"{where}.path={given!r}")
-    elif is_url(path) and not has_wildcard(path) and kind_of(path) is None:
-        root, found = list_folder(path)
-        in_split = any(file.startswith(f"{root}{split}/") for file in found)
-    elif exists and os.path.isdir(path):
-        root = os.path.abspath(path)
-        in_split = os.path.isdir(os.path.join(root, split))
-        found, notes = _files_below(os.path.join(root, split) if in_split else root)
-        if not found:
-            nothing = (
-                f"found no images, tar or parquet files, and no others in {os.path.join(root, split * in_split)}."
-            )
-            raise FileNotFoundError(f"{where}.path={given!r}: {nothing} {'; '.join(notes)}".rstrip())
-    elif exists and not os.path.isfile(path):
-        raise ValueError(f"{where}.path={given!r} is a pipe, socket or device; expected a file or a folder.")
-    elif exists or is_url(path) or glob.has_magic(path):
-        found, notes = _find_all([path], f"{where}.path={given!r}", may_be_none=True)
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+    what, path = f"{where}.path={path!r}", local_path(path)
+    listed = _list(path, split, what)
+    if listed is None:
         return None, "", [], []
-    else:
-        raise FileNotFoundError(f"{where}.path={given!r} does not exist.{_about_braces([path])}")
-
+    root, in_split, found, notes = listed
     beside: list[str] = []
     if in_split and is_url(path):
         beside = [file for file in found if not file.startswith(f"{root}{split}/")]
         found = [file for file in found if file.startswith(f"{root}{split}/")]
-    kind, paths, unread = _one_kind(sorted(set(found)), is_folder=root is not None, what=f"{where}.path={given!r}")
+    kind, paths, unread = _one_kind(sorted(set(found)), is_folder=root is not None, what=what)
     notes += unread
     if root is None:
         return kind, _common_folder(paths), paths, notes
@@ -94,6 +71,43 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
             f" {listed_names([file[len(root) :].lstrip(os.sep) for file in others])}"
         )
     return kind, root, paths, notes
+
+
+class _Listed(NamedTuple):
+    """What a path stands for, before anything is chosen from it."""
+
+    root: str | None  # the folder, where the path is one
+    in_split: bool  # whether the folder has a sub-folder of the split's name
+    found: list[str]
+    notes: list[str]
+
+
+def _list(path: str, split: str, what: str) -> _Listed | None:
+    """None for a dataset on the Hub. Raises as `find_files`."""
+    exists = not is_url(path) and os.path.exists(path)
+    if (is_url(path) or os.path.isfile(path)) and without_query(path).lower().endswith(".txt"):
+        return _Listed(None, False, *_find_all(_read_list(path, what), what))
+    if not exists and BRACES.search(path):
+        return _Listed(None, False, *_find_all(expand_braces(path), what))
+    if is_url(path) and not has_wildcard(path) and kind_of(path) is None:
+        root, found = list_folder(path)
+        return _Listed(root, any(file.startswith(f"{root}{split}/") for file in found), found, [])
+    if exists and os.path.isdir(path):
+        root = os.path.abspath(path)
+        in_split = os.path.isdir(os.path.join(root, split))
+        folder = os.path.join(root, split) if in_split else root
+        found, notes = _files_below(folder)
+        if not found:
+            nothing = f"found no images, tar or parquet files, and no others in {folder}."
+            raise FileNotFoundError(f"{what}: {nothing} {'; '.join(notes)}".rstrip())
+        return _Listed(root, in_split, found, notes)
+    if exists and not os.path.isfile(path):
+        raise ValueError(f"{what} is a pipe, socket or device; expected a file or a folder.")
+    if exists or is_url(path) or glob.has_magic(path):
+        return _Listed(None, False, *_find_all([path], what, may_be_none=True))
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        return None
+    raise FileNotFoundError(f"{what} does not exist.{_about_braces([path])}")
 
 
 def _files_below(folder: str) -> tuple[list[str], list[str]]:

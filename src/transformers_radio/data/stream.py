@@ -11,6 +11,7 @@ drawn from (seed, j); the batch is filled from lane j mod lanes of those sets.
 
 import atexit
 import copy
+import dataclasses
 import functools
 import itertools
 import logging
@@ -36,6 +37,7 @@ from .lanes import (
     MAX_OFFENDERS,
     PREFETCH,
     LaneBatches,
+    Plan,
     init_worker,
     new_position,
     parts_of_a_shard,
@@ -145,20 +147,13 @@ class ImageStream:
         if self._batches is not None:
             _close(self._batches)
 
+    def _plan(self) -> Plan:
+        return Plan(self.sources, self.shares, self.config, self.resolutions, self.batch_size, self.seed, self.lanes)
+
     def _iterate(self) -> Generator[Batch]:
         self._check_shared_memory()
-        lane_batches = LaneBatches(
-            self.sources,
-            self.shares,
-            self.config,
-            self.resolutions,
-            self.batch_size,
-            self.seed,
-            copy.deepcopy(self._lanes),
-            self.lanes,
-            first=self._next_batch + self.rank,
-            step=self.world_size,
-        )
+        first, step = self._next_batch + self.rank, self.world_size
+        lane_batches = LaneBatches(self._plan(), copy.deepcopy(self._lanes), first, step)
         loader = DataLoader(
             lane_batches,
             batch_size=None,
@@ -212,6 +207,7 @@ class ImageStream:
 
     def _check_source(self, source: Source, share: float) -> None:
         names, first, generator = [], Counter[str](), np.random.default_rng(0)
+        whole = dataclasses.replace(self.config, crop_scale=(1, 1), crop_ratio=(1, 1), horizontal_flip=False)
         needed = max(math.ceil(share * self.batch_size * self.world_size), self.lanes)
         records = itertools.chain.from_iterable(map(source.records, range(len(source.shards))))
         count, decoded, hint = 0, False, ""
@@ -219,8 +215,7 @@ class ImageStream:
             if not decoded and count <= MIN_SEEN_FOR_SHARE:
                 data = source.read(image)
                 try:
-                    bounds = (self.config.min_side, self.config.max_pixels)
-                    load_crops(data, [8], generator, (1, 1), (1, 1), False, *bounds)
+                    load_crops(data, [8], generator, whole)
                     decoded = True
                 except SkippedImage as error:
                     first[error.reason] += 1

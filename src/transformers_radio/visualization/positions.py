@@ -28,8 +28,8 @@ def position_similarity(table: torch.Tensor, row: int, column: int) -> torch.Ten
 
     The mean is subtracted because it tells no place from another, yet would make all of them similar.
     """
-    centerd = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
-    return centerd @ centerd[row, column]
+    centered = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
+    return centered @ centered[row, column]
 
 
 def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path:
