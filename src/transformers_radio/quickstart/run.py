@@ -1,11 +1,11 @@
 """`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table, a picture."""
 
 import glob
-import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers_radio.disk import write_text
 from transformers_radio.training import Recipe, load_recipe
 
 from .world import make_world
@@ -50,10 +50,8 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
         encoders = load_encoders(recipe, result.student_dir)
         table = evaluate(encoders, world.directory, recipe)
         picture(encoders, world.directory, picture_path)
-        (run_dir / "table.md").write_text(table.to_markdown(), encoding="utf-8")
-        temporary = table_path.with_suffix(".tmp")  # written last and whole: it says that the evaluation is done
-        temporary.write_text(table.to_json(), encoding="utf-8")
-        os.replace(temporary, table_path)
+        write_text(run_dir / "table.md", table.to_markdown())
+        write_text(table_path, table.to_json())  # last: it says that the evaluation is done
     console = Console(markup=False, emoji=False)
     console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)

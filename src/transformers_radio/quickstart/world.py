@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from transformers_radio.disk import replace_whole, write_json
 
 from .scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
@@ -80,15 +81,13 @@ def _sample_files(scene: Scene) -> dict[str, bytes]:
 
 
 def _write_shard(shard: _Shard) -> tuple[str, int, int]:
-    """Write one shard under a temporary name, then move it into place. Returns its name, its bytes and its scenes."""
-    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
-    with tarfile.open(temporary, "w") as tar:
+    """Writes one shard, whole. Returns its name, its size in bytes and its number of scenes."""
+    with replace_whole(shard.path, unique=True) as temporary, tarfile.open(temporary, "w") as tar:
         for index in range(shard.start, shard.stop):
             for extension, content in _sample_files(draw_scene(shard.split, shard.seed, index)).items():
                 member = tarfile.TarInfo(f"{shard.split}-{index:06d}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    os.replace(temporary, shard.path)
     return shard.path.name, shard.path.stat().st_size, shard.stop - shard.start
 
 
@@ -157,9 +156,7 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
         for name, size, scenes in pool.imap_unordered(_write_shard, shards):
             sizes[name] = size
             progress.update(scenes)
-    temporary = directory / f".{INDEX_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({**spec, "bytes": dict(sorted(sizes.items()))}, indent=1), encoding="utf-8")
-    os.replace(temporary, directory / INDEX_FILE)
+    write_json(directory / INDEX_FILE, {**spec, "bytes": dict(sorted(sizes.items()))})
     return world
 
 
