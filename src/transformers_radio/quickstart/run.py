@@ -1,4 +1,4 @@
-"""`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table, a picture."""
+"""`transformers-radio quickstart`: synthetic images, distillation, evaluation with the teachers, table, picture."""
 
 import glob
 from importlib import resources
@@ -21,10 +21,10 @@ PICTURED = 6
 
 
 def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table | None":
-    """Does what is not done yet in `output` and returns the table; None when a signal stopped the training.
+    """Does what is not done yet in `output` and returns the table; None if a signal stopped the training.
 
-    Writes output/world (made images), output/teachers (their outputs for these images, for this run and later ones)
-    and output/run: the recipe, checkpoints and metrics, student/ (the model that AutoModel loads), table.md,
+    Writes output/world (the images), output/teachers (the teachers' outputs for these images, for this run and later
+    ones) and output/run: the recipe, checkpoints and metrics, student/ (the model that AutoModel loads), table.md,
     table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
     output = output.expanduser()
@@ -33,7 +33,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
     settings = [*(f"{field}={path}" for field, path in paths.items()), *(overrides or [])]
     recipe = load_recipe(RECIPE, settings)
     world = make_world(output / "world")
-    from rich.console import Console  # what is mistyped has been named
+    from rich.console import Console  # imported after mistakes in the overrides have been named
 
     from transformers_radio.evaluation import Table
     from transformers_radio.training import train
@@ -59,7 +59,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
-    """The rows of the table: the recipe's teachers, then the student; all in float32, whatever they taught in."""
+    """The rows of the table: the recipe's teachers, then the student; all in float32."""
     from transformers_radio.evaluation.models.encoder import load_encoder
 
     teachers = [
@@ -70,7 +70,7 @@ def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
 
 
 def evaluate(encoders: "list[VisionEncoder]", world: Path, recipe: Recipe) -> "Table":
-    """A row a model: what `measure` gives, and throughput, interleaved in one run."""
+    """One row per model: what `measure` gives, and throughput, interleaved in one run."""
     import torch
 
     from transformers_radio.evaluation import Row, Table, throughput, throughput_conditions

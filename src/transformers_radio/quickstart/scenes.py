@@ -1,7 +1,7 @@
-"""The pictures of the made world: colored and patterned shapes, drawn over crops of real photographs.
+"""Synthetic scenes: colored and patterned shapes, drawn over crops of real photographs.
 
 A scene is a pure function of (seed, split, index). The photographs are the ones that scikit-image and scikit-learn
-ship inside their own packages, so nothing is downloaded; the training and the validation split share none of them,
+ship inside their own packages, so nothing is downloaded. The training and the validation split share none of them,
 neither as background nor inside a pattern.
 """
 
@@ -129,7 +129,7 @@ class Scene:
 
 
 def load_photograph(name: str) -> np.ndarray:
-    """Read one photograph, e.g. "skimage/data/coffee.png", from the installed package it ships in.
+    """Reads one photograph, e.g. "skimage/data/coffee.png", from the installed package it ships in.
 
     Returns:
         (H, W, 3) uint8 RGB; the shorter side at most 400 pixels.
@@ -143,8 +143,8 @@ def load_photograph(name: str) -> np.ndarray:
     path = next((Path(folder) / rest for folder in folders if (Path(folder) / rest).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"the made world needs the photograph {name!r}, which ships inside scikit-image >= 0.24 and scikit-learn "
-            '>= 1.4; install them with: pip install "transformers_radio[quickstart]"'
+            f"the synthetic scenes need the photograph {name!r}, which ships inside scikit-image >= 0.24 and "
+            'scikit-learn >= 1.4; install them with: pip install "transformers_radio[quickstart]"'
         )
     with Image.open(path) as photograph:
         rgb = photograph.convert("RGB")
@@ -311,13 +311,13 @@ def main_class_of(split: str, seed: int, index: int) -> int:
 
 
 def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
-    """Draw scene `index` of a split; equal arguments give equal scenes, in any process.
+    """Draws scene `index` of a split; equal arguments give equal scenes, in any process.
 
     Args:
         split: "train" or "validation".
-        seed: not negative, the world's seed.
-        index: not negative, the scene's position within the split.
-        frame: 0 is the scene of the world. Another number shows its main object again, as a camera does that sees it
+        seed: not negative; the seed of the whole set.
+        index: not negative; the scene's position within the split.
+        frame: 0 is the scene of the set. Another number shows its main object again, as a camera does that sees it
             elsewhere: at another place, in other light, among other things.
     """
     if split not in SPLITS:
@@ -325,7 +325,7 @@ def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), 3, index, *([frame] if frame else [])])
     main_class = main_class_of(split, seed, index)
 
-    # Place from front to back. Each object behind keeps a visible part and stays clearly smaller than the main one.
+    # Place objects from front to back. Those behind keep a visible part and stay clearly smaller than the main one.
     radius = rng.uniform(0.37, 0.42) * SIDE
     margin = min(0.04 * SIDE, SIDE / 2 - radius)  # the main object stays whole, and near the middle
     center = SIDE / 2 + rng.uniform(-margin, margin, 2)
@@ -347,7 +347,7 @@ def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
                 hidden |= inside
                 break
 
-    # Paint from back to front, each object over its own soft shadow.
+    # Paint objects from back to front, each object over its own soft shadow.
     image = _background(split, rng)
     instances = np.zeros((SIDE, SIDE), np.uint8)
     for position in reversed(range(len(placed))):

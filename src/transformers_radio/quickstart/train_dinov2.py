@@ -142,7 +142,7 @@ def train_dinov2(directory: Path, data: Split, steps: int = 3000, seed: int = 0)
         layerscale_value=1.0,
     )
     distillation = _SelfDistillation(config)
-    # The world's seed is 0, whatever the training's: these are its scenes.
+    # The seed of the scenes is 0, whatever that of the training is.
     frames = torch.cat([data.images[None], draw_frames(0, len(data.images), FRAMES)])  # (1 + FRAMES, N, 3, 128, 128)
     order = batches(len(data.images), BATCH, rng)
     started = time.monotonic()

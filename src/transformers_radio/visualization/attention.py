@@ -17,10 +17,10 @@ BRIGHTEST = 0.99  # quantile of a panel: one artifact patch must not darken all 
 def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention from each class token to each patch: float32 (B, class tokens, heads, h, w).
 
-    Probabilities, as the model itself returns them with `output_attentions`; over the patches they sum to less than 1,
-    the rest goes to class and register tokens. That needs eager attention, so the model computes with it here and goes
-    back to its own implementation afterwards. One image at a time: all blocks' probabilities of an image are in memory
-    at once, layers * heads * tokens^2 * 4 bytes (1.1 GB for ViT-H/16 at 432 px).
+    They are probabilities, as the model itself returns them with `output_attentions`. Over the patches they sum to
+    less than 1, as class and register tokens get attention too. They need eager attention, which the model uses here
+    before it returns to its own implementation. Images are computed one at a time: all blocks' probabilities of an
+    image are in memory at once, layers * heads * tokens^2 * 4 bytes (1.1 GB for ViT-H/16 at 432 px).
 
     Args:
         model: a student in eval mode.
@@ -63,7 +63,7 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
 def attention_figure(
     images: torch.Tensor, attention: torch.Tensor, path: str | Path, titles: Sequence[str], subtitle: str
 ) -> Path:
-    """Write a PNG: a row per image; the input, then its attention maps patch by patch.
+    """Writes a PNG: a row per image; the input, then its attention maps patch by patch.
 
     Each map is scaled to its own brightest patches.
 
@@ -71,8 +71,8 @@ def attention_figure(
         images: (N, 3, H, W), uint8 or float in [0, 1].
         attention: (N, maps, h, w).
         titles: of the maps.
-        subtitle: below each of them, such as "block 12 of 12"; a second line has the share of the attention that is
-            on patches, and their grid.
+        subtitle: below each title, such as "block 12 of 12"; a second line has the share of the attention that is on
+            patches, and their grid.
     """
     shown = [photographs(list(images))]
     for number, title in enumerate(titles):

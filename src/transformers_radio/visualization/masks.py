@@ -17,7 +17,7 @@ from transformers_radio.evaluation.sam_coco.prompting import Encoder, SamEncoder
 
 from .panels import Column, photographs, write_panels
 
-MASK_SHARE = 0.6  # of the mask's color over the image
+MASK_SHARE = 0.6  # of the mask's color in the pixels of the mask
 
 
 def masks_figure(
@@ -27,15 +27,15 @@ def masks_figure(
     encoders: Mapping[str, Encoder],
     path: str | Path,
 ) -> Path:
-    """Write a PNG: a row per image; the input with its boxes, SAM's masks, then those with each encoder in its place.
+    """Writes a PNG: a row per image; the input with its boxes, SAM's masks, then those with each encoder in its place.
 
-    Above a student's column is the mean IoU of its masks with SAM's own (no truth is involved).
+    Above a student's column is the mean IoU of its masks with SAM's own (not with annotated masks).
 
     Args:
         images: uint8 (3, H, W), of any size.
         boxes: per image (N, 4), N >= 1; x0, y0, x1, y1 in pixels.
         sam: the whole SAM that decodes, see `teachers.segment_anything.load_sam`.
-        encoders: title -> such as `StudentEncoder`.
+        encoders: title -> an encoder such as `StudentEncoder`.
 
     Raises:
         ValueError: an image without boxes, or a box that is not within its image.

@@ -1,4 +1,4 @@
-"""A student's learned position table: its principal components, and which places it holds for similar."""
+"""A student's learned position table: its principal components, and how similar its places are."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,14 +26,14 @@ PLACES = {
 def position_similarity(table: torch.Tensor, row: int, column: int) -> torch.Tensor:
     """Cosine similarity of one place's embedding to every place's, less the table's mean: (side, side) in [-1, 1].
 
-    The mean is subtracted because it tells no place from another, yet would make all of them similar.
+    The mean is subtracted because it does not tell one place from another, yet would make all of them similar.
     """
     centered = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
     return centered @ centered[row, column]
 
 
 def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path:
-    """Write a PNG: a row per model; the PCA of its table, then the similarity of five places (crosses) to all others.
+    """Writes a PNG: a row per model; the PCA of its table, then the similarity of five places (crosses) to all others.
 
     Similarity is dark at -1 and bright at 1 in every panel, so panels compare.
     """

@@ -23,7 +23,7 @@ def openai_imagenet_templates() -> Sequence[Template]:
 
 
 def load_text_tower(spec: str) -> nn.Module:
-    """The text tower "TYPE:CHECKPOINT" of a teacher, on the CPU: a list of N texts -> (N, D) float32.
+    """The text tower "TYPE:CHECKPOINT" of a teacher, on the CPU; it maps a list of N texts to (N, D) float32.
 
     Args:
         spec: "open_clip:..." with a checkpoint as for `OpenClipTeacher`, or "transformers:..." with a CLIP, SigLIP or
@@ -31,7 +31,7 @@ def load_text_tower(spec: str) -> nn.Module:
 
     Raises:
         ValueError: another type, or a checkpoint that does not fit.
-        OSError: a checkpoint that is not there. All name the setting `text`, by which another one is chosen.
+        OSError: a checkpoint that is not there. Both name the setting `text`, which chooses another one.
     """
     towers = {"open_clip": load_text_encoder, "transformers": load_transformers_text_encoder}
     kind, colon, checkpoint = spec.partition(":")
