@@ -204,7 +204,7 @@ def test_check_looks_at_every_set(sets, tmp_path):
         ({"sources": {"a": SourceConfig("y", weight=float("nan"))}}, r"data\.sources\.a\.weight=nan"),
         ({"sources": {"a": SourceConfig("y"), "b": SourceConfig("y", weight=-1)}}, r"data\.sources\.b\.weight=-1"),
         ({"sources": {"a": SourceConfig()}}, r"data\.sources\.a\.path="),
-        ({"sources": {"a/b": SourceConfig("y")}}, r"'a/b' is no name"),
+        ({"sources": {"a/b": SourceConfig("y")}}, r"'a/b' is not a name"),
         ({"split": "val", "sources": {"a": SourceConfig("y")}}, r"data\.split='val'.*set data\.sources\.a\.split"),
         ({"path": "x", "retry_seconds": -1}, r"data\.retry_seconds=-1"),
     ],

@@ -29,29 +29,29 @@ class DataConfig:
     """Which images are read, and how they are cropped and shuffled.
 
     Attributes:
-        path: A folder of images (nested as it likes), a webdataset tar or a parquet file, a folder of such files, a
-            glob pattern or {000..999} range of any of these, a .txt file with one of these in each line, the URL of
-            any of them, or the id of a dataset on the Hub. `~` is the home folder.
-        split: Of a Hub dataset, its split. Of a folder: the sub-folder of this name if there is one; else the
-            tar or parquet files whose names start with it; else, for `train`, everything.
+        path: A folder of images (with any sub-folders), a webdataset tar or a parquet file, a folder of such files, a
+            glob pattern or {000..999} range of any of these, a .txt file with one of these per line, the URL of any
+            of them, or the id of a dataset on the Hub. `~` is the home folder.
+        split: The split of a Hub dataset. In a folder: the sub-folder of this name if there is one; else the tar or
+            parquet files whose names start with it; else, for `train`, everything.
         name: The configuration of a Hub dataset that has several.
-        image_column: The column, or in tars the extension, of the image. Found by itself when there is only one.
-        num_workers: Processes per rank that read and decode. 0: in the training process itself.
+        image_column: The column of the images; in tars, their extension. Only needed where there are several.
+        num_workers: Processes per rank that read and decode. 0: the training process itself does.
         shuffle_window: Samples of a shard that are read ahead and shuffled together; a worker holds this many
             undecoded files in memory for each of its lanes (image folders: only their names).
         crop_scale: Share of the image area that the random crop covers, smallest and largest.
         crop_ratio: Width / height of the crop, smallest and largest.
         horizontal_flip: Mirror half of the crops.
         frozen_crops: The crop of an image is the same in every epoch, and whatever the seed.
-        max_skipped_share: The run stops when more than this share of the images (of one data set) could not be used.
+        max_skipped_share: The run stops if more than this share of the images of a data set cannot be used.
         min_side: Images with a shorter side (in pixels) are skipped.
-        lanes: Number of parallel sequences the source is dealt out to (see `ImageStream`). Default: as many as there
-            are workers over all ranks. The order of the images depends on it, and on neither ranks nor workers.
-        sources: In place of `path`: several data sets by name, mixed by weight.
-        retry_seconds: How long a server that fails is tried again before the run stops. 0: not at all.
+        lanes: Number of parallel sequences that the source is dealt out to (see `ImageStream`). Default: the number of
+            workers over all ranks. The order of the images depends on it, but not on the numbers of ranks and workers.
+        sources: Instead of `path`: several data sets by name, mixed by weight.
+        retry_seconds: How long a failing server is tried again before the run stops. 0: not at all.
         max_pixels: Images of more pixels (width x height) are skipped, before they are decoded.
-        image_root: The folder that paths in a parquet file start from. Files outside of it are not opened. Default:
-            the folder of the parquet files.
+        image_root: The folder that paths in a parquet file start from. Files outside it are not opened. Default: the
+            folder of the parquet files.
     """
 
     path: str | None = None
@@ -75,7 +75,7 @@ class DataConfig:
     image_root: str | None = None
 
     def named_sources(self) -> dict[str, SourceConfig]:
-        """Name -> data set, by name; a single one given by `path` has the name ""."""
+        """Name -> data set, sorted by name; a single one that `path` gives has the name ""."""
         if self.sources:
             return dict(sorted(self.sources.items()))
         return {"": SourceConfig(self.path or "", self.split, self.name, self.image_column, 1.0, self.image_root)}
@@ -88,12 +88,12 @@ class DataConfig:
                 " is a folder, file, pattern or Hub dataset id; data.sources mixes several of them by weight."
             )
         self._validate_sources()
-        # field -> smallest, largest, in words
+        # field -> smallest, largest, what messages say
         whole = {
             "num_workers": (0, 1024, "0 or more, at most 1024"),
             "shuffle_window": (1, 10**7, "1 (no shuffling within a shard) or more, at most 10 million"),
             "min_side": (1, 2**16, "1 pixel or more, at most 65536"),
-            # more would still end at the limit that Pillow has of its own
+            # beyond it Pillow has a limit of its own
             "max_pixels": (1, 178_956_970, "1 to 178956970 pixels"),
             "lanes": (1, 10**5, "empty (None) or 1 or more, at most 100000"),
         }
@@ -107,7 +107,7 @@ class DataConfig:
                 raise ValueError(f"data.{name}={value!r}: expected {expected}.")
         for name, largest, expected in (
             ("crop_scale", 1, "shares 0 < smallest <= largest <= 1"),
-            # an image of one row of pixels has no more
+            # an image of a single row of pixels has no more
             ("crop_ratio", 10**5, "two numbers 0 < smallest <= largest, at most 100000"),
         ):
             pair = getattr(self, name)
@@ -122,7 +122,7 @@ class DataConfig:
     def _validate_sources(self) -> None:
         for name, source in self.sources.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise ValueError(f"data.sources: {name!r} is no name; expected letters, digits, _ and -.")
+                raise ValueError(f"data.sources: {name!r} is not a name; expected letters, digits, _ and -.")
             if source.path in (None, "", MISSING):
                 raise ValueError(
                     f"data.sources.{name}.path={source.path!r}: expected a folder, file, pattern or Hub dataset id."
@@ -135,12 +135,12 @@ class DataConfig:
         for key in ("split", "name", "image_column", "image_root"):
             if self.sources and getattr(self, key) != getattr(DataConfig, key):
                 raise ValueError(
-                    f"data.{key}={getattr(self, key)!r} says nothing beside data.sources: set"
+                    f"data.{key}={getattr(self, key)!r} has no effect beside data.sources: set"
                     f" data.sources.{next(iter(self.sources))}.{key} instead."
                 )
 
 
 def _within(value: Any, low: float, high: float, only_whole: bool = False) -> bool:
-    """Whether it is a number from low to high. True and False are no numbers."""
+    """Whether the value is a number from low to high. True and False do not count as numbers."""
     number = isinstance(value, int if only_whole else int | float) and not isinstance(value, bool)
     return number and low <= value <= high

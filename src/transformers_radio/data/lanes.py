@@ -1,4 +1,4 @@
-"""What the worker processes do: read their lanes in order, decode, and hand batches over."""
+"""What the worker processes do: they read their lanes in order, decode, and hand batches over."""
 
 import copy
 import itertools
@@ -141,7 +141,7 @@ class LaneBatches(IterableDataset):
         """Decodes the images of a lane from its position on, and keeps the position just behind the one yielded."""
         config, source = self.plan.config, self.plan.sources[name]
         position = self.positions[position_key(name, lane)]
-        used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: give it the benefit
+        used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: assume that there was one
         for key, image, random_key in self._records(name, lane, position):
             if random_key is None:  # the end of an epoch
                 if not used_in_epoch:
@@ -172,7 +172,7 @@ class LaneBatches(IterableDataset):
     def _records(
         self, name: str, lane: int, position: dict[str, Any]
     ) -> Iterator[tuple[str, Any, tuple[int, ...] | None]]:
-        """Yields (key, undecoded image, (epoch, shard, record)) for ever, and ("", None, None) after each epoch.
+        """Yields (key, undecoded image, (epoch, shard, record)) endlessly, and ("", None, None) after each epoch.
 
         Skips, without decoding, what `position` says is consumed, and advances its epoch and unit.
         """

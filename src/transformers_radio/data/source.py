@@ -1,6 +1,6 @@
 """A data set as numbered shards of numbered records: a folder, webdataset tars, parquet files or a Hub dataset.
 
-Of every record the image alone is read, and handed over as it is stored, so that a broken file can be skipped and a
+Only the image of every record is read, and handed over as it is stored, so that a broken file can be skipped and a
 JPEG decoded at a fraction of its size.
 """
 
@@ -30,13 +30,13 @@ from .tars import find_fields, read_tar
 
 logger = logging.getLogger(__name__)
 
-# Files are dealt out to the shards of a folder one by one like cards, so a shard is a fair mix of all sub-folders.
+# Files of a folder are dealt out to shards one by one like cards, so that each shard is a fair mix of all sub-folders.
 FILES_PER_FOLDER_SHARD = 1000
 EVERY_RECORD = range(sys.maxsize)
-# Longer text is no path of a file.
+# Longer text is not taken for a path.
 LONGEST_PATH = 4096
-# What the system answers where a path leads to no file, beside ENOENT. Files that are there and may not be read, or
-# cannot be for now, stop the run: another start would see other images.
+# What the system answers, besides ENOENT, where a path does not lead to a file. Files that exist but cannot be read end
+# the run: another start might see other images.
 NO_FILE = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -50,12 +50,12 @@ class Source:
 
     Attributes:
         shards: one name per shard.
-        image_columns: the column of the images; of tars, the extensions that the first samples have.
-        fingerprint: changes when shards (of a folder: files) are added, removed or renamed; moving them is fine.
+        image_columns: the column of the images; for tars, the extensions that the first samples have.
+        fingerprint: changes if shards (in a folder: files) are added, removed or renamed, but not if they are moved.
         where: the field of the recipe that describes the set.
         notes: sentences about files that are there and not read.
-        row_ranges: parts of a parquet file are ranges of its rows. False: every n-th row, as positions have it that
-            were saved before there were ranges.
+        row_ranges: whether parts of a parquet file are ranges of its rows. False: every n-th row, as in positions that
+            earlier versions saved.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -116,10 +116,10 @@ class Source:
             return [column]
 
     def part(self, shard: int, part: int, parts: int) -> range:
-        """The numbers of the records that are one of so many even parts of a shard; it may end before they do.
+        """The numbers of the records in one of `parts` even parts of a shard; the shard may end before they do.
 
-        Of parquet files these are ranges, so that each part of a file is read once; of others every n-th record, as
-        how many there are is not known before.
+        In parquet files they are ranges, so that each part of a file is read once; elsewhere every n-th record, as the
+        number of records is not known beforehand.
         """
         if parts == 1 or not self.row_ranges:
             return EVERY_RECORD[part::parts]
@@ -127,12 +127,12 @@ class Source:
         return range(part * rows // parts, (part + 1) * rows // parts)
 
     def records(self, shard: int, indices: range = EVERY_RECORD) -> Iterator[tuple[str, Any]]:
-        """Yield (key, image) of one shard in its stored order; `read` turns the image into bytes.
+        """Yields (key, image) of one shard in its stored order; `read` turns the image into bytes.
 
         The key is the file name relative to the folder, or `shard/key` for tars, or `shard/row` for parquet.
 
         Args:
-            indices: the numbers of the records that are wanted, as from `part`.
+            indices: the numbers of the wanted records, as from `part`.
         """
         name, retry, done = self.shards[shard], self._retry(shard), 0
         prefix = (f"{self.label}/" if self.label else "") + ("" if self.is_folder else f"{name}/")
@@ -148,7 +148,7 @@ class Source:
                     raise _error(f"{name!r} of {self.path}", error, retry, self.is_remote) from error
 
     def _retry(self, shard: int) -> Retry:
-        # Of a local file a second attempt reads no more than the first.
+        # a second attempt at a local file would read no more than the first
         seconds = self.retry_seconds if self.is_remote else 0
         return Retry(f"Reading {self.shards[shard]!r} of {self.path}", seconds)
 
@@ -189,7 +189,7 @@ class Source:
                 yield key, below(self.image_root, batch[self.image_columns[0]][0])
 
     def traffic_note(self, parts: int, lanes: int) -> str | None:
-        """A sentence about how often an epoch reads each file from a server, if that is more than about once."""
+        """A note about how often an epoch reads each file from a server, if that is clearly more than once."""
         if parts == 1 or not self.is_remote or self.is_folder:
             return None
         seconds = self.retry_seconds
@@ -205,7 +205,7 @@ class Source:
         )
 
     def read(self, image: Any) -> bytes:
-        """`read_image` of what `records` yields, tried again while a server fails."""
+        """`read_image` of what `records` yields; repeated while a server fails."""
         path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
         if not isinstance(path, str) or not is_url(path):
             return read_image(image)
@@ -273,7 +273,7 @@ def read_rgb(value: Any) -> Image.Image:
 
 
 def _open_stream_of_datasets(config: SourceConfig, where: str) -> tuple[Any, str]:
-    """-> (a datasets.IterableDataset of the images of a dataset on the Hub, its column of images)."""
+    """(A datasets.IterableDataset of the images of a dataset on the Hub, the name of their column.)"""
     import datasets
 
     dataset = load_builder(config).as_streaming_dataset(split=config.split)
