@@ -112,7 +112,7 @@ def test_segmentation_is_the_probe_and_is_not_done_twice(student, colours, tmp_p
     expected = segmentation_probe(encoder.features, "mine", data.data, data.probe, tmp_path / "direct")
     assert result.metrics == {name: expected[name] for name in ("mIoU", "mAcc", "aAcc")}
     assert result.counts["validation_images"] == 5 and result.counts["pixels_left_out"] > 0
-    path = tmp_path / "out" / "mine-student" / "segmentation.colours.json"
+    path = tmp_path / "out" / "mine-student" / "segmentation.colors.json"
     assert Result.read(path) == result and "40 iterations of 4 crops of 32" in result.protocol
 
     before = path.stat().st_mtime_ns
@@ -173,7 +173,7 @@ def test_the_command_prints_and_errors_take_one_line(student, colours, tmp_path,
     printed, code = command(
         "segmentation", "--model", student, "--recipe", colours, "--output", out, "probe.iterations=5"
     )
-    found = Result.read(out / "mine-student" / "segmentation.colours.json")
+    found = Result.read(out / "mine-student" / "segmentation.colors.json")
     assert code == 0 and "mine/student" in printed and f"mIoU {found.metrics['mIoU']:.2f}" in printed
     for arguments, message in {
         ("knnn", "--model", student): "error: There is no task 'knnn': use one of knn, zero-shot",

@@ -129,7 +129,7 @@ def test_segmentation_moved_reworded_and_of_earlier_versions(place, monkeypatch)
         content["settings"]["text"] = None
         del content["settings"]["probe"]["power"]  # as if it was new
 
-    path = place / "out" / "m" / "segmentation.colours.json"
+    path = place / "out" / "m" / "segmentation.colors.json"
     rewrite(path, as_before)
     monkeypatch.setattr(segmentation, "segmentation_probe", never)
     moved = move(place)

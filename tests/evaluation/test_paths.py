@@ -13,7 +13,7 @@ from helpers.classification_world import pictures, write_folders
 from helpers.tiny_sam import make_student
 from transformers_radio.cli import app
 from transformers_radio.evaluation.classification.knn_task import KnnConfig
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.llava.task import LlavaConfig
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
@@ -148,7 +148,7 @@ def test_every_path_of_the_commands_may_begin_with_the_home_folder(home, monkeyp
     assert not list(home.rglob("~*"))
     written = json.loads((home / "out" / "m" / "knn.birds.json").read_text())["settings"]
     assert written["model"] == str(home / "student") and written["bank"]["source"] == str(home / "birds")
-    assert load_encoder("~/student").name == f"{home.name}/student" and LabelledSplit("~/birds", "train").count() == 3
+    assert load_encoder("~/student").name == f"{home.name}/student" and LabeledSplit("~/birds", "train").count() == 3
 
 
 def test_every_path_among_the_settings_may_begin_with_the_home_folder(home):

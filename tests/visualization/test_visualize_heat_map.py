@@ -85,7 +85,7 @@ def test_what_cannot_be_asked_is_refused(student_dir, images):
     with pytest.raises(ValueError, match="no adaptor to a teacher with a text tower"):
         text_similarity(encoder, images, PROMPTS, tower)
     dino = load_encoder(f"transformers:{CLIP.removesuffix('clip')}dinov2")
-    with pytest.raises(ValueError, match="dinov2 is no student and no OpenCLIP teacher"):
+    with pytest.raises(ValueError, match="dinov2 is neither a student nor an OpenCLIP teacher"):
         text_similarity(dino, images, PROMPTS, tower)
 
 

@@ -98,7 +98,7 @@ class DataConfig:
     image_root: str | None = field(default=None, metadata=IMAGE_ROOT)
 
     def named_sources(self) -> dict[str, SourceConfig]:
-        """Name -> data set, by name; a single one given by `path` has the name ""."""
+        """Name -> data set, sorted by name; a single one that `path` gives has the name ""."""
         if self.sources:
             return dict(sorted(self.sources.items()))
         return {"": SourceConfig(self.path or "", self.split, self.name, self.image_column, 1.0, self.image_root)}
@@ -111,12 +111,12 @@ class DataConfig:
                 " is a folder, file, pattern or Hub dataset id; data.sources mixes several of them by weight."
             )
         self._validate_sources()
-        # field -> smallest, largest, in words
+        # field -> smallest, largest, what messages say
         whole = {
             "num_workers": (0, 1024, "0 or more, at most 1024"),
             "shuffle_window": (1, 10**7, "1 (no shuffling within a shard) or more, at most 10 million"),
             "min_side": (1, 2**16, "1 pixel or more, at most 65536"),
-            # more would still end at the limit that Pillow has of its own
+            # beyond it Pillow has a limit of its own
             "max_pixels": (1, 178_956_970, "1 to 178956970 pixels"),
             "lanes": (1, 10**5, "empty (None) or 1 or more, at most 100000"),
         }
@@ -130,7 +130,7 @@ class DataConfig:
                 raise ValueError(f"data.{name}={value!r}: expected {expected}.")
         for name, largest, expected in (
             ("crop_scale", 1, "shares 0 < smallest <= largest <= 1"),
-            # an image of one row of pixels has no more
+            # an image of a single row of pixels has no more
             ("crop_ratio", 10**5, "two numbers 0 < smallest <= largest, at most 100000"),
         ):
             pair = getattr(self, name)
@@ -145,7 +145,7 @@ class DataConfig:
     def _validate_sources(self) -> None:
         for name, source in self.sources.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise ValueError(f"data.sources: {name!r} is no name; expected letters, digits, _ and -.")
+                raise ValueError(f"data.sources: {name!r} is not a name; expected letters, digits, _ and -.")
             if source.path in (None, "", MISSING):
                 raise ValueError(
                     f"data.sources.{name}.path={source.path!r}: expected a folder, file, pattern or Hub dataset id."
@@ -158,12 +158,12 @@ class DataConfig:
         for key in ("split", "name", "image_column", "image_root"):
             if self.sources and getattr(self, key) != getattr(DataConfig, key):
                 raise ValueError(
-                    f"data.{key}={getattr(self, key)!r} says nothing beside data.sources: set"
+                    f"data.{key}={getattr(self, key)!r} has no effect beside data.sources: set"
                     f" data.sources.{next(iter(self.sources))}.{key} instead."
                 )
 
 
 def _within(value: Any, low: float, high: float, only_whole: bool = False) -> bool:
-    """Whether it is a number from low to high. True and False are no numbers."""
+    """Whether the value is a number from low to high. True and False do not count as numbers."""
     number = isinstance(value, int if only_whole else int | float) and not isinstance(value, bool)
     return number and low <= value <= high

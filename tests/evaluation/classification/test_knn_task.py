@@ -16,7 +16,7 @@ from helpers.classification_world import pictures, run_processes, start_process,
 from helpers.paths import ROOT
 from transformers_radio.evaluation.classification.knn_task import KnnConfig
 from transformers_radio.evaluation.classification.zero_shot_task import ZeroShotConfig
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.run import load_config, run_task
 from transformers_radio.modeling import RadioConfig, RadioModel
@@ -51,16 +51,16 @@ def parquet(tmp_path_factory):
     return write_parquet(folder, "validation", VALIDATION, files=1)
 
 
-def scikit_learn(summarise, resize, validation):
+def scikit_learn(summarize, resize, validation):
     """Percent, from one image at a time."""
     vectors = [
-        np.stack([summarise(resize(Image.fromarray(pixels))) for pixels, _ in made]) for made in (TRAIN, validation)
+        np.stack([summarize(resize(Image.fromarray(pixels))) for pixels, _ in made]) for made in (TRAIN, validation)
     ]
     labels = [[label for _, label in made] for made in (TRAIN, validation)]
-    neighbours = KNeighborsClassifier(
+    neighbors = KNeighborsClassifier(
         5, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     )
-    return 100 * neighbours.fit(vectors[0], labels[0]).score(vectors[1], labels[1])
+    return 100 * neighbors.fit(vectors[0], labels[0]).score(vectors[1], labels[1])
 
 
 def as_batch(image):
@@ -85,18 +85,18 @@ def test_a_student_and_a_teacher_are_scikit_learns_figures(student, folders, tmp
     clip = open_clip.create_model("local-dir:" + CLIP).eval()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
-    def summarise(image):
+    def summarize(image):
         with torch.no_grad():
             return clip.encode_image((as_batch(image) - mean) / std)[0].double().numpy()
 
-    expected = scikit_learn(summarise, cover(64), VALIDATION[:-1])
+    expected = scikit_learn(summarize, cover(64), VALIDATION[:-1])
     assert second.metrics == {"k-NN": pytest.approx(expected, abs=1e-9)} and 40 < expected < 95
     assert (first.resolution, second.resolution) == (32, 64)
     assert first.counts == {
         "bank_images": 120, "query_images": 59, "classes": 3, "bank_skipped": 0, "query_skipped": 1
     }  # fmt: skip
     assert first.protocol == (
-        "k = 5, votes exp(cosine similarity / 0.07); 32 x 32 px, scaled to cover, centre cut out; bank of 120 images"
+        "k = 5, votes exp(cosine similarity / 0.07); 32 x 32 px, scaled to cover, center cut out; bank of 120 images"
     )
     assert first.model == "mine/student" and first.data == "pictures"
     written = json.loads((tmp_path / "mine-student" / "knn.pictures.json").read_text())
@@ -178,7 +178,7 @@ def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet
         assert bool(encoded) == (data == parquet)  # the names of class folders show it before
 
 
-def test_more_neighbours_than_the_bank_has_are_refused_before_the_first_image(
+def test_more_neighbors_than_the_bank_has_are_refused_before_the_first_image(
     student, folders, parquet, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(VisionStudent, "summary", None)  # cannot be called
@@ -210,9 +210,9 @@ def test_a_set_of_another_number_of_classes_than_its_name_has_warns(
 
 def test_labels_that_class_folders_show_are_those_of_their_rows(folders, parquet):
     for limit in (None, 10, 60):
-        split = LabelledSplit(folders, "train", limit=limit)
+        split = LabeledSplit(folders, "train", limit=limit)
         assert split.labels_of_folders() == {label for _, label in split.rows()}
-    assert LabelledSplit(parquet, "train").labels_of_folders() is None
+    assert LabeledSplit(parquet, "train").labels_of_folders() is None
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,13 @@ def as_batch(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def expected_accuracy(summarise, side, classifier):
+def expected_accuracy(summarize, side, classifier):
     """Percent, from one image at a time; `classifier` (C, D)."""
     correct = 0
     with torch.no_grad():
         for pixels, label in VALIDATION:
             image = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC)
-            correct += int((summarise(as_batch(image)) @ classifier.T).argmax() == label)
+            correct += int((summarize(as_batch(image)) @ classifier.T).argmax() == label)
     return 100 * correct / len(VALIDATION)
 
 
@@ -144,7 +144,7 @@ def test_teacher_and_student_in_open_clips_space(student, words, parquet, clip_c
     assert second.metrics == {"Zero-shot": pytest.approx(expected)} and 10 < expected < 100
     assert first.counts == {"images": 60, "classes": 3, "classes_without_images": 0, "skipped": 0}
     assert second.protocol == (
-        f"3 classes, 2 templates, text tower open_clip:{CLIP}; 32 x 32 px, scaled to cover, centre cut out"
+        f"3 classes, 2 templates, text tower open_clip:{CLIP}; 32 x 32 px, scaled to cover, center cut out"
     )
     assert (first.resolution, second.resolution, second.settings["adaptor"]) == (64, 32, "clip")
     assert json.loads((tmp_path / "mine-student" / "zero-shot.pictures.json").read_text())["metrics"] == second.metrics
@@ -266,7 +266,7 @@ def test_what_cannot_be_used_is_named_before_the_first_image(student, siglip, wo
     refused("2 class names, but .* has 3 classes", [folder], "classes=[a,b]")
     refused("needs one {} for the class name", [folder], "templates=[photo]")
     refused("no adaptor 'sam' with a summary", [folder], "adaptor=sam")
-    refused("is no text tower; expected TYPE:CHECKPOINT", [folder], "text=ViT-B-32", *words)
+    refused("is not a text tower; expected TYPE:CHECKPOINT", [folder], "text=ViT-B-32", *words)
     refused(r"classifier is \(3, 24\) and the embeddings have 128", [folder], f"text=transformers:{siglip}", *words)
     make_student(tmp_path / "mute")
     refused("no adaptor to a teacher with a text tower", [str(tmp_path / "mute")], *words)
@@ -277,7 +277,7 @@ def test_what_cannot_be_used_is_named_before_the_first_image(student, siglip, wo
 
 def test_labels_beyond_the_class_names_are_named(student, tmp_path):
     data = write_parquet(tmp_path / "labels", "validation", VALIDATION, files=1, names=None)
-    with pytest.raises(ValueError, match="2 in column 'label'.*no class index; expected an integer from 0 to 1"):
+    with pytest.raises(ValueError, match="2 in column 'label'.*not a class index; expected an integer from 0 to 1"):
         run_task("zero-shot", [str(student[0])], str(data), None, tmp_path, [*SETTINGS, "classes=[a,b]"])
 
 

@@ -77,7 +77,7 @@ def test_answers_come_from_the_image(root, trained):
     shuffled = [images[number - 4] for number in range(len(images))]  # two questions an image: two images further
     for question, image in zip(questions, shuffled, strict=True):
         question.image = image
-    answers = answer_questions(llava, processor, questions, LlavaQuestions(), root / "shuffled", 16, "shuffled")
+    answers = answer_questions(llava, processor, questions, LlavaQuestions(), root / "shuffled", 16)
     right = sum(answer == question.answers[0] for answer, question in zip(answers, questions, strict=True))
     assert 100 * right / len(questions) < 45 < trained.metrics["made"] - 30
 
@@ -221,7 +221,7 @@ def test_a_student_in_transformers_own_layout(root, tmp_path):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (['{"question_id": 1, "text": "?"}'], "Line 1 .* is no question"),
+        (['{"question_id": 1, "text": "?"}'], "Line 1 .* is not a question"),
         (['{"question_id": 1, "text": "?", "answer": "a"}'] * 2, "Line 2 .* question_id '1' again"),
         (['{"question_id": 1, "text": "?", "answers": []}'], "has answers"),
         (["no json"], "Line 1"),
@@ -236,13 +236,13 @@ def test_wrong_questions_are_named(tmp_path, lines, message):
 
 @pytest.mark.slow
 def test_trained_on_blank_images_it_guesses(root, trained):
-    """The blind baseline: the same training and questions, every image grey."""
+    """The blind baseline: the same training and questions, every image gray."""
     blind = root / "blind"
     shutil.copytree(root / "world", blind)
     for path in (blind / "images").iterdir():
         with Image.open(path) as image:
-            grey = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
-        Image.fromarray(grey).save(path)
+            gray = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
+        Image.fromarray(gray).save(path)
     (result,) = run(root, root / "out-blind", "blind", **LEARNING)
     assert result.metrics["made"] < 40 < trained.metrics["made"] - 40
 

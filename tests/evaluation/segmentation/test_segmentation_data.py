@@ -138,7 +138,7 @@ def test_faults_are_named(ade, tmp_path):
     with pytest.raises(ValueError, match="mask of ADE_1 is 10x12 and its image 12x10"):
         train[0]
     save(masks / "ADE_1.png", np.zeros((12, 10, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match="mask of ADE_1 has mode RGB.*not colours"):
+    with pytest.raises(ValueError, match="mask of ADE_1 has mode RGB.*not colors"):
         train[0]
     (masks / "ADE_1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="mask of ADE_1 cannot be read"):

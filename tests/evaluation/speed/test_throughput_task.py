@@ -164,7 +164,7 @@ def test_what_cannot_be_measured_is_refused_first(student, sam_file, tmp_path, m
         ({"classes": 0}, "classes is 0"),
         ({"image_size": 30}, "multiples of 8"),
         ({"decoder": "zero-shot"}, "no adaptor to a teacher with a text tower"),
-        ({"colour": "red"}, "colour"),
+        ({"color": "red"}, "color"),
     ]:
         with pytest.raises(ValueError, match=message):
             run_task("throughput", [student], None, None, tmp_path, settings(**changes))

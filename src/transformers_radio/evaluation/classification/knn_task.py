@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from transformers_radio.evaluation.images.labelled import COUNTED, LabelledSplit
+from transformers_radio.evaluation.images.labeled import COUNTED, LabeledSplit
 from transformers_radio.evaluation.images.summaries import store_summaries
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder
 from transformers_radio.evaluation.processes import process_state
@@ -74,7 +74,7 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
 
 
 def _measure(
-    encoder: VisionEncoder, bank: LabelledSplit, queries: LabelledSplit, config: KnnConfig, output: Path
+    encoder: VisionEncoder, bank: LabeledSplit, queries: LabeledSplit, config: KnnConfig, output: Path
 ) -> Result:
     path = result_path(output, encoder.name, "knn", config.title)
     folder = work_folder(path)
@@ -138,7 +138,7 @@ def _measure(
     return result
 
 
-def _check_classes(in_bank: set[int], asked: set[int], bank: LabelledSplit, config: KnnConfig) -> None:
+def _check_classes(in_bank: set[int], asked: set[int], bank: LabeledSplit, config: KnnConfig) -> None:
     """ValueError when images ask for a class that no neighbour can vote for."""
     missing = sorted(asked - in_bank)
     if missing:

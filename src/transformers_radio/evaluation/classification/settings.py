@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from omegaconf import MISSING
 
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.images.summaries import StoreConfig
 from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
@@ -34,7 +34,7 @@ class ClassificationConfig:
     templates: Any = OPENAI_IMAGENET  # a text file with one template a line, {} for the name; a list; or OpenAI's 80
     licence: str = ""
     source: str = ""  # where to get it
-    # [height, width]: scaled to cover them, centre cut out. A number: the shortest side, the aspect ratio kept, sides
+    # [height, width]: scaled to cover them, center cut out. A number: the shortest side, the aspect ratio kept, sides
     # rounded to what the model takes; only for students. null: the model's own side, twice.
     image_size: Any = None
     dtype: str = "float32"  # of the model
@@ -48,8 +48,8 @@ class ClassificationConfig:
         return self.name or path_name(self.data)
 
 
-def open_split(config: ClassificationConfig, split: str, limit: int | None = None) -> LabelledSplit:
-    return LabelledSplit(config.data, split, config.config_name, config.image_column, config.label_column, limit)
+def open_split(config: ClassificationConfig, split: str, limit: int | None = None) -> LabeledSplit:
+    return LabeledSplit(config.data, split, config.config_name, config.image_column, config.label_column, limit)
 
 
 def load_encoders(models: list[str], config: ClassificationConfig, adaptor: str | None = None) -> list[VisionEncoder]:

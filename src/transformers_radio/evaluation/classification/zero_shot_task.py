@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from transformers_radio.evaluation.images.labelled import COUNTED, LabelledSplit
+from transformers_radio.evaluation.images.labeled import COUNTED, LabeledSplit
 from transformers_radio.evaluation.images.summaries import SummaryStore, store_summaries
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder
 from transformers_radio.evaluation.models.text import load_text_tower
@@ -21,7 +21,6 @@ from transformers_radio.evaluation.processes import process_state
 from transformers_radio.evaluation.result import Result, done, result_path, work_folder
 from transformers_radio.teachers import digest_weights
 
-from .metrics import ZeroShotAccuracy
 from .settings import (
     ClassificationConfig,
     clear_work,
@@ -31,7 +30,7 @@ from .settings import (
     store_config,
 )
 from .words import load_class_names, load_templates, warn_of_other_classes
-from .zero_shot import Template, check_classifier, zero_shot_classifier
+from .zero_shot import Template, ZeroShotAccuracy, check_classifier, zero_shot_classifier
 
 ROWS = 8192  # summaries that are compared at once
 # What a result is known by, of its settings.
@@ -96,7 +95,7 @@ def _measure(
     tower: str,
     classifier: Classifier,
     num_templates: int,
-    split: LabelledSplit,
+    split: LabeledSplit,
     config: ZeroShotConfig,
     output: Path,
 ) -> Result:
@@ -145,7 +144,7 @@ def _measure(
     return result
 
 
-def _accuracy(store: SummaryStore, weights: torch.Tensor, split: LabelledSplit) -> float:
+def _accuracy(store: SummaryStore, weights: torch.Tensor, split: LabeledSplit) -> float:
     """Percent, on every process: next to encoding the images this takes no time."""
     if store.labels.max() >= len(weights):
         raise ValueError(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers_radio.data.config import SourceConfig
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import Source
-from transformers_radio.evaluation.images.labelled import resize_image
+from transformers_radio.evaluation.images.resize import stretch_image
 from transformers_radio.evaluation.images.sampled import SAMPLE_SEED, shuffled
 from transformers_radio.evaluation.images.split_files import in_words_of_evaluation, own_split_name
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
@@ -184,7 +184,8 @@ def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tupl
     device = next(encoder.model.parameters()).device
     encoded, grid = [], (0, 0)
     for start in tqdm(range(0, len(files), batch_size), desc=f"{encoder.name} features", unit="batch"):
-        images = [resize_image(decode_rgb(file), encoder.image_size) for file in files[start : start + batch_size]]
+        size = (encoder.image_size, encoder.image_size)
+        images = [stretch_image(decode_rgb(file), size) for file in files[start : start + batch_size]]
         features, grid = encoder.features(torch.stack(images).to(device).float() / 255)
         encoded.append(features.cpu())
     return torch.cat(encoded), grid

@@ -21,12 +21,13 @@ from transformers_radio.teachers import digest_weights
 
 from .answers import LlavaQuestions, Question, answer_questions, read_questions
 from .data import Conversations, read_conversations
-from .lmms import TEXTVQA, check_lmms_eval, evaluate_lmms
+from .lmms import TEXTVQA, LmmsTasks, check_lmms_eval, evaluate_lmms
 from .model import build_llava, check_image_size, check_tokenizer, load_llava
 from .scorers import score
 from .train import (
     LlavaHardware,
     LlavaPhase,
+    PhaseWork,
     check_batch_size,
     claim_folder,
     count_unreadable,
@@ -166,19 +167,12 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
     for key, one in config.questions.items():
         questions = data.questions[key][0]
         answers = answer_questions(
-            llava, processor, questions, one, work / "answers" / slug(key), config.answer_batch_size, f"{name} {key}"
+            llava, processor, questions, one, work / "answers" / slug(key), config.answer_batch_size
         )
         metrics |= score(one.scorer, key, answers, [question.answers for question in questions])
     if config.lmms_eval_tasks:
-        metrics |= evaluate_lmms(
-            llava,
-            processor,
-            config.lmms_eval_tasks,
-            work / "lmms",
-            config.answer_batch_size,
-            config.lmms_eval_limit,
-            config.textvqa_ocr,
-        )
+        lmms_tasks = LmmsTasks(config.lmms_eval_tasks, config.lmms_eval_limit, config.textvqa_ocr)
+        metrics |= evaluate_lmms(llava, processor, lmms_tasks, work / "lmms", config.answer_batch_size)
     counts = {f"{key} questions": len(data.questions[key][0]) for key in config.questions}
     for phase, conversations in (("pretrain", data.pretrain), ("finetune", data.finetune)):
         counts[f"{phase} examples"] = len(conversations.examples)
@@ -227,15 +221,16 @@ def _train(student: RadioModel, config: LlavaConfig, data: _Data, work: Path) ->
     if trained.exists():
         return trained
     rest = (config.hardware, config.max_skipped_share, config.seed)
+    pretrain = PhaseWork(config.pretrain, data.pretrain, work / "pretrain", projector_only=True)
+    finetune = PhaseWork(config.finetune, data.finetune, work / "finetune", projector_only=False)
     llava, processor = _build(student, config)
-    projector = work / "pretrain" / "projector"
-    if not projector.exists():
-        train_phase(llava, processor, data.pretrain, config.pretrain, work / "pretrain", True, *rest)
+    if not pretrain.result.exists():
+        train_phase(llava, processor, pretrain, *rest)
         # Built again, so that the second phase begins alike whether or not the first one ran in this process; and
         # the first one's optimizer makes room for it.
         del llava
         gc.collect()
         torch.cuda.empty_cache()
         llava, processor = _build(student, config)
-    load_projector(llava, projector)
-    return train_phase(llava, processor, data.finetune, config.finetune, work / "finetune", False, *rest)
+    load_projector(llava, pretrain.result)
+    return train_phase(llava, processor, finetune, *rest)

@@ -33,13 +33,14 @@ from transformers_radio.evaluation.classification.zero_shot import (
     zero_shot_classifier,
 )
 from transformers_radio.evaluation.features.statistics import feature_cosine
-from transformers_radio.evaluation.images.labelled import COUNTED, extract_summaries
+from transformers_radio.evaluation.images.labeled import COUNTED, LabeledSplit
 from transformers_radio.evaluation.images.sampled import (
     SAMPLE_SEED,
-    LabelledFiles,
+    LabeledFiles,
     ResizedBatches,
-    sample_labelled_files,
+    sample_labeled_files,
 )
+from transformers_radio.evaluation.images.summaries import extract_summaries
 from transformers_radio.evaluation.llava.train import claim_folder
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, Features, VisionEncoder, load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
@@ -146,8 +147,8 @@ def run(models: list[str], config: ResolutionConfig, output: Path) -> list[Resul
     encoders = [_load(spec, config, device) for spec in models]
     name = config.name or path_name(config.data)
     read = (config.config_name, config.image_column, config.label_column)
-    queries = sample_labelled_files(config.data, config.split, *read, config.images)
-    bank = sample_labelled_files(config.data, config.train_split, *read, config.bank_images)
+    queries = sample_labeled_files(LabeledSplit(config.data, config.split, *read), config.images)
+    bank = sample_labeled_files(LabeledSplit(config.data, config.train_split, *read), config.bank_images)
     if len(bank.files) < config.k:
         raise ValueError(f"The bank has {len(bank.files)} images, fewer than k ({config.k}): raise bank_images.")
     words = _words(config, queries)
@@ -187,8 +188,8 @@ def _load(spec: str, config: ResolutionConfig, device: torch.device) -> VisionEn
 def _measure(
     encoder: VisionEncoder,
     sizes: list[Size],
-    bank: LabelledFiles,
-    queries: LabelledFiles,
+    bank: LabeledFiles,
+    queries: LabeledFiles,
     words: Words,
     config: ResolutionConfig,
     name: str,
@@ -297,8 +298,8 @@ def _encoder_at(encoder: VisionEncoder, size: Size, config: ResolutionConfig) ->
 def _at_size(
     encoder: VisionEncoder,
     size: Size,
-    bank: LabelledFiles,
-    queries: LabelledFiles,
+    bank: LabeledFiles,
+    queries: LabeledFiles,
     classifier: torch.Tensor | None,
     config: ResolutionConfig,
     reference: Reference | None,
@@ -346,7 +347,7 @@ def find_collapses(measured: dict[Size, dict[str, float]], reference: Size, flag
     return {size: what for size, what in found.items() if what}
 
 
-def _words(config: ResolutionConfig, queries: LabelledFiles) -> Words:
+def _words(config: ResolutionConfig, queries: LabeledFiles) -> Words:
     templates = load_templates(config.templates)
     try:
         names = load_class_names(config.classes, queries.class_names, config.data)
@@ -376,8 +377,8 @@ def _classifier(encoder: VisionEncoder, words: Words, config: ResolutionConfig) 
 
 def _protocol(
     encoder: VisionEncoder,
-    bank: LabelledFiles,
-    queries: LabelledFiles,
+    bank: LabeledFiles,
+    queries: LabeledFiles,
     missing: list[int],
     config: ResolutionConfig,
     flagged: dict[str, list[str]],
