@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from helpers.paths import ROOT
-from transformers_radio.evaluation.segmentation.data import (
+from transformers_radio.evaluation.segmentation.config import (
     SegmentationData,
-    SegmentationSplit,
     SplitSource,
     load_segmentation_task,
+)
+from transformers_radio.evaluation.segmentation.data import (
+    SegmentationSplit,
 )
 
 RECIPES = ROOT / "recipes" / "evaluation"

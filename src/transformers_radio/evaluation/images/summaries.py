@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
-from transformers_radio.evaluation.result import differences
+from transformers_radio.disk import differences
 from transformers_radio.precision import DTYPES
 
 from .labelled import COUNTED, LabelledSplit, resize_image, resize_shortest, warn_of_skipped

@@ -17,7 +17,6 @@ from transformers_radio.teachers.base import DTYPES
 
 from .coco import (
     PromptedImage,
-    SamCocoConfig,
     decode_segmentation,
     encode_mask,
     file_digests,
@@ -25,6 +24,7 @@ from .coco import (
     load_detections,
     mask_library,
 )
+from .config import SamCocoConfig
 from .prompting import SamEncoder, StudentEncoder, mask_overlap, predict_masks
 
 

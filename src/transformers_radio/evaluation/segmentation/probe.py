@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 
 from transformers_radio.data.lanes import exit_with_parent
 
-from .config import SegmentationConfig
+from .config import SegmentationConfig, SegmentationData
 from .confusion import IGNORE_INDEX, confusion_matrix, iou_scores
-from .data import Sample, Samples, SegmentationData, SegmentationSplit, data_settings
+from .data import Sample, Samples, SegmentationSplit, data_settings
 from .inference import Encoder, Head, encode_grid, image_logits
 from .transforms import fitted_size, resize_image, training_sample
 
