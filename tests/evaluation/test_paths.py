@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from helpers.classification_world import pictures, write_folders
 from helpers.tiny_sam import make_student
 from transformers_radio.cli import app
-from transformers_radio.evaluation.classification.knn_task import KnnConfig
-from transformers_radio.evaluation.classification.zero_shot_task import ZeroShotConfig
+from transformers_radio.evaluation.classification.config import KnnConfig, ZeroShotConfig
 from transformers_radio.evaluation.images.labelled import LabelledSplit
 from transformers_radio.evaluation.llava.config import LlavaConfig
 from transformers_radio.evaluation.models.encoder import load_encoder, split_title

@@ -108,7 +108,7 @@ class Task:
 
     name: str
     config_class: type
-    counted: tuple[str, ...] = ()
+    counted: tuple[str, ...]
     method: str = ""
     several_processes: bool = False
     measured_together: bool = False

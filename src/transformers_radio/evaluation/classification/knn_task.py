@@ -1,6 +1,5 @@
 """`eval knn`: the class elected by the nearest training images of a validation image (paper, Section 3.1, Table 1)."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,10 @@ from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED
 from transformers_radio.evaluation.task import Job, Measured, Task
 from transformers_radio.evaluation.workspace import clear_work
 
+from .config import KnnConfig
 from .knn import knn_accuracy_of_stores
-from .store import ClassificationConfig, load_encoders, open_split, resolution, store_config, store_split
+from .store import load_encoders, open_split, resolution, store_config, store_split
 from .words import warn_of_other_classes
-
-
-@dataclass
-class KnnConfig(ClassificationConfig):
-    """Settings of the task; the defaults are the paper's."""
-
-    train_split: str = field(default="train", metadata={"help": "The images that are the neighbors: the bank."})
-    train_limit: int | None = field(
-        default=None, metadata={"help": "Only the first so many images of the bank, for a trial. null: all."}
-    )
-    k: int = field(default=20, metadata={"help": "Neighbors that vote."})
-    temperature: float = field(
-        default=0.07, metadata={"help": "A neighbor's vote is exp(cosine similarity / temperature)."}
-    )
-    memory_gb: float = field(default=4.0, metadata={"help": "Memory for the search, in each process."})
 
 
 class Knn(Task):

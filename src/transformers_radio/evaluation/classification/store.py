@@ -1,11 +1,8 @@
-"""What k-NN and zero-shot share: the settings of a classification set, the models, and how summaries are stored."""
+"""What k-NN and zero-shot share: the classification set, the models, and how summaries are stored."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
-from omegaconf import MISSING
 
 from transformers_radio.evaluation.images.labelled import LabelledSplit
 from transformers_radio.evaluation.images.summaries import StoreConfig, SummaryStore, store_summaries
@@ -16,51 +13,9 @@ from transformers_radio.evaluation.models.encoder import (
     split_spec,
     split_title,
 )
-from transformers_radio.evaluation.paths import path_name
 from transformers_radio.evaluation.task import Job
-from transformers_radio.precision import DTYPES
 
-
-@dataclass
-class ClassificationConfig:
-    """Settings that both tasks have; recipes/evaluation/imagenet1k.yaml has those of ImageNet."""
-
-    data: str = field(
-        default=MISSING,
-        metadata={"help": "Class folders, webdataset tars with .cls, Parquet, or a Hub id: what load_dataset opens."},
-    )
-    name: str | None = field(
-        default=None, metadata={"help": "What results call the data. null: the last part of `data`."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
-    )
-    split: str = field(default="validation", metadata={"help": "The images that are classified."})
-    image_column: str | None = field(default=None, metadata={"help": "null: found among the usual names."})
-    label_column: str | None = field(default=None, metadata={"help": "null: found among the usual names."})
-    licence: str = field(default="", metadata={"help": "The data's, for people who read the recipe."})
-    source: str = field(default="", metadata={"help": "Where to get the data."})
-    image_size: Any = field(
-        default=None,
-        metadata={
-            "help": "Pixels. [height, width]: images are scaled to cover them, and the center is cut out. A number: "
-            "the shortest side, the aspect ratio kept, sides rounded to what the model takes; for students only. "
-            "null: a square of the model's own side."
-        },
-    )
-    dtype: str = field(default="float32", metadata={"help": "Of the model.", "choices": tuple(DTYPES)})
-    store_dtype: str = field(
-        default="float32", metadata={"help": "Of the summaries on disk.", "choices": tuple(DTYPES)}
-    )
-    batch_size: int = field(
-        default=64, metadata={"help": "Images of one size that are encoded together, in each process."}
-    )
-    num_workers: int = field(default=4, metadata={"help": "Threads that read and decode images, in each process."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the result and its stored summaries."})
-
-    @property
-    def title(self) -> str:
-        return self.name or path_name(self.data)
+from .config import ClassificationConfig
 
 
 def open_split(config: ClassificationConfig, split: str, limit: int | None = None) -> LabelledSplit:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,13 @@ from transformers_radio.evaluation.task import Job, Measured, Task
 from transformers_radio.evaluation.workspace import clear_work
 from transformers_radio.teachers import digest_weights
 
+from .config import ZeroShotConfig
 from .metrics import ZeroShotAccuracy
-from .store import ClassificationConfig, load_encoders, open_split, resolution, store_config, store_split
-from .words import OPENAI_IMAGENET, load_class_names, load_templates, warn_of_other_classes
+from .store import load_encoders, open_split, resolution, store_config, store_split
+from .words import load_class_names, load_templates, warn_of_other_classes
 from .zero_shot import Template, check_classifier, load_text_tower, zero_shot_classifier
 
 ROWS = 8192  # summaries that are compared at once
-
-
-@dataclass
-class ZeroShotConfig(ClassificationConfig):
-    """Settings of the task; the defaults are the paper's."""
-
-    classes: Any = field(
-        default=None,
-        metadata={
-            "help": "Names of the classes in the order of the labels: a text file with one per line, a list, or "
-            "openai_imagenet for those that OpenAI published for ImageNet-1k. null: the names that the data states."
-        },
-    )
-    templates: Any = field(
-        default=OPENAI_IMAGENET,
-        metadata={"help": "A text file with one per line, {} standing for the name; a list; or OpenAI's 80."},
-    )
-    text: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text tower, open_clip:CHECKPOINT or transformers:CHECKPOINT. null: that of the adaptor's teacher."
-        },
-    )
-    adaptor: str | None = field(
-        default=None,
-        metadata={"help": "The student's adaptor that is read. null: the one to a teacher with a text tower."},
-    )
 
 
 @dataclass

@@ -134,7 +134,7 @@ class Features(Task):
 
 
 def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
-    """Readable images, undecoded, and the number of unreadable ones among them."""
+    """Readable images, undecoded, and the number of unreadable ones that were met."""
     source = _open(config)
 
     def read(shard: int) -> Iterator[tuple[Any, str]]:
@@ -142,7 +142,7 @@ def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
 
     files: list[bytes] = []
     skipped = Counter[str]()
-    # The first ones would be of the first class, where the data comes class by class.
+    # If the data comes class by class, the first ones would all be of the first class.
     for image, _ in shuffled(len(source.shards), read):
         content = source.read(image)
         try:

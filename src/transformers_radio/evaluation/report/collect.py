@@ -77,13 +77,13 @@ def _read(path: Path) -> Result | None:
 
 
 def _check_same_model(one: Found, other: Found) -> None:
-    """Two results of one name must be of one model: of equal weights where both say so of the same thing."""
+    """ValueError if two results of one name are of different models: of different weights, if that can be told."""
     if one.result.model != other.result.model:
         return
     mine, theirs = one.result.settings, other.result.settings
     if "weights" in mine and mine["weights"] == theirs.get("weights"):
-        return  # wherever it lay
-    # a digest is of the weights in one dtype, and a teacher's position table is of its resolution
+        return  # wherever the model lay
+    # a digest holds for the weights in one dtype, and a teacher's position table for its resolution
     comparable = one.result.resolution == other.result.resolution and "dtype" in mine
     if comparable and mine.get("dtype") == theirs.get("dtype"):
         differ = mine.get("weights") != theirs.get("weights")
@@ -92,8 +92,8 @@ def _check_same_model(one: Found, other: Found) -> None:
     if differ:
         raise ValueError(
             f"{one.path} and {other.path} call different models {one.result.model!r} ({one.result.spec}, "
-            f"{other.result.spec}, or "
-            "its weights changed in between): give them titles, as TITLE=MODEL, or measure again."
+            f"{other.result.spec}, or its weights changed in between): give them titles, as TITLE=MODEL, or measure "
+            "again."
         )
 
 

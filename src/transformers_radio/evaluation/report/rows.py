@@ -10,13 +10,22 @@ from .collect import Found
 from .table import Row, Table
 
 
+@dataclass
+class _Cell:
+    """One value of the table, its column, and where it was found."""
+
+    column: str
+    value: float
+    one: Found
+
+
 def report_table(measured: Sequence[Found], title: str = "Students and teachers") -> tuple[Table, list[str]]:
-    """One row a model, teachers before students and each in the order met; and the names of the students.
+    """One row per model, teachers before students and each in the order met; and the names of the students.
 
     A row's resolution is that of its first column in the order of Table 1 (zero-shot, k-NN, ...). Its throughput is
-    the one at that resolution, or else the only one there is; of several the one without a decoder. The notes say how
-    each column was measured and on how much, which outputs of the models there were to read, what was measured at
-    another resolution than the row's, and what has no place in the table.
+    the one at that resolution, or else the only one there is; if there are several, the one without a decoder. The
+    notes say how each column was measured and on how much, which outputs of the models there were to read, what was
+    measured at another resolution than the row's, and what has no place in the table.
 
     Raises:
         ValueError: a model has several throughputs at its resolution, or nothing that was measured has a column.
@@ -33,44 +42,45 @@ def report_table(measured: Sequence[Found], title: str = "Students and teachers"
             f"There are only results of {tasks}, without a column in the table: measure one of "
             f"{', '.join(name for name in TASKS if load_task(name).columns)} or throughput."
         )
-    rowless = [
+    without_row = [
         f"Without a row: {model}, measured by {', '.join(one.method for one in by_model.pop(model))} only."
         for model in list(by_model)
         if model not in shown
     ]
     students = [model for model, ones in by_model.items() if all(one.result.kind != "teacher" for one in ones)]
-    names = list(dict.fromkeys(cell.column for cell in cells))
-    rows, speeds, empty = [], [], []
+    columns = [cell.column for cell in cells]
+    rows, speeds, not_timed = [], [], []
     for model in sorted(by_model, key=lambda model: model in students):  # stable: teachers first
         own = [cell for cell in cells if cell.one.result.model == model]
         timed = [one for one in by_model[model] if one.result.task == "throughput"]
         first = (own[0].one if own else timed[0]).result
         speed = _throughput(timed, first.resolution)
-        if timed and speed is None:
+        if speed is not None:
+            speeds.append(_Cell("Throughput", speed.result.metrics["Throughput"], speed))
+        elif timed:
             sides = " and ".join(dict.fromkeys(str(one.result.resolution) for one in timed))
-            empty.append(f"Throughput of {model}: measured at {sides} px, none of which is the row's.")
-        rows.append(
-            Row(
-                model,
-                first.params,
-                tuple(first.resolution) if isinstance(first.resolution, list) else first.resolution,  # type: ignore[arg-type]
-                None if speed is None else speed.result.metrics["Throughput"],
-                dict.fromkeys(names) | {cell.column: cell.value for cell in own},
-            )
-        )
-        at_theirs = {cell.column: _throughput_at(timed, cell.one.result.resolution) for cell in own}
-        rows[-1].speeds = {column: value for column, value in at_theirs.items() if value != rows[-1].throughput}
-        speeds += [] if speed is None else [_Cell("Throughput", speed, rows[-1].throughput or 0.0)]
+            not_timed.append(f"Throughput of {model}: measured at {sides} px, none of which is the row's.")
+        rows.append(_row(first, own, speed, timed, columns))
     everything = [*cells, *speeds]
-    notes = [*_protocols(everything), *_choices(cells), *_other_resolutions(everything, rows), *empty]
-    return Table(title, rows, [*notes, *_left_out(measured), *rowless]), students
+    notes = [*_protocols(everything), *_choices(cells), *_other_resolutions(everything, rows), *not_timed]
+    return Table(title, rows, [*notes, *_left_out(measured), *without_row]), students
 
 
-@dataclass
-class _Cell:
-    column: str
-    one: Found
-    value: float
+def _row(
+    first: Result, cells: Sequence[_Cell], speed: Found | None, timed: Sequence[Found], columns: Sequence[str]
+) -> Row:
+    """The row of a model, with the resolution of its result `first`; None in columns that it has no cell of."""
+    throughput = None if speed is None else speed.result.metrics["Throughput"]
+    side = tuple(first.resolution) if isinstance(first.resolution, list) else first.resolution
+    speeds = {cell.column: _throughput_at(timed, cell.one.result.resolution) for cell in cells}
+    return Row(
+        first.model,
+        first.params,
+        side,  # type: ignore[arg-type]
+        throughput,
+        dict.fromkeys(columns) | {cell.column: cell.value for cell in cells},
+        {column: value for column, value in speeds.items() if value != throughput},
+    )
 
 
 def _cells(measured: Sequence[Found]) -> list[_Cell]:
@@ -86,12 +96,12 @@ def _cells(measured: Sequence[Found]) -> list[_Cell]:
         for metric in _columns(one.result):
             column = metric if len(sets) == 1 else f"{metric} ({data})"
             column = data if load_task(task).column_is_data else column
-            cells.append(_Cell(f"{column} ({how})" if how else column, one, one.result.metrics[metric]))
+            cells.append(_Cell(f"{column} ({how})" if how else column, one.result.metrics[metric], one))
     return cells
 
 
 def _columns(result: Result) -> list[str]:
-    """The metrics of this result that have a column; none if the task does not exist any more."""
+    """The metrics of this result that have a column; none if there is no such task any more."""
     if result.task not in TASKS:
         return []
     task = load_task(result.task)
@@ -99,13 +109,13 @@ def _columns(result: Result) -> list[str]:
 
 
 def _throughput(timed: Sequence[Found], resolution: int | list[int] | None) -> Found | None:
-    """The one for the row; None where there is none, or several and none at the row's resolution.
+    """The one for the row; None if there is none, or several and none at the row's resolution.
 
     What was timed with windows of its own is left out: the quality beside it was measured without them.
     """
     timed = [one for one in timed if not one.result.settings.get("window_size")]
     fitting = [one for one in timed if one.result.resolution == resolution] or timed
-    # all have the model alone, but beside a decoder it was timed in other company
+    # all have timed the model alone, but with a decoder there were more models in turn
     fitting = [one for one in fitting if one.result.settings.get("decoder", "none") == "none"] or fitting
     if len(fitting) > 1:
         if fitting[0].result.resolution != resolution:
@@ -118,14 +128,14 @@ def _throughput(timed: Sequence[Found], resolution: int | list[int] | None) -> F
 
 
 def _throughput_at(timed: Sequence[Found], resolution: int | list[int] | None) -> float | None:
-    """Images/s of the model alone at just this resolution; None where there is no such figure, or more than one."""
+    """Images/s of the model alone at exactly this resolution; None if there is no such number, or more than one."""
     fitting = [one for one in timed if one.result.resolution == resolution]
     fitting = [one for one in fitting if one.result.settings.get("decoder", "none") == "none"] or fitting
     return fitting[0].result.metrics["Throughput"] if len(fitting) == 1 else None
 
 
 def _protocols(cells: Sequence[_Cell]) -> list[str]:
-    """A note for each way of measuring, with its columns and, where not all models were measured so, its models."""
+    """A note for each way of measuring, with its columns and, if not all models were measured so, its models."""
     groups: dict[tuple[str, str], list[_Cell]] = {}
     for cell in cells:
         result = cell.one.result
@@ -166,12 +176,12 @@ def _other_resolutions(cells: Sequence[_Cell], rows: Sequence[Row]) -> list[str]
 
 
 def _left_out(measured: Sequence[Found]) -> list[str]:
+    """A note on the tasks without columns, and on the other metrics of those that have some."""
     names: dict[str, None] = {}
     for one in measured:
-        has_columns = one.result.task in TASKS and load_task(one.result.task).columns
-        if not has_columns and one.result.task != "throughput":
-            names[one.result.task] = None
-        for metric in one.result.metrics:
-            if has_columns and metric not in _columns(one.result):
-                names[f"{one.method} {metric}"] = None
+        columns, task = _columns(one.result), one.result.task
+        if columns:
+            names |= {f"{one.method} {metric}": None for metric in one.result.metrics if metric not in columns}
+        elif task != "throughput":
+            names[task] = None
     return [f"In the result files only: {', '.join(names)}."] if names else []

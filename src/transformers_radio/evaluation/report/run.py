@@ -16,10 +16,10 @@ from .table import Table
 def write_report(
     folders: Sequence[str | Path], output: str | Path | None = None, title: str = "Students and teachers"
 ) -> tuple[Table, list[Path]]:
-    """Write the report of all the results in and below the folders; return its table and the files.
+    """Write the report of all results in and below the folders; return its table and the files.
 
     report.md and report.json hold the table (`Table.from_json` reads it), report.png and report.pdf quality against
-    throughput (not written where no two models have both), and MODEL.model-index.yaml, one per student, its metrics as
+    throughput (not written unless two models have both), and MODEL.model-index.yaml, one per student, its metrics as
     a Hub model card's `model-index`.
 
     Args:

@@ -6,21 +6,19 @@ RADIO v2.1 has 82.9 % zero-shot at 432 pixels and 0.2 % at 1024: above some size
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from transformers_radio.disk import digest, replace_whole, write_json
 from transformers_radio.evaluation.classification.knn import knn_accuracy
 from transformers_radio.evaluation.classification.words import (
-    OPENAI_IMAGENET,
     load_class_names,
     load_templates,
     warn_of_other_classes,
@@ -47,12 +45,12 @@ from transformers_radio.evaluation.models.encoder import (
     split_spec,
     split_title,
 )
-from transformers_radio.evaluation.paths import fingerprint_checkpoint, path_name
+from transformers_radio.evaluation.paths import fingerprint_checkpoint
 from transformers_radio.evaluation.result import Result, slug
 from transformers_radio.evaluation.task import Job, Measured, Task
 from transformers_radio.evaluation.workspace import claim_folder
-from transformers_radio.precision import DTYPES
 
+from .config import ResolutionConfig
 from .figure import Size, resolution_figure, size_name
 
 logger = logging.getLogger(__name__)
@@ -61,71 +59,6 @@ ZERO_SHOT, KNN, KNN_REFERENCE = "Zero-shot", "k-NN", "k-NN, reference bank"
 SUMMARY_COSINE, FEATURE_COSINE = "Summary cosine", "Feature cosine"
 FEATURE_BATCH = 4  # images
 CLASSES_NAMED = 5  # in the protocol, of those without an image in the bank
-
-
-@dataclass
-class ResolutionConfig:
-    """Settings of the task."""
-
-    data: str = field(
-        default=MISSING,
-        metadata={"help": "Labeled images: class folders, webdataset tars with .cls, or what load_dataset opens."},
-    )
-    name: str | None = field(
-        default=None, metadata={"help": "What results call the data. null: the last part of `data`."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
-    )
-    train_split: str = field(default="train", metadata={"help": "The images that are k-NN's neighbors: the bank."})
-    split: str = field(default="validation", metadata={"help": "The images that are classified."})
-    image_column: str | None = field(default=None, metadata={"help": "null: found among the usual names."})
-    label_column: str | None = field(default=None, metadata={"help": "null: found among the usual names."})
-    sizes: list[Any] = field(
-        default_factory=lambda: [224, 336, 432, 512, 768, 1024, [432, 768]],
-        metadata={
-            "help": "Sides in pixels or [height, width]; each becomes the nearest multiple that the model takes."
-        },
-    )
-    reference: int | None = field(
-        default=None, metadata={"help": "Side that the others are compared with. null: the model's own."}
-    )
-    flag_below: float = field(
-        default=0.5, metadata={"help": "What has less than this share of its value at the reference is flagged."}
-    )
-    bank_images: int | None = field(default=5000, metadata={"help": "Drawn with seed 0. null: all."})
-    images: int | None = field(default=1000, metadata={"help": "Of the split, drawn with seed 0. null: all."})
-    feature_images: int = field(default=32, metadata={"help": "Of these, the ones whose patch features are compared."})
-    k: int = field(default=20, metadata={"help": "Neighbors that vote."})
-    temperature: float = field(
-        default=0.07, metadata={"help": "A neighbor's vote is exp(cosine similarity / temperature)."}
-    )
-    classes: Any = field(
-        default=None,
-        metadata={
-            "help": "Names for zero-shot: a text file with one per line, a list or openai_imagenet. null: those that "
-            "the data states."
-        },
-    )
-    templates: Any = field(
-        default=OPENAI_IMAGENET,
-        metadata={"help": "A text file with one per line, {} standing for the name; a list; or OpenAI's 80."},
-    )
-    text: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text tower, open_clip:CHECKPOINT or transformers:CHECKPOINT. null: that of the adaptor's teacher."
-        },
-    )
-    adaptor: str | None = field(
-        default=None,
-        metadata={"help": "The student's adaptor that zero-shot reads. null: the one to a teacher with a text tower."},
-    )
-    dtype: str = field(default="float32", metadata={"help": "Of the models.", "choices": tuple(DTYPES)})
-    batch_size: int = field(
-        default=32, metadata={"help": "Images at the reference; other sizes take as many pixels at once."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the result."})
 
 
 @dataclass
@@ -243,11 +176,7 @@ class Resolution(Task):
         )
 
     def finish(self, results: list[Result]) -> None:
-        resolution_figure(results, self.output / f"resolution.{slug(self.data_name)}.png")
-
-    @property
-    def data_name(self) -> str:
-        return self.config.name or path_name(self.config.data)
+        resolution_figure(results, self.output / f"resolution.{slug(self.config.title)}.png")
 
     def _load(self, spec: str, device: torch.device) -> VisionEncoder:
         """At the reference, or the nearest side that this model takes."""
@@ -272,7 +201,7 @@ class Resolution(Task):
             "queries": self.queries.split.fingerprint(),
             "seed": SAMPLE_SEED,
         }
-        return Job.of(encoder, self.data_name, settings)
+        return Job.of(encoder, self.config.title, settings)
 
     def _classifier(self, encoder: VisionEncoder) -> tuple[torch.Tensor | None, str]:
         """(C, D) for zero-shot, or None and the reason."""

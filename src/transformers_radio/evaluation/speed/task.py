@@ -88,7 +88,7 @@ class Forward:
 
 
 class Throughput(Task):
-    """ "Throughput" is images/s of the model alone at the largest batch.
+    """The metric "Throughput" is images/s of the model alone at the largest batch.
 
     Raises:
         FileNotFoundError, ValueError: settings or a model that cannot be used; before anything is timed.
@@ -136,7 +136,7 @@ class Throughput(Task):
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Model -> its metrics, of one run in which all models take turns."""
+        """Model -> its metrics, from one run in which all models take turns."""
         config = self.config
         forwards: dict[tuple[str, str], Forward] = {}  # (model, what follows it) -> what is timed
         batches: dict[tuple[str, str, int], torch.Tensor] = {}  # the same with the batch size -> its images
@@ -176,7 +176,7 @@ class Throughput(Task):
         language = config.adaptor if config.decoder == "zero-shot" else None
         encoder = load_encoder(spec, side, config.dtype, self.device, language, config.window_size)
         if config.decoder == "zero-shot":
-            encoder.text_tower()  # raises where there is none
+            encoder.text_tower()  # raises if there is none
         return encoder
 
     def _job(self, encoder: VisionEncoder) -> Job:
@@ -262,7 +262,7 @@ def _with_decoder(encoder: VisionEncoder, config: ThroughputConfig, sam: Any) ->
 def _sam_encoder(
     encoder: VisionEncoder, sam: Any, config: ThroughputConfig, weights: list[torch.Tensor]
 ) -> tuple[SamEncoder | StudentEncoder, list[torch.Tensor]]:
-    """What makes SAM's embeddings, and its weights."""
+    """The encoder of SAM's embeddings, and its weights."""
     if encoder.is_student:
         adaptor = config.adaptor or "sam"
         student = StudentEncoder(encoder.model, sam, adaptor, encoder.image_size)
@@ -295,7 +295,7 @@ def _images(encoder: VisionEncoder, batch: int, dtype: torch.dtype) -> torch.Ten
 
 
 def _windows(encoder: VisionEncoder, config: ThroughputConfig) -> str:
-    """What the settings ask for, for a student; nothing where they ask for nothing."""
+    """The windows that the settings ask for, if they do and the model is a student."""
     if config.window_size is None or not encoder.is_student:
         return ""
     return f", windows of {config.window_size} patches" if config.window_size else ", global attention"
