@@ -205,7 +205,7 @@ def test_wrong_settings_are_refused_before_any_work(root, tmp_path, overrides, e
 
 def test_other_models_are_refused(root, tmp_path):
     overrides = settings(root / "short", root / "language_model")
-    with pytest.raises(ValueError, match="no student"):
+    with pytest.raises(ValueError, match="not a student"):
         run_task("llava", ["transformers:anything"], output=tmp_path, overrides=overrides)
 
 
