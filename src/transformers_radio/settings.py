@@ -34,9 +34,12 @@ def _describe(schema: type, prefix: str, width: int) -> Iterator[str]:
     sections = []
     for one in fields(schema):
         kind, name = types[one.name], f"{prefix}{one.name}"
-        inner = (get_args(kind) or (kind,))[-1]  # of dict[str, X], X
+        inner, place = kind, name
+        while get_origin(inner) in (dict, list):  # X of dict[str, X] and of list[X]
+            place += ".NAME" if get_origin(inner) is dict else "[NUMBER]"
+            inner = get_args(inner)[-1]
         if isinstance(inner, type) and is_dataclass(inner):
-            sections.append((inner, f"{name}.NAME" if get_origin(kind) is dict else name))
+            sections.append((inner, place))
             continue
         yield f"{name}: {_type(kind, one)}{_default(one)}"
         yield from _wrapped(one.metadata.get("help", ""), width)
@@ -63,7 +66,7 @@ def _default(one: Field) -> str:
     value = one.default if one.default_factory is NO_DEFAULT else one.default_factory()
     if value is NO_DEFAULT or value == MISSING:
         return " (required)"
-    return f" = {value if isinstance(value, str) else json.dumps(value)}"
+    return f" = {value if value and isinstance(value, str) and value.isprintable() else json.dumps(value)}"
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationData, SplitSource
 
 COLORS = np.array([[220, 40, 40], [40, 200, 60], [50, 70, 210]])
 

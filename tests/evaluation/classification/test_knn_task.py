@@ -14,11 +14,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from helpers.classification_world import pictures, run_processes, start_process, write_folders, write_parquet
 from helpers.paths import ROOT
-from transformers_radio.evaluation.classification.knn_task import KnnConfig
-from transformers_radio.evaluation.classification.zero_shot_task import ZeroShotConfig
 from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.models.encoder import VisionStudent
-from transformers_radio.evaluation.run import load_config, run_task
+from transformers_radio.evaluation.run import load_config, load_task, run_task
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.modeling.image_processing_radio import RadioImageProcessor
 
@@ -192,10 +190,7 @@ def test_more_neighbors_than_the_bank_has_are_refused_before_the_first_image(
     ("settings", "promised"),
     [
         (["name=ImageNet-1k"], 1000),
-        (["classes=openai_imagenet"], 1000),
-        (["classes=[a,b]", "name=birds"], 2),
         (["name=birds"], None),
-        (["classes=[a,b,c]", "name=birds"], None),
     ],
 )
 def test_a_set_of_another_number_of_classes_than_its_name_has_warns(
@@ -247,11 +242,24 @@ def test_models_that_cannot_be_compared_are_named(student, folders, tmp_path):
         run_task("knn", [clip, clip], str(folders), None, tmp_path, [])
 
 
-@pytest.mark.parametrize("schema", [KnnConfig, ZeroShotConfig])
-def test_the_recipe_of_imagenet(schema):
+@pytest.mark.parametrize(
+    ("task", "override", "message"),
+    [
+        ("knn", "classes=[a,b,c]", "classes: .*The settings are data, .*, train_split, "),
+        ("zero-shot", "train_split=train", "train_split: .*The settings are data, .*, classes, "),
+    ],
+)
+def test_settings_of_the_other_task_are_refused(task, override, message, student, parquet, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_task(task, [str(student)], str(parquet), None, tmp_path, [override])
+
+
+@pytest.mark.parametrize("task", ["knn", "zero-shot"])
+def test_the_recipe_of_imagenet_is_for_both_tasks(task):
     recipe = ROOT / "recipes" / "evaluation" / "imagenet1k.yaml"
-    config = load_config(schema, None, recipe, ["store_dtype=float16"])
+    schema, passed_over = load_task(task).config_class, load_task(task).passed_over
+    config = load_config(schema, None, recipe, ["store_dtype=float16"], passed_over)
     assert (config.data, config.split, config.title) == ("ILSVRC/imagenet-1k", "validation", "ImageNet-1k")
-    assert load_config(schema, "data/imagenet", recipe, []).data == "data/imagenet"
-    if schema is KnnConfig:
+    assert load_config(schema, "data/imagenet", recipe, [], passed_over).data == "data/imagenet"
+    if task == "knn":
         assert (config.k, config.temperature, config.train_split) == (20, 0.07, "train")

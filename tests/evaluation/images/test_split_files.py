@@ -13,7 +13,8 @@ from transformers_radio.data.source import Source, read_image
 from transformers_radio.evaluation import load_labelled_images
 from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.images.split_files import find_split
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SegmentationSplit, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.data import SegmentationSplit
 from transformers_radio.visualization.pictures import load_pictures
 
 MADE = pictures(6, seed=0)

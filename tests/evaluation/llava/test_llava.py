@@ -20,10 +20,10 @@ from helpers.paths import ROOT
 from helpers.tiny_llava import make_world, save_language_model, save_student, settings
 from transformers_radio import RadioModel
 from transformers_radio.evaluation.llava.answers import AnswerLog, answer_questions, read_questions
+from transformers_radio.evaluation.llava.config import LlavaConfig, LlavaQuestions
 from transformers_radio.evaluation.llava.model import load_llava
-from transformers_radio.evaluation.llava.task import LlavaQuestions
 from transformers_radio.evaluation.result import Result
-from transformers_radio.evaluation.run import run_task
+from transformers_radio.evaluation.run import load_config, run_task
 from transformers_radio.teachers import digest_weights
 
 LEARNING = {
@@ -205,7 +205,7 @@ def test_wrong_settings_are_refused_before_any_work(root, tmp_path, overrides, e
 
 def test_other_models_are_refused(root, tmp_path):
     overrides = settings(root / "short", root / "language_model")
-    with pytest.raises(ValueError, match="no student"):
+    with pytest.raises(ValueError, match="not a student"):
         run_task("llava", ["transformers:anything"], output=tmp_path, overrides=overrides)
 
 
@@ -275,9 +275,6 @@ def test_two_processes_train_and_answer_together(root, tmp_path):
 
 
 def test_the_recipe_is_lla_va_s():
-    from transformers_radio.evaluation.llava.task import LlavaConfig
-    from transformers_radio.evaluation.run import load_config
-
     recipe = ROOT / "recipes" / "evaluation" / "llava.yaml"
     config = load_config(LlavaConfig, None, recipe, None)
     assert (config.pretrain.learning_rate, config.pretrain.batch_size, config.pretrain.epochs) == (1e-3, 256, 1)

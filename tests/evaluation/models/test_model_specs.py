@@ -7,7 +7,8 @@ import transformers
 from transformers_radio.data.errors import FileError
 from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.models.encoder import load_encoder
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SegmentationSplit, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.data import SegmentationSplit
 
 
 def segmentation(path):

@@ -22,12 +22,12 @@ from transformers_radio.evaluation.sam_coco.coco import (
     load_annotations,
     load_detections,
 )
+from transformers_radio.evaluation.sam_coco.config import SamCocoConfig
 from transformers_radio.evaluation.sam_coco.measure import evaluate_sam_coco, open_results
 from transformers_radio.evaluation.sam_coco.prompting import (
     SamEncoder,
     StudentEncoder,
 )
-from transformers_radio.evaluation.sam_coco.task import SamCocoTaskConfig
 
 
 @pytest.fixture
@@ -235,13 +235,13 @@ def test_annotations_that_do_not_fit_are_named_before_work_starts(dataset, edit,
 
 def test_annotation_files_that_are_none(dataset):
     with pytest.raises(FileNotFoundError, match="absent.json"):
-        load_annotations(dataset.config(annotations=str(dataset.folder / "absent.json")))
-    (dataset.folder / "text.json").write_text("no json")
+        load_annotations(dataset.config(split="absent"))
+    (dataset.folder / "annotations" / "instances_text.json").write_text("no json")
     with pytest.raises(ValueError, match="text.json is not a JSON file"):
-        load_annotations(dataset.config(annotations=str(dataset.folder / "text.json")))
-    dataset.write([1], "list.json")
+        load_annotations(dataset.config(split="text"))
+    dataset.write([1], "annotations/instances_list.json")
     with pytest.raises(ValueError, match="not a COCO annotation file"):
-        load_annotations(dataset.config(annotations=str(dataset.folder / "list.json")))
+        load_annotations(dataset.config(split="list"))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,6 @@ def test_wrong_chunks_are_refused(dataset, sam):
 
 
 def test_the_recipe_is_a_complete_config():
-    config = load_config(SamCocoTaskConfig, None, ROOT / "recipes/evaluation/coco2017.yaml", [])
+    config = load_config(SamCocoConfig, None, ROOT / "recipes/evaluation/coco2017.yaml", [])
     assert config.image_size == 1024 and not config.best_of_three and "CC BY 4.0" in config.licence
     assert config.crowds  # as the paper's 77.18

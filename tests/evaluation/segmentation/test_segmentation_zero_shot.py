@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from transformers_radio.evaluation.segmentation.config import SegmentationConfig
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationConfig, SegmentationData, SplitSource
 from transformers_radio.evaluation.segmentation.inference import encode_grid
 from transformers_radio.evaluation.segmentation.words import (
     PatchProjection,

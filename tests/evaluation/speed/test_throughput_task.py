@@ -120,7 +120,7 @@ def test_sams_decoder_behind_a_student_and_sam(student, sam_file, tmp_path, dtyp
         assert result.resolution == SIDE  # SAM's own
         assert result.metrics["GFLOPs an image + sam"] > result.metrics["GFLOPs an image"]
         assert result.metrics["images/s, batch 2 + sam"] > 0
-        assert len(json.dumps(result.settings)) and "one box an image" in result.protocol
+        assert len(json.dumps(result.settings)) and "one box per image" in result.protocol
     sam = load_sam(str(sam_file))
     decoder = sum(tensor.numel() for part in (sam.prompt_encoder, sam.mask_decoder) for tensor in part.parameters())
     encoder = sum(parameter.numel() for parameter in sam.image_encoder.parameters())

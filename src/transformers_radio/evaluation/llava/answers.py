@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from omegaconf import MISSING
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -16,23 +15,9 @@ from transformers_radio.data.images import SkippedImage
 from transformers_radio.data.source import read_rgb
 from transformers_radio.disk import digest
 
+from .config import LlavaQuestions
 from .data import IMAGE_TOKEN, LlavaCollator, encode_image, expand_image_token, render
 from .scorers import SCORERS
-
-
-@dataclass
-class LlavaQuestions:
-    """A set of questions that is scored here.
-
-    Each line is JSON: {"question_id", "image": path below `images` or left out, "text", "answer": one text, or
-    "answers": those of several people}.
-    """
-
-    questions: str = MISSING  # the file, below data
-    images: str = MISSING  # the folder, below data
-    scorer: str = "exact_match"  # or yes_no (POPE), or vqa (answers of several people)
-    prompt: str = "\nAnswer the question using a single word or phrase."  # follows each question; LLaVA-1.5's own
-    max_new_tokens: int = 16
 
 
 @dataclass
@@ -46,7 +31,7 @@ class Question:
 
 
 def read_questions(path: str | Path, images: str | Path, scorer: str) -> tuple[list[Question], str]:
-    """The questions of a file (see `LlavaQuestions`), and the digest of its bytes.
+    """The questions of a file (see `LlavaQuestions.questions`), and the digest of its bytes.
 
     Raises:
         FileNotFoundError: no such file, or images that are missing: a score over a part is not a score.

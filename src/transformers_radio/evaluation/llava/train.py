@@ -11,47 +11,21 @@ FOLDER/                one phase
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
 
-from transformers_radio.disk import differences, remove, replace_whole, write_json
+from transformers_radio.disk import remove, replace_whole
 
+from .config import LlavaHardware, LlavaPhase
 from .data import Conversations, LlavaCollator, LlavaDataset
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LlavaPhase:
-    """One phase; the defaults are those that the two stock phases share (AdamW, cosine, no weight decay)."""
-
-    conversations: str = MISSING  # JSON in LLaVA's format, below data
-    images: str = MISSING  # folder that its images are named from, below data
-    learning_rate: float = MISSING
-    batch_size: int = MISSING  # examples per update, over all processes and accumulated steps
-    epochs: float = 1.0
-    warmup: float = 0.03  # share of the steps
-    max_length: int = 2048  # in tokens, image tokens included
-    save_steps: int = 1000
-
-
-@dataclass
-class LlavaHardware:
-    """How a phase is run; only `bf16` changes the numbers."""
-
-    per_device_batch_size: int = 16
-    num_workers: int = 4
-    bf16: bool = True  # autocast; trained weights stay in float32
-    gradient_checkpointing: bool = True
-    log_steps: int = 10
 
 
 class LlavaTrainer(Trainer):
@@ -200,40 +174,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except (OSError, json.JSONDecodeError):
             logger.warning("%s was not written to its end and is not used", path)
     return None
-
-
-def claim_folder(
-    folder: Path,
-    settings: dict[str, Any],
-    counted: Sequence[str],
-    overwrite: bool,
-    before: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> None:
-    """Makes `folder` the place of work with these settings; what is there with the same settings is kept.
-
-    Args:
-        counted, before: which settings must be the same, and those of earlier versions, as for `result.done`.
-
-    Raises:
-        ValueError: work of other settings is there, and `overwrite` is False.
-    """
-    state = PartialState()
-    file = folder / "settings.json"
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    state.wait_for_everyone()  # all have read before one writes
-    if there is not None:
-        changed = differences(there if before is None else before(there), settings, counted)
-        if not changed:
-            return
-        if not overwrite:
-            raise ValueError(
-                f"{folder} holds work of other settings; it differs in {', '.join(changed)}. Choose another --output, "
-                "or replace it with overwrite=true."
-            )
-    if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(file, settings)
-    state.wait_for_everyone()
 
 
 def count_unreadable(folder: Path) -> int:

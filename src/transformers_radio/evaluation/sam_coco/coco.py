@@ -15,40 +15,9 @@ from transformers_radio.data.images import SkippedImage
 from transformers_radio.data.source import read_rgb
 from transformers_radio.disk import digest
 
+from .config import SamCocoConfig
+
 EXTRA = 'pip install "transformers_radio[evaluation]"'
-
-
-@dataclass
-class SamCocoConfig:
-    """The prompted-mask evaluation on one split of a COCO-format dataset.
-
-    Attributes:
-        images: folder that the annotations' file names are in.
-        annotations: the split's instance annotations (JSON).
-        detections: boxes to prompt with instead of the true ones, a COCO results file (JSON) of entries with image_id,
-            category_id, bbox and score. The metric is then COCO's mask AP instead of the mean mask IoU.
-        sam: original SAM checkpoint whose prompt encoder, neck and decoder are used.
-        adaptor: the student's adaptor to SAM.
-        image_size: side of the student's input in pixels; None for SAM's own (1024).
-        window_size: of the student, in patches; None for its default, 0 for global attention.
-        best_of_three: take the mask with the highest predicted IoU from SAM's three, instead of the single mask.
-        prompts_per_chunk: boxes that are decoded at once; memory grows with it, the result does not.
-        crowds: with true boxes, whether crowd regions are prompted for and scored like objects. In COCO's mask AP they
-            always are what COCO makes of them.
-        dtype: in which autocast computes the image encoder's products; prompts and decoder stay in float32.
-    """
-
-    images: str
-    annotations: str
-    detections: str | None = None
-    sam: str = "sam_vit_h_4b8939.pth"
-    adaptor: str = "sam"
-    image_size: int | None = None
-    window_size: int | None = None
-    best_of_three: bool = False
-    prompts_per_chunk: int = 64
-    crowds: bool = False
-    dtype: str = "float32"
 
 
 @dataclass
@@ -192,8 +161,8 @@ def _group(
     missing = [image.path for image in grouped.values() if not image.path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(grouped)} image files are missing, the first is {missing[0]}: set images to the "
-            "folder that the file names of the annotations are in."
+            f"{len(missing)} of {len(grouped)} image files are missing, the first is {missing[0]}: set data and "
+            "split, which name the folder that the file names of the annotations are in."
         )
     return [grouped[image_id] for image_id in sorted(grouped)]
 

@@ -19,7 +19,6 @@ from transformers_radio.teachers.base import DTYPES
 
 from .coco import (
     PromptedImage,
-    SamCocoConfig,
     decode_segmentation,
     encode_mask,
     file_digests,
@@ -27,6 +26,7 @@ from .coco import (
     load_detections,
     mask_library,
 )
+from .config import SamCocoConfig
 from .metrics import MaskAveragePrecision, MeanMaskIoU, average_precision_library, mask_overlap
 from .prompting import Encoder, SamEncoder, StudentEncoder, predict_masks
 

@@ -1,13 +1,11 @@
 """Segmentation sets: folders of images and masks (ADE20K, PASCAL VOC), or any `datasets` source with both columns."""
 
 import io
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -18,58 +16,8 @@ from transformers_radio.evaluation.images.split_files import find_split
 from transformers_radio.evaluation.models.specs import folder_or_hub
 from transformers_radio.evaluation.paths import expand_home
 
-from .config import SegmentationConfig
-from .miou import IGNORE_INDEX, reduce_labels
-
-
-@dataclass
-class SplitSource:
-    """A part of a split: two folders below the set's path, or (with `split`) a split of a `datasets` source."""
-
-    images: str | None = None  # folder of images
-    masks: str | None = None  # folder of PNGs that have the images' names
-    names: str | None = None  # file with one image name per line, without extension; null: all images of the folder
-    split: str | None = None  # name of a split, where datasets.load_dataset opens the set
-    config_name: str | None = None  # configuration of such a set, where it has several
-    image_column: str = "image"
-    mask_column: str = "annotation"
-
-
-@dataclass
-class SegmentationData:
-    """A segmentation set; see recipes/evaluation/ for ADE20K and PASCAL VOC 2012."""
-
-    name: str = MISSING
-    path: str = MISSING  # folder, or what datasets.load_dataset understands
-    classes: list[str] = MISSING  # in the order of the class indices
-    splits: dict[str, list[SplitSource]] = MISSING  # "train" and "validation"; the parts of a split are joined
-    reduce_labels: bool = False  # masks number the classes from 1, and 0 means "no class"
-    ignore_index: int = IGNORE_INDEX  # masks' value for pixels without a class
-    licence: str = ""
-    source: str = ""  # where to get it
-
-
-@dataclass
-class SegmentationTask:
-    """What a file in recipes/evaluation/ holds: the set, and the numbers of the probe."""
-
-    data: SegmentationData = field(default_factory=SegmentationData)
-    probe: SegmentationConfig = field(default_factory=SegmentationConfig)
-
-
-def load_segmentation_task(path: str | Path, overrides: list[str] | None = None) -> SegmentationTask:
-    """Reads recipes/evaluation/*.yaml, with `key=value` overrides such as `probe.iterations=80000 data.path=ADE`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a field that does not exist, is missing, or has a value that cannot be used.
-    """
-    from transformers_radio.evaluation.run import load_config  # which knows all tasks
-
-    task = load_config(SegmentationTask, None, path, overrides)
-    assert isinstance(task, SegmentationTask)
-    task.probe.check()
-    return task
+from .config import SegmentationData, SplitSource
+from .miou import reduce_labels
 
 
 class Sample(NamedTuple):

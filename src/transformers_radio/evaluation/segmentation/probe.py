@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers_radio.data.lanes import exit_with_parent
 from transformers_radio.disk import differences, replace_whole, write_json, writing
 
-from .config import SegmentationConfig
-from .data import Sample, Samples, SegmentationData, SegmentationSplit, data_settings
+from .config import SegmentationConfig, SegmentationData
+from .data import Sample, Samples, SegmentationSplit, data_settings
 from .inference import Encoder, Head, encode_grid, image_logits
 from .miou import IGNORE_INDEX, MeanIoU
 from .transforms import fitted_size, resize_bilinear, training_sample

@@ -16,8 +16,8 @@ from torch import nn
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import build_teacher
 
-from .config import SegmentationConfig
-from .data import SegmentationData, SegmentationSplit
+from .config import SegmentationConfig, SegmentationData
+from .data import SegmentationSplit
 from .inference import Encoder
 from .probe import evaluate_segmentation
 
