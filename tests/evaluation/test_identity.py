@@ -12,7 +12,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from transformers_radio.evaluation.throughput import task as throughput
 
 from helpers.classification_world import pictures, write_folders, write_parquet, write_tar
 from helpers.coco_files import Dataset
@@ -26,6 +25,7 @@ from transformers_radio.evaluation.sam_coco import task as sam_coco
 from transformers_radio.evaluation.segmentation import task as segmentation
 from transformers_radio.evaluation.segmentation.config import SegmentationConfig
 from transformers_radio.evaluation.segmentation.probe import FREE_FIELDS
+from transformers_radio.evaluation.speed import task as throughput
 
 KNN = ["k=1", "num_workers=1", "batch_size=8"]
 
