@@ -46,7 +46,7 @@ def choose(samples: list[list[str]], images: list[str], config: SourceConfig, wh
         if stems - {""}:
             fix += (
                 " A sample's key ends at the first dot of its file name; what follows names the column. If names in"
-                " the tar have dots of their own, such as a.b.001.jpg, rename these files and write the tar again."
+                " the tar have dots of their own, such as my.photo.001.jpg, rename the files and write the tar again."
             )
         raise ColumnError(
             f"{where}.path={config.path!r}: expected one column of images, found {found} among {all_columns}. {fix}"

@@ -123,8 +123,8 @@ def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
                 if isinstance(error, pyarrow.ArrowException):
                     raise
                 raise FileError(
-                    f"{path}: {one_line(error)} Parquet files are read in parts, which takes a server that states"
-                    " their size and answers requests for ranges of bytes. Otherwise download them."
+                    f"{path}: {one_line(error)} Parquet files are read in parts: expected a server that states their"
+                    " size and answers requests for ranges of bytes. Otherwise download them."
                 ) from error
         else:
             open_local(path).close()

@@ -35,8 +35,8 @@ FILES_PER_FOLDER_SHARD = 1000
 EVERY_RECORD = range(sys.maxsize)
 # Longer text is not taken for a path.
 LONGEST_PATH = 4096
-# What the system answers, besides ENOENT, where a path does not lead to a file. A file that exists but cannot be read
-# ends the run: another start might see other images.
+# What the system answers, besides ENOENT, where a path does not lead to a file. Files that exist but cannot be read
+# end the run: another start might see other images.
 NO_FILE = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 

@@ -116,6 +116,7 @@ def test_a_mask_of_another_size_stops_the_probe_before_it_trains(workers, tmp_pa
 def test_a_teacher_that_does_not_take_the_crop_is_named_with_the_setting(recipe, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
+    transformers.BitImageProcessor().save_pretrained(tmp_path / "dino")
     message = r"dino at probe\.crop_size=32: .*no positive multiple of this teacher's patch size 14"
     with pytest.raises(ValueError, match=message):
         run_task("segmentation", [str(tmp_path / "dino")], None, recipe, tmp_path / "out")

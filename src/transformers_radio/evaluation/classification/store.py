@@ -6,11 +6,7 @@ from accelerate import PartialState
 
 from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.images.summaries import StoreConfig, SummaryStore, store_summaries
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    VisionEncoder,
-    load_encoder,
-)
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.task import Job
 

@@ -175,12 +175,10 @@ def _digest(files: list[bytes]) -> str:
 
 def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """float32 (N, h*w, C) on the CPU, and (h, w)."""
-    device = next(encoder.model.parameters()).device
-    encoded, grid = [], (0, 0)
+    encoded, grid, size = [], (0, 0), (encoder.image_size, encoder.image_size)
     for start in tqdm(range(0, len(files), batch_size), desc=f"{encoder.name} features", unit="batch"):
-        size = (encoder.image_size, encoder.image_size)
         images = [stretch_image(decode_rgb(file), size) for file in files[start : start + batch_size]]
-        features, grid = encoder.features(torch.stack(images).to(device).float() / 255)
+        features, grid = encoder.features(torch.stack(images).to(encoder.device).float() / 255)
         encoded.append(features.cpu())
     return torch.cat(encoded), grid
 

@@ -98,8 +98,9 @@ class Llava(Task):
         metrics: dict[str, float] = {}
         for name, one in config.questions.items():
             questions = self.questions[name][0]
-            answers_folder = folder / "answers" / slug(name)
-            answers = answer_questions(llava, processor, questions, one, answers_folder, config.answer_batch_size)
+            answers = answer_questions(
+                llava, processor, questions, one, folder / "answers" / slug(name), config.answer_batch_size
+            )
             metrics |= score(one.scorer, name, answers, [question.answers for question in questions])
         if config.lmms_eval_tasks:
             tasks = LmmsTasks(config.lmms_eval_tasks, config.lmms_eval_limit, config.textvqa_ocr)
@@ -111,15 +112,15 @@ class Llava(Task):
         check_batch_size(phase, config.hardware, PartialState().num_processes)
         return read_conversations(root / phase.conversations, root / phase.images, config.max_skipped_share)
 
-    def _job(self, spec: str) -> Job:
+    def _job(self, model: str) -> Job:
         config = self.config
-        parsed = ModelSpec.parse(spec)
-        if not parsed.is_student:
-            raise ValueError(f"{spec} is not a student, so it cannot be the vision tower of this LLaVA.")
-        student = load_student(parsed.checkpoint)
+        spec = ModelSpec.parse(model)
+        if not spec.is_student:
+            raise ValueError(f"{model} is not a student, so it cannot be the vision tower of this LLaVA.")
+        student = load_student(spec.checkpoint)
         check_image_size(student, config.image_size)
         settings = {
-            "model": str(parsed),
+            "model": str(spec),
             "weights": digest_weights(student),
             "language_model": config.language_model,
             "language_model_files": self.language_model_files,
@@ -139,7 +140,7 @@ class Llava(Task):
         if TEXTVQA in config.lmms_eval_tasks:
             settings["textvqa_ocr"] = config.textvqa_ocr
         params = count_parameters(student) - count_parameters(student.adaptors)
-        return Job(parsed.title, config.name, "student", student, settings, params, config.image_size)
+        return Job(spec.title, config.name, "student", student, settings, params, config.image_size)
 
     def _claim_folders(self, job: Job, folder: Path) -> None:
         """Each phase, each set of questions and lmms-eval has its own work folder and settings."""
@@ -163,9 +164,9 @@ class Llava(Task):
         if trained.exists():
             return trained
         common = (config.hardware, config.max_skipped_share, config.seed)
-        llava, processor = self._build(student)
         pretrain = PhaseWork(config.pretrain, self.pretrain, folder / "pretrain", projector_only=True)
         finetune = PhaseWork(config.finetune, self.finetune, folder / "finetune", projector_only=False)
+        llava, processor = self._build(student)
         if not pretrain.result.exists():
             train_phase(llava, processor, pretrain, *common)
             # Built again, so that the second phase begins alike whether or not the first one ran in this process; and
@@ -183,14 +184,13 @@ class Llava(Task):
 
     def _protocol(self) -> str:
         config = self.config
-        language_model = ModelSpec.parse(config.language_model).title
         prompts = ""
         if TEXTVQA in config.lmms_eval_tasks:
             prompts = f"; TextVQA {'with' if config.textvqa_ocr else 'without'} OCR tokens in the prompt"
         return (
-            f"LLaVA-1.5 with {language_model}, projector and then language model trained, "
-            f"tower frozen; longest side {config.image_size} px, aspect kept, patch tokens of the last layer; greedy "
-            f"answers{prompts}"
+            f"LLaVA-1.5 with {ModelSpec.parse(config.language_model).title}, projector and then language model "
+            f"trained, tower frozen; longest side {config.image_size} px, aspect kept, patch tokens of the last "
+            f"layer; greedy answers{prompts}"
         )
 
     def _counts(self, folder: Path) -> dict[str, int]:

@@ -37,12 +37,7 @@ from transformers_radio.evaluation.images.sampled import (
     sample_labeled_files,
 )
 from transformers_radio.evaluation.images.summaries import extract_summaries
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    Features,
-    VisionEncoder,
-    load_encoder,
-)
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, Features, VisionEncoder, load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import fingerprint_checkpoint
@@ -211,7 +206,7 @@ class Resolution(Task):
             tower = self.config.text or encoder.text_tower()
         except ValueError as error:
             return None, str(error)
-        text = load_text_tower(tower).to(next(encoder.model.parameters()).device)
+        text = load_text_tower(tower).to(encoder.device)
         return zero_shot_classifier(text, prompts.names, prompts.templates).cpu(), ""
 
     def _encoder_at(self, encoder: VisionEncoder, size: Size) -> VisionEncoder:
@@ -225,7 +220,7 @@ class Resolution(Task):
             return encoder
         if size[0] != size[1]:
             raise ValueError(f"{encoder.name} is a teacher, which takes only squares.")
-        device = next(encoder.model.parameters()).device
+        device = encoder.device
         return load_encoder(f"{encoder.name}={encoder.spec}", size[0], self.config.dtype, device)
 
     def _measure_sizes(
@@ -261,7 +256,7 @@ class Resolution(Task):
         config, bank, queries = self.config, self.bank, self.queries
         side = encoder.image_size if reference is None else reference.side
         batch_size = max(1, config.batch_size * side**2 // (size[0] * size[1]))
-        device = next(encoder.model.parameters()).device
+        device = encoder.device
         title = f"{encoder.name} {size_name(size)}"
         batches = queries.batches(size, batch_size)
         bank_batches = bank.batches(size, batch_size)

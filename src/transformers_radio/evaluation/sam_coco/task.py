@@ -57,7 +57,7 @@ class SamCoco(Task):
         images = load_annotations(config)[0] if config.detections is None else load_detections(config)
         files = file_digests(config, images)
         self.sam: Any = load_sam(config.sam).to(Accelerator(mixed_precision="no").device)
-        return [self._job(spec, files) for spec in models]
+        return [self._job(ModelSpec.parse(model), files) for model in models]
 
     def recognized(self, settings: dict[str, Any]) -> dict[str, Any]:
         side = settings.get("image_size") or self.sam.image_encoder.img_size  # null was SAM's own
@@ -72,12 +72,12 @@ class SamCoco(Task):
             {name: int(found[name]) for name in COUNTS if name in found},
         )
 
-    def _job(self, spec: str, files: dict[str, str | None]) -> Job:
+    def _job(self, spec: ModelSpec, files: dict[str, str | None]) -> Job:
         config, encoder = self.config, self._encoder(spec)
         left_out = ("overwrite", "prompts_per_chunk")
         settings = {
             **{name: value for name, value in asdict(config).items() if name not in left_out},
-            "model": str(ModelSpec.parse(spec)),
+            "model": str(spec),
             "weights": digest_weights(encoder),
             "decoder_weights": digest_weights(self.sam.prompt_encoder, self.sam.mask_decoder),
             **files,
@@ -88,21 +88,21 @@ class SamCoco(Task):
             kind, params = "student", count_parameters(student) - count_parameters(student.adaptors)
         else:
             kind, params = "teacher", count_parameters(encoder.image_encoder)
-        return Job(ModelSpec.parse(spec).title, config.name, kind, encoder, settings, params, encoder.image_size)
+        return Job(spec.title, config.name, kind, encoder, settings, params, encoder.image_size)
 
-    def _encoder(self, spec: str) -> SamEncoder | StudentEncoder:
+    def _encoder(self, spec: ModelSpec) -> SamEncoder | StudentEncoder:
         config = self.config
-        parsed = ModelSpec.parse(spec)
-        kind, checkpoint = parsed.kind, parsed.checkpoint
-        if kind == "segment_anything":
-            if Path(checkpoint).resolve() != Path(config.sam).resolve():
-                raise ValueError(f"{checkpoint} is not the SAM that decodes ({config.sam}): make both the same file.")
+        if spec.kind == "segment_anything":
+            if Path(spec.checkpoint).resolve() != Path(config.sam).resolve():
+                raise ValueError(
+                    f"{spec.checkpoint} is not the SAM that decodes ({config.sam}): make both the same file."
+                )
             return SamEncoder(self.sam)
-        if kind != "student":
+        if not spec.is_student:
             raise ValueError(
                 f"{spec} cannot take the place of SAM's encoder: name a student, or segment_anything:FILE."
             )
-        student = load_student(checkpoint).eval().to(self.sam.device)
+        student = load_student(spec.checkpoint).eval().to(self.sam.device)
         return StudentEncoder(student, self.sam, config.adaptor, config.image_size, config.window_size)
 
     def _protocol(self, encoder: SamEncoder | StudentEncoder) -> str:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from transformers_radio.evaluation.run import load_config
 from transformers_radio.precision import DTYPES
 
-from .confusion import IGNORE_INDEX
+from .miou import IGNORE_INDEX
 
 WARMUP = 1500  # iterations
 METHODS = ("probe", "summary_head", "projection")

@@ -6,15 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from transformers_radio.evaluation.classification.zero_shot import (
-    openai_imagenet_templates,
-    zero_shot_classifier,
-)
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    VisionEncoder,
-    load_encoder,
-)
+from transformers_radio.evaluation.classification.zero_shot import openai_imagenet_templates, zero_shot_classifier
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import fingerprint_checkpoint

@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    VisionEncoder,
-    load_encoder,
-)
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
 from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, predict_masks
 from transformers_radio.evaluation.segmentation.probe import LinearHead
@@ -192,7 +188,7 @@ class Throughput(Task):
             "FLOPs": FLOPS_RULE,
             "memory": memory_rule(self.device),
         }
-        device = device_name(next(encoder.model.parameters()).device)
+        device = device_name(encoder.device)
         decoder = "" if config.decoder == "none" else f", {config.decoder} decoder"
         data = f"{side}x{side}, {config.dtype}, {device}{_windows(encoder, config)}{decoder}"
         return Job.of(encoder, data, settings)
@@ -224,7 +220,7 @@ def _alone(encoder: VisionEncoder) -> Forward:
 
 
 def _with_decoder(encoder: VisionEncoder, config: ThroughputConfig, sam: Any) -> Forward:
-    device = next(encoder.model.parameters()).device
+    device = encoder.device
     weights = _alone(encoder).weights
     classes = config.classes or DECODERS[config.decoder]
     image = _images(encoder, 1, torch.float32)
@@ -290,7 +286,7 @@ def _images(encoder: VisionEncoder, batch: int, dtype: torch.dtype) -> torch.Ten
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, encoder.image_size, encoder.image_size, generator=generator)
     images = images if dtype == torch.float32 else (255 * images).to(dtype)
-    return images.to(next(encoder.model.parameters()).device)
+    return images.to(encoder.device)
 
 
 def _windows(encoder: VisionEncoder, config: ThroughputConfig) -> str:
