@@ -16,7 +16,7 @@ def load_text_tower(name: str) -> TextEncoder:
     """
     if has_text(name) is False:
         raise ValueError(
-            f"{name!r} is no text tower; expected TYPE:CHECKPOINT with a type of open_clip, transformers, such as "
+            f"{name!r} is not a text tower; expected TYPE:CHECKPOINT with a type of open_clip, transformers, such as "
             "open_clip:ViT-H-14-378-quickgelu:dfn5b."
         )
     try:
