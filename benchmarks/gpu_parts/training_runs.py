@@ -84,8 +84,12 @@ class RandomTeacher(Teacher):
         widths = {
             name: getattr(described, name) for name in ("image_size", "patch_size", "summary_dim", "feature_dim")
         }
-        super().__init__(described.model, **widths, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype)
+        super().__init__(described.model, **widths, normalization=((0.5,) * 3, (0.25,) * 3))
         self.encode = described.encode  # type: ignore[method-assign]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
+        return cls(checkpoint, image_size, dtype)
 
 
 def make_recipe(folder: Path, setup: Setup, steps: int, every: int) -> Path:

@@ -14,7 +14,8 @@ from helpers.paths import ROOT
 from helpers.segmentation_set import LITTLE, describe, write_set
 from helpers.tiny_sam import make_student
 from transformers_radio.cli import main
-from transformers_radio.evaluation.models.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import TASKS, load_config, run_task
 from transformers_radio.evaluation.segmentation.probe import segmentation_probe
@@ -97,10 +98,11 @@ def test_what_is_no_model_is_named(spec, message, tmp_path):
 
 
 def test_titles(tmp_path):
-    assert split_title("CLIP=open_clip:x/y:z") == ("CLIP", "open_clip:x/y:z")
-    assert split_title("open_clip:weights/clip/") == ("clip", "open_clip:weights/clip/")
-    assert split_title("segment_anything:sam/sam_vit_h.pth")[0] == "sam_vit_h.pth"
-    assert split_spec("timm:vit_base") == ("timm", "vit_base")
+    assert ModelSpec.parse("CLIP=open_clip:x/y:z") == ModelSpec("CLIP", "open_clip", "x/y:z")
+    assert ModelSpec.parse("open_clip:weights/clip/") == ModelSpec("clip", "open_clip", "weights/clip/")
+    assert ModelSpec.parse("segment_anything:sam/sam_vit_h.pth").title == "sam_vit_h.pth"
+    assert ModelSpec.parse("timm:vit_base").kind == "timm"
+    assert str(ModelSpec.parse("a=timm:vit_base@224")) == "timm:vit_base"
 
 
 def test_segmentation_is_the_probe_and_is_not_done_twice(student, colours, tmp_path):

@@ -16,11 +16,8 @@ from helpers.paths import ROOT
 from helpers.tiny_llava import make_world, save_language_model, settings
 from helpers.tiny_sam import WIDTH
 from transformers_radio.cli import app
-from transformers_radio.evaluation.classification.zero_shot import (
-    load_text_tower,
-    openai_imagenet_templates,
-    zero_shot_classifier,
-)
+from transformers_radio.evaluation.classification.zero_shot import openai_imagenet_templates, zero_shot_classifier
+from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.report.table import Table
 from transformers_radio.evaluation.result import Result
 from transformers_radio.modeling import RadioConfig, RadioModel

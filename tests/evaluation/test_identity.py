@@ -12,20 +12,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from transformers_radio.evaluation.throughput import task as throughput
 
 from helpers.classification_world import pictures, write_folders, write_parquet, write_tar
 from helpers.coco_files import Dataset
 from helpers.segmentation_set import LITTLE, describe, write_set
 from helpers.tiny_sam import make_student
 from transformers_radio.evaluation.llava.train import claim_folder
-from transformers_radio.evaluation.models.encoder import VisionEncoder
+from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.paths import fingerprint_checkpoint
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.evaluation.sam_coco import task as sam_coco
 from transformers_radio.evaluation.segmentation import task as segmentation
 from transformers_radio.evaluation.segmentation.config import SegmentationConfig
 from transformers_radio.evaluation.segmentation.probe import FREE_FIELDS
+from transformers_radio.evaluation.speed import task as throughput
 
 KNN = ["k=1", "num_workers=1", "batch_size=8"]
 
@@ -81,7 +81,7 @@ def test_classification_moved_and_of_earlier_versions(write, place, monkeypatch)
         rewrite(
             store, lambda content, split=split: content["data"].update(files=digest_before(place / "birds", split))
         )
-    monkeypatch.setattr(VisionEncoder, "summary", never)
+    monkeypatch.setattr(VisionStudent, "summary", never)
     new = path.read_text()
     rewrite(path, as_before)
     assert run(place)[0].metrics == result.metrics
@@ -239,8 +239,8 @@ def test_features_and_resolution_moved(place, monkeypatch):
         task, [f"m={place / 'student'}"], str(place / "birds"), None, place / "out", tasks[task]
     )
     before = {task: run(place, task) for task in tasks}
-    monkeypatch.setattr(VisionEncoder, "features", never)
-    monkeypatch.setattr(VisionEncoder, "summary", never)
+    monkeypatch.setattr(VisionStudent, "features", never)
+    monkeypatch.setattr(VisionStudent, "summary", never)
     path = place / "out" / "m" / "resolution.birds.json"
 
     def as_before(content):

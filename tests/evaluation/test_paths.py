@@ -15,7 +15,8 @@ from transformers_radio.cli import app
 from transformers_radio.evaluation.classification.knn_task import KnnConfig
 from transformers_radio.evaluation.images.labelled import LabelledSplit
 from transformers_radio.evaluation.llava.task import LlavaConfig
-from transformers_radio.evaluation.models.encoder import load_encoder, split_title
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.paths import expand_home, path_name
 from transformers_radio.evaluation.result import Result, result_path, slug, work_folder
 from transformers_radio.evaluation.run import load_config, run_task
@@ -108,7 +109,8 @@ def test_names_of_paths(tmp_path, monkeypatch):
     (tmp_path / "[1]").mkdir()
     assert path_name("[1]") == "[1]" and path_name("[1]/.") == "[1]"
     (tmp_path / "lr=1").mkdir()
-    assert split_title("lr=1") == ("lr=1", "lr=1") and split_title("one=lr") == ("one", "lr")
+    assert ModelSpec.parse("lr=1") == ModelSpec("lr=1", None, "lr=1")
+    assert ModelSpec.parse("one=lr") == ModelSpec("one", None, "lr")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from helpers.paths import ROOT
 from helpers.tiny_sam import make_student
 from transformers_radio import precision
 from transformers_radio.cli import app
+from transformers_radio.evaluation import processes
 from transformers_radio.evaluation import run as run_module
-from transformers_radio.evaluation.images import summaries as summary_store
-from transformers_radio.evaluation.models.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
 from transformers_radio.teachers.known import known_teacher
@@ -62,9 +63,7 @@ def test_models_that_would_share_their_files_are_refused(task, student, tmp_path
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_more_processes_than_a_task_can_use_are_refused(task, student, tmp_path, begun, monkeypatch):
-    monkeypatch.setattr(
-        summary_store, "start_processes", lambda: SimpleNamespace(num_processes=2, is_main_process=False)
-    )
+    monkeypatch.setattr(processes, "process_state", lambda: SimpleNamespace(num_processes=2, is_main_process=False))
     if task in ONE_PROCESS:
         with pytest.raises(ValueError, match=f"eval {task} runs in one process, but 2 were started"):
             start(task, [str(student)], tmp_path)
@@ -90,13 +89,13 @@ TABLE_1 = {
 def test_the_baselines_of_table_1_are_the_papers():
     path = RECIPES / "table1.yaml"
     models = named_models(path, [])
-    assert [split_title(model)[0] for model in models] == list(TABLE_1)
+    assert [ModelSpec.parse(model).title for model in models] == list(TABLE_1)
     for model in models:
-        title, spec = split_title(model)
-        side = int(model.rpartition("@")[2])
-        teacher = known_teacher(*split_spec(spec), side)
+        spec, side = ModelSpec.parse(model), int(model.rpartition("@")[2])
+        teacher = known_teacher(spec.kind, spec.checkpoint, side)
         params = sum(parameter.numel() for parameter in teacher.parameters())
-        assert (params / 1e6, side) == (pytest.approx(TABLE_1[title][0], abs=0.8), TABLE_1[title][1]), title
+        millions, resolution = TABLE_1[spec.title]
+        assert (params / 1e6, side) == (pytest.approx(millions, abs=0.8), resolution), spec.title
     # the commands of its header name what is in it
     named = re.findall(r"--model (\S+[/.-]\S+)", path.read_text())
     assert set(named) - {"runs/mine/student", "..."} == set(TABLE_1)
@@ -122,7 +121,7 @@ def test_a_size_behind_a_model_is_its_side_where_none_is_asked_for(student):
     own = load_encoder(str(student)).image_size
     assert own != 32
     encoder = load_encoder(f"a={student}@32")
-    assert (encoder.name, encoder.spec, encoder.image_size) == ("a", str(student), 32)
+    assert (encoder.name, str(encoder.spec), encoder.image_size) == ("a", str(student), 32)
     assert load_encoder(f"{student}@32", 48).image_size == 48
     with pytest.raises(ValueError, match="multiples of 8, not 30 x 30"):
         load_encoder(f"{student}@30")

@@ -28,7 +28,7 @@ def make_student(feature_dim=WIDTH, **adaptor):
 
 
 def picture(size, seed=0):
-    """Smooth colours, uint8 (H, W, 3)."""
+    """Smooth colors, uint8 (H, W, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 

@@ -47,8 +47,7 @@ class CountingTeacher(Teacher):
             patch_size=8,
             summary_dim=7 if summary else None,
             feature_dim=5,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.3, 0.3, 0.3),
+            normalization=((0.5, 0.5, 0.5), (0.3, 0.3, 0.3)),
         )
         self.mixing, self.seen = mixing, []
 
@@ -444,7 +443,7 @@ def test_a_digest_is_of_weights_and_layers_wherever_they_are(tmp_path):
         network = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), activation(), nn.BatchNorm1d(4)) for _ in range(2)))
         change(network)
         sizes = {"image_size": 8, "patch_size": 8, "summary_dim": 4, "feature_dim": 4}
-        return Teacher(network, **sizes, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return Teacher(network, **sizes, normalization=((0.5,) * 3,) * 2)
 
     def both(one):
         return digest_weights(one), _layers(one)

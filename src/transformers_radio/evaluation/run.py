@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from transformers_radio.evaluation.models.specs import check_model, split_title
+from transformers_radio.evaluation.models.specs import ModelSpec, check_model
 from transformers_radio.settings import quoted
 
 from .paths import expand_home
@@ -69,19 +69,19 @@ def run_task(
         check_model(model)
     import torch  # only now: what is mistyped has been named
 
-    from transformers_radio.evaluation.images.summaries import start_processes
+    from transformers_radio.evaluation.processes import process_state
     from transformers_radio.precision import warn_if_slow
 
     module_name, config_name = TASKS[task]
     module = importlib.import_module(f"transformers_radio.evaluation.{module_name}")
     config = load_config(getattr(module, config_name), data, recipe, overrides)
-    state = start_processes()
+    state = process_state()
     if task in ONE_PROCESS and state.num_processes > 1:
         raise ValueError(
             f"eval {task} runs in one process, but {state.num_processes} were started: run it without accelerate "
             "launch, the models in commands of their own where there are several devices."
         )
-    names = [slug(split_title(model)[0]) for model in models]
+    names = [slug(ModelSpec.parse(model).title) for model in models]
     if len(set(names)) < len(names):  # they would share their files
         raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     if state.is_main_process:

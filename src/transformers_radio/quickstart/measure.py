@@ -16,8 +16,7 @@ from transformers_radio.evaluation.classification.zero_shot import zero_shot_acc
 from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, prompted_mask_iou
 from transformers_radio.evaluation.segmentation.quick_probe import probe_miou
-from transformers_radio.teachers import load_sam
-from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.teachers import load_sam, load_text_encoder
 from transformers_radio.training import Recipe
 
 from .scenes import CLASS_NAMES
@@ -46,7 +45,7 @@ class Yardstick:
             load_split(self.world, "train", BANK_IMAGES),
             load_split(self.world, "validation"),
         )
-        text_encoder = load_text_encoder(self.recipe.teachers["clip"].checkpoint)
+        text_encoder = load_text_encoder("open_clip", self.recipe.teachers["clip"].checkpoint)
         self.classifier = zero_shot_classifier(text_encoder, CLASS_NAMES, TEMPLATES)
         self.sam = load_sam(self.recipe.teachers["sam"].checkpoint)
 
@@ -99,9 +98,7 @@ def score(
         num_classes=1 + len(CLASS_NAMES),
         description=f"{name}: probe",
     )
-    speaks_sam = (
-        "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.startswith("segment_anything:")
-    )
+    speaks_sam = "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.kind == "segment_anything"
     if speaks_sam:
         sam = yardstick.sam
         embed: nn.Module = StudentEncoder(encoder.model, sam) if encoder.is_student else SamEncoder(sam)

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from transformers_radio.evaluation.classification.knn import knn_accuracy
 from transformers_radio.evaluation.classification.zero_shot import zero_shot_accuracy, zero_shot_classifier
-from transformers_radio.teachers import Teacher, build_teacher
-from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.teachers import Teacher, build_teacher, load_text_encoder
 from transformers_radio.teachers.segment_anything import load_sam
 
 from .scenes import CLASS_NAMES, MATERIALS
@@ -162,7 +161,9 @@ def measure(directory: Path, name: str, train: Split, validation: Split) -> dict
             cell_labels(validation.semantic, part),
         )
     if name == "clip":
-        classifier = zero_shot_classifier(load_text_encoder(str(directory / "clip")), CLASS_NAMES, TEMPLATES)
+        classifier = zero_shot_classifier(
+            load_text_encoder("open_clip", str(directory / "clip")), CLASS_NAMES, TEMPLATES
+        )
         figures["zero_shot"] = zero_shot_accuracy(summaries, classifier, validation.classes)
     if name == "sam":
         figures |= box_prompt_iou(directory / "sam" / "sam.pth", validation)

@@ -59,7 +59,7 @@ def adaptor_to(student: VisionEncoder, teacher: VisionEncoder) -> str:
         ValueError: there is none, or it has features of another width.
     """
     adaptors = student.model.config.adaptors
-    found = [name for name, one in adaptors.items() if _same_model(one["teacher"], teacher.spec)]
+    found = [name for name, one in adaptors.items() if _same_model(one["teacher"], str(teacher.spec))]
     found = found or [name for name in adaptors if name == teacher.name]
     if not found:
         taught = ", ".join(f"{name} ({one['teacher']})" for name, one in adaptors.items()) or "none"

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from transformers_radio.evaluation.classification.zero_shot import zero_shot_classifier
-from transformers_radio.evaluation.models.encoder import VisionEncoder, split_spec
+from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.evaluation.segmentation.words import PatchProjection, TextHead, summary_head_patches
 
 from .panels import Column, heat, photographs, write_panels
@@ -42,12 +42,11 @@ def text_similarity(
             encoder.text_tower()  # raises, and says what is missing
         encode = summary_head_patches(encoder.model, str(encoder.adaptor))
     else:
-        kind, checkpoint = split_spec(encoder.spec)
-        if kind != "open_clip":
+        if encoder.spec.kind != "open_clip":
             raise ValueError(
                 f"{encoder.name} is no student and no OpenCLIP teacher: only their patches can be asked in words."
             )
-        project = PatchProjection(checkpoint).to(device)
+        project = PatchProjection(encoder.spec.checkpoint).to(device)
 
         def encode(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
             features, grid = encoder.features(images)

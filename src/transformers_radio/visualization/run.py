@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from transformers_radio.evaluation.classification.zero_shot import load_text_tower
 from transformers_radio.evaluation.images.labelled import resize_image
-from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
+from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import expand_home
 from transformers_radio.evaluation.result import slug
 from transformers_radio.evaluation.run import check_pictures, load_config
@@ -106,7 +107,7 @@ def visualize(
 
 
 def _load(spec: str, config: VisualizeConfig) -> VisionEncoder:
-    is_student = split_spec(split_title(spec)[1])[0] == "student"
+    is_student = ModelSpec.parse(spec).is_student
     side = config.image_size if is_student else config.teacher_image_size
     device = Accelerator(mixed_precision="no").device
     return load_encoder(spec, side, config.dtype, device, config.adaptor if is_student else None)
@@ -187,8 +188,8 @@ def _masks(
     students = _students(encoders, "prompted masks")
     sam_path = config.sam
     for encoder in [*encoders, *students]:
-        if sam_path is None and not encoder.is_student and encoder.spec.startswith("segment_anything:"):
-            sam_path = encoder.spec.partition(":")[2]
+        if sam_path is None and encoder.spec.kind == "segment_anything":
+            sam_path = encoder.spec.checkpoint
         if sam_path is None and encoder.is_student and config.sam_adaptor in encoder.model.config.adaptors:
             kind, _, checkpoint = encoder.model.config.adaptors[config.sam_adaptor]["teacher"].partition(":")
             sam_path = checkpoint if kind == "segment_anything" else None

@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 from transformers_radio.evaluation.classification.knn_task import KnnConfig
 from transformers_radio.evaluation.classification.zero_shot_task import ZeroShotConfig
 from transformers_radio.evaluation.images.labelled import LabelledSplit
-from transformers_radio.evaluation.models.encoder import VisionEncoder
+from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.run import load_config, run_task
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.modeling.image_processing_radio import RadioImageProcessor
@@ -109,7 +109,7 @@ def test_what_is_finished_is_not_done_again(student, folders, tmp_path, monkeypa
     def never(self, images):
         raise AssertionError("nothing is left to encode")
 
-    monkeypatch.setattr(VisionEncoder, "summary", never)
+    monkeypatch.setattr(VisionStudent, "summary", never)
     (again,) = run_task("knn", [str(student)], str(folders), None, tmp_path, SETTINGS)
     assert again == first
     with pytest.raises(ValueError, match="other settings; it differs in k .5 there, 6 here."):
@@ -170,8 +170,8 @@ def test_half_precision_summaries_halve_the_disk(student, parquet, tmp_path):
 
 def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet, tmp_path, monkeypatch):
     encoded = []
-    summary = VisionEncoder.summary
-    monkeypatch.setattr(VisionEncoder, "summary", lambda *images: encoded.append(images) or summary(*images))
+    summary = VisionStudent.summary
+    monkeypatch.setattr(VisionStudent, "summary", lambda *images: encoded.append(images) or summary(*images))
     for data, missing in ((folders, "'green_Box!', 'red ball'"), (parquet, "'blue cone'")):
         with pytest.raises(ValueError, match=rf"no image in the bank \(train\): \[{missing}\]\. Raise train_limit"):
             run_task("knn", [str(student)], str(data), None, tmp_path, [*SETTINGS, "k=1", "train_limit=2"])
@@ -181,7 +181,7 @@ def test_classes_that_the_bank_does_not_have_are_named(student, folders, parquet
 def test_more_neighbours_than_the_bank_has_are_refused_before_the_first_image(
     student, folders, parquet, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(VisionEncoder, "summary", None)  # cannot be called
+    monkeypatch.setattr(VisionStudent, "summary", None)  # cannot be called
     for data, limit, images in ((folders, "null", 120), (parquet, "7", 7)):
         with pytest.raises(ValueError, match=f"k is 121; expected 1 to {images}, "):
             run_task("knn", [str(student)], str(data), None, tmp_path, ["k=121", f"train_limit={limit}"])

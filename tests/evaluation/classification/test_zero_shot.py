@@ -11,7 +11,7 @@ import torch
 from transformers_radio.evaluation import openai_imagenet_templates, zero_shot_accuracy, zero_shot_classifier
 from transformers_radio.evaluation.classification.metrics import ZeroShotAccuracy
 from transformers_radio.evaluation.classification.words import load_class_names, load_templates
-from transformers_radio.evaluation.classification.zero_shot import load_text_tower
+from transformers_radio.evaluation.models.text import load_text_tower
 
 
 def text_vector(text: str) -> np.ndarray:

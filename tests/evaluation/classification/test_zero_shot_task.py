@@ -17,7 +17,7 @@ from transformers import Siglip2Tokenizer, SiglipConfig, SiglipImageProcessor, S
 
 from helpers.classification_world import CLASSES, pictures, run_processes, write_folders, write_parquet
 from transformers_radio.evaluation.classification import zero_shot_task as zero_shot
-from transformers_radio.evaluation.models.encoder import VisionEncoder
+from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.modeling import RadioConfig, RadioModel
 
@@ -199,7 +199,7 @@ def test_a_teacher_that_has_moved_is_asked_for_by_the_setting(kind, words, parqu
 
 def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, tmp_path, monkeypatch):
     made, alive = [], []
-    create_model, language = open_clip.create_model, VisionEncoder.language
+    create_model, language = open_clip.create_model, VisionStudent.language
 
     def create(*arguments, **options):
         model = create_model(*arguments, **options)
@@ -213,7 +213,7 @@ def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, 
         return language(self, images)
 
     monkeypatch.setattr(open_clip, "create_model", create)
-    monkeypatch.setattr(VisionEncoder, "language", watched)
+    monkeypatch.setattr(VisionStudent, "language", watched)
     run_task("zero-shot", [str(student[0])], str(parquet), None, tmp_path, [*SETTINGS, *words])
     assert len(made) == 3 and len(alive) > 3 and set(alive) == {0}
 
@@ -222,8 +222,8 @@ def test_a_continued_run_encodes_nothing_twice(student, words, parquet, tmp_path
     arguments = ("zero-shot", [str(student[0])], str(parquet), None, tmp_path, [*SETTINGS, *words])
     (first,) = run_task(*arguments)
     images = []
-    language = VisionEncoder.language
-    monkeypatch.setattr(VisionEncoder, "language", lambda self, batch: images.extend(batch) or language(self, batch))
+    language = VisionStudent.language
+    monkeypatch.setattr(VisionStudent, "language", lambda self, batch: images.extend(batch) or language(self, batch))
     monkeypatch.setattr(zero_shot, "zero_shot_classifier", None)  # cannot be called
     assert run_task(*arguments) == [first] and len(images) == 1  # one that shows the width of a summary
     work = tmp_path / "mine-student" / "zero-shot.pictures"

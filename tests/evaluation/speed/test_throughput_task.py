@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor
-from transformers_radio.evaluation.throughput import task
 
 from helpers.tiny_sam import SIDE, make_student
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import run_task
+from transformers_radio.evaluation.speed import task
 from transformers_radio.evaluation.speed.task import ThroughputConfig
 from transformers_radio.teachers.segment_anything import load_sam
 

@@ -10,7 +10,8 @@ from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
 from transformers_radio.evaluation.images.labelled import check_labelled
-from transformers_radio.evaluation.images.summaries import SummaryStore, start_processes
+from transformers_radio.evaluation.images.summaries import SummaryStore
+from transformers_radio.evaluation.processes import process_state
 
 QUERY_ROWS = 1024  # of a block: enough for a matrix product to be fast
 
@@ -155,7 +156,7 @@ def knn_accuracy_of_stores(
         raise ValueError(f"The bank has {bank.dim} dimensions, the queries {queries.dim}: use one encoder.")
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}; expected 1 to {len(bank)}, the number of bank vectors.")
-    state = start_processes()
+    state = process_state()
     plan = plan_search(memory_bytes, bank.dim, k, num_classes)
     blocks = itertools.islice(queries.chunks(plan.query_rows), state.process_index, None, state.num_processes)
     correct = torch.zeros((), dtype=torch.int64, device=state.device)

@@ -7,8 +7,9 @@ from typing import Any
 from accelerate import PartialState
 
 from transformers_radio.evaluation.images.labelled import COUNTED, LabelledSplit
-from transformers_radio.evaluation.images.summaries import start_processes, store_summaries
+from transformers_radio.evaluation.images.summaries import store_summaries
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder
+from transformers_radio.evaluation.processes import process_state
 from transformers_radio.evaluation.result import Result, done, result_path, work_folder
 
 from .knn import knn_accuracy_of_stores
@@ -53,7 +54,7 @@ def run(models: list[str], config: KnnConfig, output: Path) -> list[Result]:
     for name in ("k", "temperature", "memory_gb"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; expected more than 0.")
-    start_processes()
+    process_state()
     bank = open_split(config, config.train_split, config.train_limit)
     queries = open_split(config, config.split)
     in_bank, asked = bank.labels_of_folders(), queries.labels_of_folders()

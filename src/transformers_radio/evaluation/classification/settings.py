@@ -10,7 +10,8 @@ from omegaconf import MISSING
 
 from transformers_radio.evaluation.images.labelled import LabelledSplit
 from transformers_radio.evaluation.images.summaries import StoreConfig
-from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.paths import path_name
 
 from .words import OPENAI_IMAGENET
@@ -63,7 +64,7 @@ def load_encoders(models: list[str], config: ClassificationConfig, adaptor: str 
         raise ValueError(f"image_size is {size!r}; expected a side in pixels, [height, width] or null.")
     encoders = []
     for spec in models:
-        is_student = split_spec(split_title(spec)[1])[0] == "student"
+        is_student = ModelSpec.parse(spec).is_student
         if len(sides) == 1 and not is_student:
             raise ValueError(
                 f"{spec} takes only squares, but image_size={size} keeps the aspect ratio: use "

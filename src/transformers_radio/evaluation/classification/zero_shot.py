@@ -4,12 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from transformers_radio.evaluation.images.labelled import check_labelled
-from transformers_radio.teachers import load_text_encoder
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
 
 Template = str | Callable[[str], str]
 
@@ -19,34 +16,6 @@ def openai_imagenet_templates() -> Sequence[Template]:
     from open_clip import OPENAI_IMAGENET_TEMPLATES  # only this function needs the package
 
     return OPENAI_IMAGENET_TEMPLATES
-
-
-def load_text_tower(spec: str) -> nn.Module:
-    """The text tower "TYPE:CHECKPOINT" of a teacher, on the CPU: a list of N texts -> (N, D) float32.
-
-    Args:
-        spec: "open_clip:..." with a checkpoint as for `OpenClipTeacher`, or "transformers:..." with a CLIP, SigLIP or
-            SigLIP2.
-
-    Raises:
-        ValueError: another type, or a checkpoint that does not fit.
-        OSError: a checkpoint that is not there. All name the setting `text`, by which another one is chosen.
-    """
-    towers = {"open_clip": load_text_encoder, "transformers": load_transformers_text_encoder}
-    kind, colon, checkpoint = spec.partition(":")
-    if not colon or kind not in towers:
-        raise ValueError(
-            f"{spec!r} is no text tower; expected TYPE:CHECKPOINT with a type of {', '.join(towers)}, such as "
-            "open_clip:ViT-H-14-378-quickgelu:dfn5b."
-        )
-    try:
-        return towers[kind](checkpoint)
-    except (OSError, ValueError, RuntimeError) as error:
-        kind_of_error = OSError if isinstance(error, OSError) else ValueError
-        raise kind_of_error(
-            f"The text tower {spec} cannot be loaded ({' '.join(str(error).split())}). If it is the teacher that an "
-            "adaptor names and it has moved, say where it is with text=TYPE:CHECKPOINT."
-        ) from error
 
 
 @torch.no_grad()

@@ -14,8 +14,10 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from transformers_radio.evaluation.images.labelled import COUNTED, LabelledSplit
-from transformers_radio.evaluation.images.summaries import SummaryStore, start_processes, store_summaries
+from transformers_radio.evaluation.images.summaries import SummaryStore, store_summaries
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder
+from transformers_radio.evaluation.models.text import load_text_tower
+from transformers_radio.evaluation.processes import process_state
 from transformers_radio.evaluation.result import Result, done, result_path, work_folder
 from transformers_radio.teachers import digest_weights
 
@@ -29,7 +31,7 @@ from .settings import (
     store_config,
 )
 from .words import load_class_names, load_templates, warn_of_other_classes
-from .zero_shot import Template, check_classifier, load_text_tower, zero_shot_classifier
+from .zero_shot import Template, check_classifier, zero_shot_classifier
 
 ROWS = 8192  # summaries that are compared at once
 # What a result is known by, of its settings.
@@ -67,7 +69,7 @@ def run(models: list[str], config: ZeroShotConfig, output: Path) -> list[Result]
         ValueError: labels that are no classes, nothing readable.
         OSError: too little room on the disk.
     """
-    state = start_processes()
+    state = process_state()
     split = open_split(config, config.split)
     names = load_class_names(config.classes, split.class_names, config.data)
     templates = load_templates(config.templates)

@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers_radio.data.errors import FileError, one_line
 from transformers_radio.data.files import find_files, kind_of
+from transformers_radio.disk import fingerprint_files
 from transformers_radio.evaluation.models.specs import folder_or_hub
-from transformers_radio.evaluation.paths import expand_home, fingerprint_files
+from transformers_radio.evaluation.paths import expand_home
 
 logger = logging.getLogger(__name__)
 

@@ -15,19 +15,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import read_image
+from transformers_radio.evaluation.processes import process_state
 from transformers_radio.evaluation.result import differences
 from transformers_radio.precision import DTYPES
 
@@ -42,14 +41,6 @@ STORE_COUNTED = (
     *(f"data.{name}" for name in COUNTED),
     *("image_size", "step", "dtype", "block_images"),
 )
-# Processes that are done wait for the others; with streamed data they may be far apart.
-LONGEST_WAIT = timedelta(hours=12)
-
-
-def start_processes() -> PartialState:
-    """Joins the processes of `accelerate launch` or torchrun, if any and not joined yet: rank, number, device."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
 
 
 @dataclass
@@ -159,7 +150,7 @@ def store_summaries(
         OSError: not enough room on the disk.
     """
     config.check()
-    state = start_processes()
+    state = process_state()
     settings = {
         "encoder": encoder_settings,
         "data": split.fingerprint(),

@@ -12,7 +12,8 @@ from accelerate import PartialState
 from omegaconf import MISSING
 from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, set_seed
 
-from transformers_radio.evaluation.models.encoder import count_parameters, load_student, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import count_parameters, load_student
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.paths import fingerprint_checkpoint, path_name
 from transformers_radio.evaluation.result import Result, done, result_path, slug, work_folder
 from transformers_radio.modeling import RadioModel
@@ -84,8 +85,8 @@ def run(models: list[str], config: LlavaConfig, output: Path) -> list[Result]:
         ImportError: lmms-eval is wanted and not installed.
     """
     data = _check(config)
-    students = {split_title(spec): _load_student(spec, config.image_size) for spec in models}
-    return [_measure(name, spec, student, config, data, output) for (name, spec), student in students.items()]
+    students = {ModelSpec.parse(model): _load_student(model, config.image_size) for model in models}
+    return [_measure(spec.title, str(spec), student, config, data, output) for spec, student in students.items()]
 
 
 def _check(config: LlavaConfig) -> _Data:
@@ -109,10 +110,10 @@ def _check(config: LlavaConfig) -> _Data:
 
 
 def _load_student(spec: str, image_size: int) -> RadioModel:
-    kind, checkpoint = split_spec(split_title(spec)[1])
-    if kind != "student":
+    parsed = ModelSpec.parse(spec)
+    if not parsed.is_student:
         raise ValueError(f"{spec} is no student, so it cannot be the vision tower of this LLaVA.")
-    student = load_student(checkpoint)
+    student = load_student(parsed.checkpoint)
     check_image_size(student, image_size)
     return student
 
@@ -183,7 +184,7 @@ def _measure(name: str, spec: str, student: RadioModel, config: LlavaConfig, dat
         counts[f"{phase} examples"] = len(conversations.examples)
         counts[f"{phase} missing images"] = conversations.missing
         counts[f"{phase} unreadable images"] = count_unreadable(work / phase)
-    language_model = split_title(config.language_model)[0]
+    language_model = ModelSpec.parse(config.language_model).title
     result = Result(
         "llava",
         name,

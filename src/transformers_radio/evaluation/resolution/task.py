@@ -29,7 +29,6 @@ from transformers_radio.evaluation.classification.words import (
 )
 from transformers_radio.evaluation.classification.zero_shot import (
     Template,
-    load_text_tower,
     zero_shot_accuracy,
     zero_shot_classifier,
 )
@@ -42,14 +41,9 @@ from transformers_radio.evaluation.images.sampled import (
     sample_labelled_files,
 )
 from transformers_radio.evaluation.llava.train import claim_folder
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    Features,
-    VisionEncoder,
-    load_encoder,
-    split_spec,
-    split_title,
-)
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, Features, VisionEncoder, load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
+from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import fingerprint_checkpoint, path_name
 from transformers_radio.evaluation.result import Result, done, result_path, slug, work_folder
 
@@ -182,8 +176,7 @@ def _check(config: ResolutionConfig) -> list[Size]:
 
 def _load(spec: str, config: ResolutionConfig, device: torch.device) -> VisionEncoder:
     """At the reference, or the nearest side that this model takes."""
-    is_student = split_spec(split_title(spec)[1])[0] == "student"
-    adaptor = config.adaptor if is_student else None
+    adaptor = config.adaptor if ModelSpec.parse(spec).is_student else None
     encoder = load_encoder(spec, None, config.dtype, device, adaptor)
     if config.reference is None:
         return encoder

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from omegaconf import MISSING
 
-from transformers_radio.evaluation.models.encoder import count_parameters, load_student, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import count_parameters, load_student
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.result import Result, done, result_path, work_folder
 from transformers_radio.teachers import digest_weights, load_sam
 from transformers_radio.teachers.base import DTYPES
@@ -78,16 +79,18 @@ def run(models: list[str], config: SamCocoTaskConfig, output: Path) -> list[Resu
     files = file_digests(data, images)
     device = Accelerator(mixed_precision="no").device
     sam = load_sam(config.sam).to(device)
-    encoders = {split_title(spec): _encoder(spec, sam, config, device) for spec in models}
+    encoders = {ModelSpec.parse(model): _encoder(model, sam, config, device) for model in models}
     return [
-        _measure(name, spec, encoder, sam, config, data, files, output) for (name, spec), encoder in encoders.items()
+        _measure(spec.title, str(spec), encoder, sam, config, data, files, output)
+        for spec, encoder in encoders.items()
     ]
 
 
 def _encoder(
     spec: str, sam: torch.nn.Module, config: SamCocoTaskConfig, device: torch.device
 ) -> SamEncoder | StudentEncoder:
-    kind, checkpoint = split_spec(split_title(spec)[1])
+    parsed = ModelSpec.parse(spec)
+    kind, checkpoint = parsed.kind, parsed.checkpoint
     if kind == "segment_anything":
         if Path(checkpoint).resolve() != Path(config.sam).resolve():
             raise ValueError(f"{checkpoint} is not the SAM that decodes ({config.sam}): make both the same file.")

@@ -8,18 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from transformers_radio.evaluation.classification.zero_shot import (
-    load_text_tower,
-    openai_imagenet_templates,
-    zero_shot_classifier,
-)
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    VisionEncoder,
-    load_encoder,
-    split_spec,
-    split_title,
-)
+from transformers_radio.evaluation.classification.zero_shot import openai_imagenet_templates, zero_shot_classifier
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
+from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import fingerprint_checkpoint
 from transformers_radio.evaluation.result import Result, done, result_path, work_folder
 from transformers_radio.modeling import RadioModel
@@ -90,7 +82,7 @@ def run(models: list[str], config: SegmentationTaskConfig, output: Path) -> list
 
 def _load(spec: str, config: SegmentationTaskConfig, device: torch.device) -> VisionEncoder:
     dtype = config.dtype
-    if split_spec(split_title(spec)[1])[0] != "student" and dtype == "float32":
+    if not ModelSpec.parse(spec).is_student and dtype == "float32":
         # a teacher computes in its own dtype and lets no autocast in
         dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.probe.mixed_precision]
     try:

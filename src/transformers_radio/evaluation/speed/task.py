@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from transformers_radio.evaluation.models.encoder import (
-    ENCODER_COUNTED,
-    VisionEncoder,
-    load_encoder,
-    split_spec,
-    split_title,
-)
+from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.result import Result, done, result_path
 from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, predict_masks
 from transformers_radio.evaluation.segmentation.probe import LinearHead
@@ -216,7 +211,7 @@ def _sam_encoder(
         student = StudentEncoder(encoder.model, sam, adaptor, encoder.image_size)
         heads = module_tensors(encoder.model.adaptors[adaptor])
         return student, weights + heads + module_tensors(student.neck)
-    kind, checkpoint = split_spec(encoder.spec)
+    kind, checkpoint = encoder.spec.kind, encoder.spec.checkpoint
     if kind != "segment_anything" or Path(checkpoint).resolve() != Path(config.sam).resolve():
         raise ValueError(
             f"{encoder.name} cannot feed SAM's decoder: decoder=sam takes students with an adaptor to SAM, and "
@@ -275,7 +270,7 @@ def _settings(
 
 def _before(there: dict[str, Any]) -> dict[str, Any]:
     """Earlier versions wrote where the models lay, and not their names."""
-    return {**there, "interleaved": [split_title(model)[0] for model in there.get("interleaved", [])]}
+    return {**there, "interleaved": [ModelSpec.parse(model).title for model in there.get("interleaved", [])]}
 
 
 def _protocol(encoder: VisionEncoder, images: torch.Tensor, config: ThroughputConfig, models: int) -> str:
