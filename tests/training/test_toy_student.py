@@ -1,10 +1,11 @@
-"""A student is any backbone: one of convolutions, added by a file and one line, through everything training does."""
+"""A student is any backbone: one of convolutions, added by a file and one line, goes wherever students go."""
 
 import json
 import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.added_student import LINE, train_added, write_modeling
+from helpers.classification_world import pictures, write_folders
 from helpers.forked import Forked, fork_group
 from helpers.groups_of_processes import FSDP
-from transformers_radio import modeling
+from helpers.segmentation_set import LITTLE, describe, write_set
+from transformers_radio import RadioModel, modeling
+from transformers_radio.evaluation.run import run_task
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.plan.count import make_plan
 from transformers_radio.training.plan.tables import print_plan
@@ -225,3 +229,39 @@ def test_what_it_cannot_do_is_said_before_the_first_step(overrides, message, con
 def test_a_checkpoint_of_another_type_is_refused(finished, make_recipe):
     with pytest.raises(ValueError, match="holds a model of the type conv_student, and student.type is radio"):
         train(load_recipe(make_recipe(), [f"student.checkpoint={finished / 'student'}"]))
+
+
+def test_it_teaches_another_student(finished, make_recipe, tmp_path):
+    """As itself, and in the space of one of its own teachers."""
+    teacher = f"type: transformers, checkpoint: {finished / 'student'}, image_size: 24"
+    overrides = [
+        f"teachers.itself={{{teacher}}}",
+        f"teachers.as_clip={{{teacher}, options: {{adaptor: clip}}}}",
+        "stages.main={steps: 2, warmup_steps: 0}",
+    ]
+    recipe = load_recipe(make_recipe(), overrides)
+    print_plan(recipe)
+    student = RadioModel.from_pretrained(train(recipe).student_dir)
+    widths = {name: (one["summary_dim"], one["feature_dim"]) for name, one in student.config.adaptors.items()}
+    assert widths["itself"] == widths["as_clip"] == (16, 16)
+
+
+def test_it_is_evaluated(finished, tmp_path):
+    """k-NN and a segmentation probe tell colors apart by its features, and it is timed."""
+    model = [f"mine={finished / 'student'}"]
+    for split, seed in (("train", 0), ("test", 1)):
+        write_folders(tmp_path / "classes", split, pictures(30, seed))
+    settings = ["split=test", "k=5", "num_workers=1", "image_size=[24, 24]"]
+    (knn,) = run_task("knn", model, str(tmp_path / "classes"), None, tmp_path / "out", settings)
+    assert knn.metrics["k-NN"] > 50 and "16 wide" in knn.settings["summary"]
+
+    data = asdict(describe(write_set(tmp_path / "colors")))
+    (tmp_path / "segmentation.yaml").write_text(yaml.safe_dump({"data": data, "probe": LITTLE}))
+    (probe,) = run_task("segmentation", model, None, tmp_path / "segmentation.yaml", tmp_path / "out")
+    assert probe.metrics["mIoU"] > 50
+
+    settings = ["device=cpu", "repeats=2", "warmup=1", "batch_sizes=[1, 2]", "image_size=40"]
+    (speed,) = run_task("throughput", model, None, None, tmp_path / "out", settings)
+    assert speed.metrics["Throughput"] > 0 and speed.metrics["GFLOPs an image"] > 0
+    with pytest.raises(ValueError, match="no attention windows"):
+        run_task("throughput", model, None, None, tmp_path / "windows", [*settings, "window_size=2"])
