@@ -1,4 +1,4 @@
-"""What can fail is tried before the first step: batch arithmetic, data, disk, shapes of every teacher and head."""
+"""Whatever can fail is tried before the first step: batch sizes, data, disk, shapes of every teacher and head."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ def check_before_training(
 
     Args:
         student: with the heads of all stages.
-        teachers: those that this process serves.
+        teachers: the teachers that this process serves.
         groups: stage -> its groups.
     """
     check_layout(recipe, student, teachers, groups)
@@ -42,18 +42,18 @@ def check_before_training(
             check_shapes(recipe, stage, group, student.to(accelerator.device), teachers)
             open_stream(recipe, group, group.sides(teachers)).check()
     for stage in recipe.stages:
-        try:  # attention, reparametrisation, noise, balancing, optimizer; nothing of it is kept
+        try:  # attention, reparametrization, noise, balancing, optimizer; nothing built here is kept
             build_optimizer(build_distillation(recipe, stage, student), recipe, recipe.stages[stage])
         except (ImportError, ValueError) as error:
             raise ValueError(f"stages.{stage} cannot be built: {error}") from error
-    student.to("cpu")  # each stage trains its own part of it, which FSDP2 shards: nothing else stays on the device
+    student.to("cpu")  # each stage moves its own part to the device, where FSDP2 shards it
     check_disk(recipe, student)
 
 
 def check_layout(
     recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher], groups: dict[str, list[Group]]
 ) -> None:
-    """What needs shapes alone, of models that may be on the meta device: `plan` calls it too."""
+    """The checks that need shapes only, so that models may be on the meta device: `plan` makes them too."""
     check_resolutions(student, groups)
     check_lanes(recipe, groups)
     settings_without_effect(student, groups)
@@ -76,7 +76,7 @@ def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> No
 
 
 def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
-    """A group's readers share out its lanes evenly in every stage: later stages go on with the lanes of the first."""
+    """A group's readers divide its lanes evenly in every stage: later stages continue the lanes of the first."""
     lanes: dict[str, int] = {}
     for stage, stage_groups in groups.items():
         for group in stage_groups:
@@ -120,15 +120,15 @@ def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[st
         positions = (teachers[name].image_size // teachers[name].patch_size) ** 2
         if recipe.loss.statistics_images * positions <= channels:
             raise ValueError(
-                f"loss.statistics_images is {recipe.loss.statistics_images}: with {positions} positions an image of "
+                f"loss.statistics_images is {recipe.loss.statistics_images}: with {positions} positions per image of "
                 f"teachers.{name} they give too few vectors for the covariance of its {channels} channels; set at "
-                f"least {channels // positions + 1}, better some hundred times as many"
+                f"least {channels // positions + 1}, better a few hundred times as many"
             )
 
 
 @torch.no_grad()
 def check_shapes(recipe: Recipe, stage: str, group: Group, student: RadioModel, teachers: dict[str, Teacher]) -> None:
-    """Runs one grey image through a group's teachers, the student and the losses."""
+    """Runs one gray image through a group's teachers, the student and the losses."""
     used = {name: teachers[name] for name in group.teachers}
     images = {side: torch.full((1, 3, side, side), 0.5, device=student.device) for side in group.sides(used)}
     try:
@@ -159,8 +159,10 @@ def check_shapes(recipe: Recipe, stage: str, group: Group, student: RadioModel, 
 
 
 def checkpoint_bytes(recipe: Recipe, student: RadioModel) -> int:
-    """Weights twice, Adam's two moments and the average, for each checkpoint kept and the one being written; the final
-    student. Those that are there already do not count."""
+    """Bytes that the run will write: checkpoints that are kept, the one being written, and the finished student.
+
+    A checkpoint has the weights twice, AdamW's two moments and the average. Those that exist already do not count.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     present = 0 if recipe.overwrite else len(find_checkpoints(Path(recipe.output_dir)))
     copies = 4 if recipe.ema_decay is None else 5
@@ -168,7 +170,7 @@ def checkpoint_bytes(recipe: Recipe, student: RadioModel) -> int:
 
 
 def check_disk(recipe: Recipe, student: RadioModel) -> None:
-    """OSError when the checkpoints of the run do not fit."""
+    """Raises OSError when the checkpoints of the run do not fit on the disk."""
     needed = checkpoint_bytes(recipe, student)
     free = shutil.disk_usage(existing(Path(recipe.output_dir).absolute())).free
     if needed > free:
