@@ -58,7 +58,7 @@ def test_adaptors_that_are_meant_to_be_left_out_are_not_reported(tmp_path, model
     _, info = model_class.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not info["unexpected_keys"]
     _, info = RadioModel.from_pretrained(tmp_path / "student", adaptors={}, output_loading_info=True)
-    assert info["unexpected_keys"]  # a student without its adaptors, as asked for, is told
+    assert info["unexpected_keys"]  # a student without its adaptors, as asked for, is reported
     _, info = RadioVisionTower.from_pretrained(tmp_path / "head", output_loading_info=True)
     assert {key.split(".")[0] for key in info["unexpected_keys"]} == {"classifier", "summary_norm"}
 
@@ -171,7 +171,7 @@ def test_weights_may_be_left_out_by_name_only(tmp_path):
 
 
 @pytest.mark.parametrize("out_indices", [[0], [1], [2]])
-def test_a_backbone_leaves_out_the_blocks_after_its_last_map_alone(tmp_path, out_indices):
+def test_a_backbone_leaves_out_only_the_blocks_after_its_last_map(tmp_path, out_indices):
     model = build()
     model.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 32, 32)

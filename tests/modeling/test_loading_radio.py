@@ -74,7 +74,7 @@ for name in ("float32", "bfloat16"):
     assert type(native) is transformers.RadioModel and native.dtype == options["dtype"]
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert info["unexpected_keys"] and all(key.startswith("adaptors.") for key in info["unexpected_keys"])
-    # its half precision rounds mean and std, which ours keep
+    # in half precision it rounds mean and std, which ours keeps exact
     native.input_conditioner.float().load_state_dict(model.input_conditioner.state_dict())
     save_file(outputs(native, images), name + ".native")
 model.save_pretrained("again")
@@ -102,7 +102,7 @@ INSTALLED = """
 from transformers_radio import RadioModel, register
 for name in ("float32", "bfloat16"):
     save_file(outputs(RadioModel.from_pretrained(name, dtype=getattr(torch, name)), images), name + ".ours")
-    assert type(AutoModel.from_pretrained(name)) is transformers.RadioModel  # importing took nobody's place
+    assert type(AutoModel.from_pretrained(name)) is transformers.RadioModel  # importing replaced no class
 register()
 model = AutoModel.from_pretrained("float32")
 assert type(model) is RadioModel and list(model.adaptors) == ["clip", "sam"], type(model)
@@ -123,7 +123,7 @@ def run(code, folder, blocked):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Checkpoints in shards, what their models say, and what two other processes read out of them."""
+    """Checkpoints in shards, the outputs of their models, and what two other processes compute from them."""
     root = tmp_path_factory.mktemp("checkpoints")
     images = torch.rand(2, 3, 64, 96)
     save_file({"images": images}, root / "images.safetensors")

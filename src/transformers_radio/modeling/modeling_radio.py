@@ -503,6 +503,20 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
         config, weight = self.config, self.embeddings.cls_register_token
         check_images(pixel_values, config.num_channels, config.patch_size, weight)
 
+    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
+
+        Models that know one class token expect this. The summary token is the first selected CLS token, or the
+        average of the patches with average pooling.
+        """
+        patches = tokens[:, self.config.num_summary_tokens :]
+        if self.config.summary_type == "mean":
+            summary = patches.mean(dim=1, keepdim=True)
+        else:
+            index = self.config.summary_idxs[0]
+            summary = tokens[:, index : index + 1]
+        return torch.cat([summary, patches], dim=1)
+
     @can_return_tuple
     def forward(
         self,

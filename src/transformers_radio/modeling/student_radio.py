@@ -176,20 +176,6 @@ class RadioStudentMixin(nn.Module):
         """Raises ValueError unless `forward` takes these images: floats `(batch, channels, height, width)`."""
         check_images(pixel_values, self.config.num_channels, self.patch_size, next(self.parameters()))
 
-    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
-
-        Models that know one class token expect this. The summary token is the first selected CLS token, or the
-        average of the patches with average pooling.
-        """
-        patches = tokens[:, self.config.num_summary_tokens :]
-        if self.config.summary_type == "mean":
-            summary = patches.mean(dim=1, keepdim=True)
-        else:
-            index = self.config.summary_idxs[0]
-            summary = tokens[:, index : index + 1]
-        return torch.cat([summary, patches], dim=1)
-
     def make_preprocessor_external(self) -> nn.Module:
         """Hand the input conditioner over, e.g. to a data pipeline: from now on `model(conditioner(pixel_values))`.
 
@@ -220,7 +206,7 @@ class RadioStudentMixin(nn.Module):
         frozen; freezing weights of one of the two models later leaves the other as it is.
 
         Raises:
-            ValueError: A name that is not an adaptor of this model.
+            ValueError: A name that is not an adaptor of this model, or weights that are parametrized.
         """
         names = check_adaptors(names, list(self.adaptors))
         config = copy.deepcopy(self.config)
@@ -236,7 +222,7 @@ class RadioStudentMixin(nn.Module):
             adaptors (`dict[str, dict]`): Entries of `config.adaptors`.
 
         Raises:
-            ValueError: The model has an adaptor of this name, or an entry is not valid.
+            ValueError: The model has an adaptor of this name, an entry is not valid, or weights are parametrized.
         """
         self._check_new(adaptors)
         config = copy.deepcopy(self.config)
@@ -253,7 +239,13 @@ class RadioStudentMixin(nn.Module):
     def _share_weights(self, model: Any, **grown: torch.Tensor) -> Any:
         """`model` with the weights of `grown` and of `self`, by name, and in the state of `self`."""
         mine = {**self.state_dict(), **grown}
-        wanted = model.state_dict()  # only new heads keep the weights they have here
+        wanted = model.state_dict()
+        new_heads = tuple(f"adaptors.{name}." for name in model.adaptors if name not in self.adaptors)
+        lost = [name for name in wanted if name not in mine and not name.startswith(new_heads)]
+        if lost:  # it would be random
+            raise ValueError(
+                f"This model has {lost[0]} under another name: choose its heads before its weights are parametrized."
+            )
         weights = {name: mine[name] if name in mine else new.to(dtype=self.dtype) for name, new in wanted.items()}
         model.load_state_dict(weights, assign=True)  # no copies: a state dict holds the memory of the weights
         for name, parameter in self.named_parameters():

@@ -108,7 +108,7 @@ class RadioTrainingMixin(RadioStudentMixin):
             adaptors (`dict[str, dict]`): Entries of `config.adaptors`.
 
         Raises:
-            ValueError: The model has an adaptor of this name, or an entry is not valid.
+            ValueError: The model has an adaptor of this name, an entry is not valid, or weights are parametrized.
         """
         self._check_new(adaptors)
         config, old = copy.deepcopy(self.config), self.config

@@ -22,10 +22,10 @@ from .streams import open_stream, resume_stream, to_device
 
 
 class Stage:
-    """A stage, built from its first step or from a checkpoint: model, optimizer, schedule, average, streams and log.
+    """A stage at its first step or as a checkpoint left it: model, optimizer, schedule, average, streams and log.
 
     Attributes:
-        end: the run's step after which the stage ends.
+        first_step, last_step: the run's step from which the stage starts, and the one after which it ends.
         groups: those that this process serves.
         model: the `Distillation` as Accelerate wrapped it.
         distillation: the same, unwrapped.
@@ -36,9 +36,8 @@ class Stage:
     def __init__(self, run: Run, name: str):
         recipe, accelerator, state = run.recipe, run.accelerator, run.state
         self.run, self.name, self.recipe = run, name, recipe.stages[name]
-        names = list(recipe.stages)
-        self.first_step = sum(recipe.stages[before].steps for before in names[: names.index(name)])
-        self.end = self.first_step + self.recipe.steps
+        self.last_step = run.last_step(name)
+        self.first_step = self.last_step - self.recipe.steps
         self.groups = [group for group in run.groups[name] if group.index is not None]
         self.transforms, state.statistics = standardize_teachers(run, run.groups_until(name))
         run.release_teachers(name)
@@ -147,7 +146,7 @@ class Stage:
     def is_due(self, every_steps: int) -> bool:
         """Whether it is time for what is done every so many steps and at the end of the stage."""
         step = self.run.state.step
-        return step % every_steps == 0 or step == self.end
+        return step % every_steps == 0 or step == self.last_step
 
     def write_log(self) -> None:
         self.finite.check()

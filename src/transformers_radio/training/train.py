@@ -66,10 +66,8 @@ def train(recipe: Recipe) -> TrainResult:
     with keep_files(on_main_process(accelerator, lambda: list_files(recipe.data))):
         run = prepare(recipe, accelerator, checkpoint)
         with own_folder(run), StopSignal() as stop:
-            last_step = 0
-            for name, stage in recipe.stages.items():
-                last_step += stage.steps
-                if run.state.step < last_step and stop.number is None:
+            for name in recipe.stages:
+                if run.state.step < run.last_step(name) and stop.number is None:
                     train_stage(run, name, stop)
                     accelerator.free_memory()
             return finish(run, stop.number)
@@ -80,12 +78,12 @@ def train_stage(run: Run, name: str, stop: StopSignal) -> None:
     recipe, accelerator, state = run.recipe, run.accelerator, run.state
     stage = Stage(run, name)
     stopped = False
-    while state.step < stage.end and not stopped:
+    while state.step < stage.last_step and not stopped:
         stage.train_step()
         if stage.is_due(recipe.log_every_steps):
             stage.write_log()
         is_saved = stage.is_due(recipe.checkpoints.every_steps)
-        # Several processes agree now and then only.
+        # Several processes have to wait for each other to agree: they do so every few steps.
         asks = is_saved or accelerator.num_processes == 1 or state.step % STEPS_PER_AGREEMENT == 0
         stopped = asks and stop.agreed(accelerator)
         if is_saved or stopped:
@@ -118,7 +116,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, checkpoint: Path | None) -
 
 @contextmanager
 def own_folder(run: Run) -> Iterator[None]:
-    """Takes output_dir for this process group, as it is at the run's step, and starts the logs."""
+    """Takes output_dir for this process group while the block runs; the logs continue from the run's step."""
     recipe, accelerator, step = run.recipe, run.accelerator, run.state.step
     served = [sum(group.index is not None for group in groups) for groups in run.groups.values()]
     with (

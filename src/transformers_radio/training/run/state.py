@@ -92,14 +92,21 @@ class Run:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.recipe.stages.values())
 
+    def last_step(self, stage_name: str) -> int:
+        """The step after which a stage ends, counted over all stages."""
+        return sum(self.recipe.stages[name].steps for name in self._stages_until(stage_name))
+
     def groups_until(self, stage_name: str) -> list[Group]:
         """The groups of a stage and of all stages before it, whose heads the student keeps."""
-        names = list(self.recipe.stages)
-        return [group for name in names[: names.index(stage_name) + 1] for group in self.groups[name]]
+        return [group for name in self._stages_until(stage_name) for group in self.groups[name]]
 
     def release_teachers(self, stage_name: str) -> None:
-        """Frees the memory of the teachers that no stage from this one on asks."""
+        """Frees the memory of the teachers that neither this stage nor a later one needs."""
         names = list(self.recipe.stages)
         to_come = [group for name in names[names.index(stage_name) :] for group in self.groups[name]]
         for name in self.teachers.keys() - {name for group in to_come for name in group.teachers}:
             del self.teachers[name]
+
+    def _stages_until(self, stage_name: str) -> list[str]:
+        names = list(self.recipe.stages)
+        return names[: names.index(stage_name) + 1]
