@@ -102,7 +102,7 @@ class OpenClipTeacher(Teacher):
 
     @classmethod
     def text_encoder(cls, checkpoint: str) -> TextEncoder:
-        """The image tower leaves the memory."""
+        """As `Teacher.text_encoder`; the image tower is loaded too, and leaves the memory again."""
         model, _ = _load_open_clip(checkpoint)
         del model.visual
         return OpenClipTextEncoder(model, require("open_clip").get_tokenizer(_split_checkpoint(checkpoint)[0]))

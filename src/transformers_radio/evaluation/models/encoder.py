@@ -1,4 +1,4 @@
-"""Any frozen vision model behind what evaluation asks of it: a summary, patch features, and language if it has it."""
+"""Any frozen vision model behind one interface: a summary, patch features, and language if it has a text tower."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -121,24 +121,22 @@ class VisionEncoder(nn.Module):
 
 
 class VisionStudent(VisionEncoder):
-    """A student of any type in `STUDENTS`; `language` is its adaptor to a teacher with a text tower.
+    """A student of any type in `STUDENTS`.
 
     Args:
         image_size: default side in pixels; None for the student's preferred one.
-        adaptor: the one that `language` reads; None for the only one to a teacher with a text tower, or the one named
-            "clip".
+        adaptor: the one that `language` reads, to a teacher with a text tower; None for a student without one.
 
     Raises:
-        ValueError: a side that is not a multiple of the step, or an unknown adaptor.
+        ValueError: a side that is not a multiple of the step.
     """
 
     is_student = True
 
-    def __init__(self, spec: ModelSpec, model: nn.Module, image_size: int | None = None, adaptor: str | None = None):
-        student: Any = model
+    def __init__(self, spec: ModelSpec, student: Any, image_size: int | None, adaptor: str | None):
         side = student.preferred_resolution if image_size is None else image_size
         super().__init__(spec, student, side, student.min_resolution_step)
-        self.adaptor = _language_adaptor(student.config.adaptors, adaptor, spec)
+        self.adaptor = adaptor
         self.check_size(side, side)
 
     @torch.no_grad()
@@ -282,6 +280,7 @@ def load_encoder(
             if not hasattr(student.config, "window_size"):
                 raise ValueError(f"{name} has no attention windows: leave window_size out.")
             student.config.window_size = window_size  # its step and what `choices` says follow
+        adaptor = _language_adaptor(student.config.adaptors, adaptor, name)
         return VisionStudent(spec, student, image_size, adaptor).to(device)
     if adaptor is not None:
         raise ValueError(f"{name} is no student, so it has no adaptor {adaptor!r}: leave adaptor out.")
@@ -303,22 +302,26 @@ def load_student(checkpoint: str, dtype: str = "float32") -> Any:
 
 
 def count_parameters(module: nn.Module | None) -> int:
+    """Number of weights; 0 for None."""
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def _language_adaptor(adaptors: dict[str, dict[str, Any]], chosen: str | None, spec: ModelSpec) -> str | None:
-    """`chosen`, if it has a summary; else the adaptor to a teacher with a text tower, where there is exactly one."""
-    with_summary = [name for name, one in adaptors.items() if one["summary_dim"] is not None]
+def _language_adaptor(adaptors: dict[str, dict[str, Any]], chosen: str | None, name: str) -> str | None:
+    """`chosen`, if it has a summary; else the adaptor to a teacher with a text tower, where there is exactly one, or
+    the one named "clip".
+
+    Raises:
+        ValueError: `chosen` has no summary, or there is no such adaptor; `name` is the student's.
+    """
+    with_summary = [key for key, one in adaptors.items() if one["summary_dim"] is not None]
     if chosen is not None:
         if chosen not in with_summary:
             raise ValueError(
-                f"{spec} has no adaptor {chosen!r} with a summary; it has {', '.join(with_summary) or 'none'}."
+                f"{name} has no adaptor {chosen!r} with a summary; it has {', '.join(with_summary) or 'none'}."
             )
         return chosen
     if "clip" in adaptors:
         return "clip"
-    # by its name where it does not say who its teacher was
-    found = [
-        name for name in with_summary if name.startswith(("siglip", "clip")) or has_text(adaptors[name]["teacher"])
-    ]
+    # the name tells where the adaptor does not say who its teacher was
+    found = [one for one in with_summary if one.startswith(("siglip", "clip")) or has_text(adaptors[one]["teacher"])]
     return found[0] if len(found) == 1 else None
