@@ -44,8 +44,10 @@ def _register_new_types() -> None:
     transformers = import_module("transformers")
     import_module(".modeling.modeling_radio_tower", __name__)  # registers with its module, as does the backbone
     import_module(".modeling.processing_radio_llava", __name__)
+    for model_type in modeling.STUDENTS:
+        student = modeling.student_class(model_type)
+        transformers.AutoModel.register(student.config_class, student, exist_ok=True)
     for auto, model in (
-        (transformers.AutoModel, modeling.RadioModel),
         (transformers.AutoModelForImageClassification, modeling.RadioForImageClassification),
         (transformers.AutoModelForSemanticSegmentation, modeling.RadioForSemanticSegmentation),
     ):
@@ -62,7 +64,8 @@ def register() -> None:
 
     _register_new_types()
     modeling = import_module(".modeling", __name__)
-    AutoConfig.register("radio", modeling.RadioConfig, exist_ok=True)
+    for model_type in modeling.STUDENTS:
+        AutoConfig.register(model_type, modeling.student_class(model_type).config_class, exist_ok=True)
     AutoImageProcessor.register(modeling.RadioConfig, modeling.RadioImageProcessor, exist_ok=True)
 
 

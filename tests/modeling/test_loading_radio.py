@@ -64,7 +64,7 @@ def outputs(model, images):
     out = model(images.to(model.dtype))
     tensors = {"summary": out.summary, "features": out.features}
     for name, adaptor in (getattr(out, "adaptors", None) or {}).items():
-        tensors.update({f"{name}.{kind}": value for kind, value in adaptor.items() if value is not None})
+        tensors.update({f"{name}.{kind}": value for kind, value in adaptor.items() if kind != "grid"})
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -18,7 +18,21 @@ _MODULES = {
     "RadioVisionTower": "modeling_radio_tower",
     "load_student": "loading_radio",
 }
-__all__ = list(_MODULES)
+# every student: model_type -> "module:Class"
+STUDENTS = {"radio": "transformers_radio.modeling.modeling_radio:RadioModel"}
+__all__ = [*_MODULES, "STUDENTS", "student_class"]
+
+
+def student_class(model_type: str):
+    """The model class of a student, e.g. `student_class(config.model_type).from_pretrained(folder)`.
+
+    Raises:
+        ValueError: not the type of a student.
+    """
+    if model_type not in STUDENTS:
+        raise ValueError(f"{model_type!r} is not the type of a student; choose one of {', '.join(STUDENTS)}.")
+    module, name = STUDENTS[model_type].split(":")
+    return getattr(import_module(module), name)
 
 
 def __getattr__(name: str):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .inputs_radio import returns_tensors_only
+
 
 @dataclass
 class AdaptorOutput(ModelOutput):
@@ -17,10 +19,13 @@ class AdaptorOutput(ModelOutput):
         summary (`torch.Tensor` of shape `(batch, summary_dim)`): `None` for a teacher without a summary (SAM).
         features (`torch.Tensor` of shape `(batch, h * w, feature_dim)`): Row-major, `h` and `w` times
             `upsample_factor`; `None` for a teacher without features. Packed inputs: `(total patches, feature_dim)`.
+        grid (`tuple[int, int]`): `(h, w)` of `features`, `upsample_factor` included. `None` without features, and
+            where that of [`RadioModelOutput`] is.
     """
 
     summary: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    grid: tuple[int, int] | None = None
 
 
 class RadioAdaptorMLP(nn.Module):
@@ -164,14 +169,16 @@ class RadioAdaptor(nn.Module):
             grids (`list[tuple[int, int]]`): The patch grid `(h, w)`, the same for the whole batch; one per image
                 for packed inputs.
         """
-        summary, dense = None, None
+        summary, dense, grid = None, None, None
         if self.summary_head is not None:
             summary = self.summary_head(summary_tokens[:, self.summary_token]).float()
         if self.feature_head is not None:
             images = zip(features.split([rows * cols for rows, cols in grids], dim=1), grids, strict=True)
-            dense = torch.cat([self._upsample(self.feature_head(image), grid) for image, grid in images], dim=1)
+            dense = torch.cat([self._upsample(self.feature_head(image), size) for image, size in images], dim=1)
             dense = dense.float()
-        return AdaptorOutput(summary=summary, features=dense)
+            if len(grids) == 1 and not returns_tensors_only():
+                grid = (grids[0][0] * self.upsample_factor, grids[0][1] * self.upsample_factor)
+        return AdaptorOutput(summary=summary, features=dense, grid=grid)
 
     def _upsample(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         factor = self.upsample_factor

@@ -1,15 +1,13 @@
 """Configuration of the RADIO vision transformer, a superset of the configuration that transformers ships."""
 
-import re
 from dataclasses import field, fields
 from typing import Any, Literal
 
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers import RadioConfig as NativeRadioConfig
 
 from .errors_radio import shown
-from .fields_radio import CheckedConfigMixin, is_integer
+from .fields_radio import CheckedConfigMixin, complete_adaptors
 
 # width, depth, heads, MLP width; patch 16 throughout
 _SIZES = {
@@ -20,23 +18,6 @@ _SIZES = {
     "vit-h-16": (1280, 32, 16, 5120),
     "vit-so400m-16": (1152, 27, 16, 4304),
     "vit-g-16": (1536, 40, 24, 6144),
-}
-_ADAPTOR_REQUIRED = ("summary_dim", "feature_dim", "hidden_dim")
-_ADAPTOR_OPTIONAL = {
-    "summary_token": 0,
-    "teacher": "",
-    "teacher_weights": "",
-    "mlp_version": "v2",
-    "mlp_num_inner": 0,
-    "spatial_mlp_version": None,
-    "upsample_factor": 1,
-}
-_ADAPTOR_SIZES = {
-    "summary_dim": (1, 65536),
-    "feature_dim": (1, 65536),
-    "hidden_dim": (1, 65536),
-    "mlp_num_inner": (0, 100),
-    "upsample_factor": (1, 64),
 }
 _REFUSAL = "transformers' own RADIO class cannot read this checkpoint"
 
@@ -157,45 +138,8 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
                 raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {expected}.")
 
     def _check_adaptors(self):
-        self.adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in self.adaptors.items()}
-        for name, adaptor in self.adaptors.items():
-            self._validate_adaptor(name, adaptor)
-
-    def _validate_adaptor(self, name: str, adaptor: dict[str, Any]):
-        where = f"{type(self).__name__}: adaptor {shown(name)}"
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ValueError(f"{where}: use letters, digits, `_` and `-` only, the name is part of the weights' keys.")
-        if hasattr(nn.ModuleDict(), name):  # where the model keeps its adaptors
-            raise ValueError(f"{where}: torch's ModuleDict has an attribute of this name; choose another one.")
-        missing = [key for key in _ADAPTOR_REQUIRED if key not in adaptor]
-        unknown = sorted(set(adaptor) - set(_ADAPTOR_REQUIRED) - set(_ADAPTOR_OPTIONAL))
-        if missing or unknown:
-            allowed = [*_ADAPTOR_REQUIRED, *_ADAPTOR_OPTIONAL]
-            raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}; the keys are {allowed}.")
-        if adaptor["summary_dim"] is None and adaptor["feature_dim"] is None:
-            raise ValueError(f"{where}: summary_dim and feature_dim are both None, give at least one.")
-        for key, (smallest, largest) in _ADAPTOR_SIZES.items():
-            value = adaptor[key]
-            if value is None and key in ("summary_dim", "feature_dim"):
-                continue
-            if not is_integer(value, smallest, largest):
-                raise ValueError(
-                    f"{where}: {key} is {shown(value)}, expected an integer from {smallest} to {largest}."
-                )
         tokens = self.num_cls_tokens if self.summary_type == "cls" else 1
-        token = adaptor["summary_token"]
-        if not is_integer(token, 0, max(tokens, 1) - 1):
-            raise ValueError(
-                f"{where}: summary_token is {shown(token)}, but the summary has {tokens} token(s), from 0 on."
-            )
-        for key in ("teacher", "teacher_weights"):
-            if not isinstance(adaptor[key], str):
-                raise ValueError(f"{where}: {key} is {shown(adaptor[key])}, expected text.")
-        if adaptor["mlp_version"] not in ("v1", "v2"):
-            raise ValueError(f'{where}: mlp_version is {shown(adaptor["mlp_version"])}, expected "v1" or "v2".')
-        if adaptor["spatial_mlp_version"] not in (None, "v1", "v2", "attn"):
-            version = adaptor["spatial_mlp_version"]
-            raise ValueError(f'{where}: spatial_mlp_version is {shown(version)}, expected "v1", "v2", "attn" or None.')
+        self.adaptors = complete_adaptors(type(self).__name__, self.adaptors, tokens)
 
     @property
     def global_blocks(self) -> list[int]:
@@ -265,6 +209,40 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         if unknown:  # the constructor would keep them as attributes that nothing reads
             raise ValueError(f"RadioConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
         return cls(**{**sizes[size], **overrides})
+
+    @classmethod
+    def for_training(
+        cls, size: str, adaptors: dict[str, dict[str, Any]], summary: str = "cls_per_teacher", **fields
+    ) -> "RadioConfig":
+        """Configuration of a student that is trained from scratch.
+
+        Args:
+            size: one of `RadioConfig.sizes()`.
+            adaptors: one entry per teacher, as in the configuration; `summary_token` is chosen here.
+            summary: `"cls_per_teacher"`, one CLS token per summary head; `"cls"`, one for all of them; or `"mean"`,
+                the average of the features (Table 5).
+            fields: further fields of the configuration, or other values than those of the size.
+
+        Raises:
+            ValueError: an unknown size, summary or field, or a value out of range.
+        """
+        if summary not in ("cls_per_teacher", "cls", "mean"):
+            raise ValueError(f'summary is {shown(summary)}, expected "cls_per_teacher", "cls" or "mean".')
+        adaptors = {name: {**adaptor, "summary_token": 0} for name, adaptor in adaptors.items()}
+        num_cls_tokens = 0 if summary == "mean" else 1
+        if summary == "cls_per_teacher":
+            summarized = [adaptor for adaptor in adaptors.values() if adaptor.get("summary_dim") is not None]
+            num_cls_tokens = max(len(summarized), 1)
+            for token, adaptor in enumerate(summarized):
+                adaptor["summary_token"] = token
+        return cls.from_size(
+            size,
+            adaptors=adaptors,
+            summary_type="mean" if summary == "mean" else "cls",
+            num_cls_tokens=num_cls_tokens,
+            summary_idxs=list(range(num_cls_tokens)),
+            **fields,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with a refusal for its own RADIO class where that would give other features."""

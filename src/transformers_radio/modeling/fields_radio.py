@@ -1,11 +1,13 @@
 """What each field of a RADIO configuration may hold, and the class that checks it."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers.activations import ACT2FN
 
 from .errors_radio import check_source, naming_checkpoint, one_line, shown
@@ -137,6 +139,74 @@ _FLOATS = (
     "hidden_dropout_prob",
     "drop_path_rate",
 )
+
+
+_ADAPTOR_REQUIRED = ("summary_dim", "feature_dim", "hidden_dim")
+_ADAPTOR_OPTIONAL = {
+    "summary_token": 0,
+    "teacher": "",
+    "teacher_weights": "",
+    "mlp_version": "v2",
+    "mlp_num_inner": 0,
+    "spatial_mlp_version": None,
+    "upsample_factor": 1,
+}
+_ADAPTOR_SIZES = {
+    "summary_dim": (1, 65536),
+    "feature_dim": (1, 65536),
+    "hidden_dim": (1, 65536),
+    "mlp_num_inner": (0, 100),
+    "upsample_factor": (1, 64),
+}
+
+
+def complete_adaptors(owner: str, adaptors: dict[str, dict[str, Any]], tokens: int) -> dict[str, dict[str, Any]]:
+    """The field `adaptors` of a student's configuration with all keys, those left out at their defaults.
+
+    Args:
+        owner: name of the configuration's class, for messages.
+        tokens: summary tokens that a head can choose from.
+
+    Raises:
+        ValueError: A name that cannot be part of a weight's name, a missing or unknown key, a value out of range.
+    """
+    adaptors = {name: {**_ADAPTOR_OPTIONAL, **adaptor} for name, adaptor in adaptors.items()}
+    for name, adaptor in adaptors.items():
+        _check_adaptor(f"{owner}: adaptor {shown(name)}", name, adaptor, tokens)
+    return adaptors
+
+
+def _check_adaptor(where: str, name: str, adaptor: dict[str, Any], tokens: int):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"{where}: use letters, digits, `_` and `-` only, the name is part of the weights' keys.")
+    if hasattr(nn.ModuleDict(), name):  # where the model keeps its adaptors
+        raise ValueError(f"{where}: torch's ModuleDict has an attribute of this name; choose another one.")
+    missing = [key for key in _ADAPTOR_REQUIRED if key not in adaptor]
+    unknown = sorted(set(adaptor) - set(_ADAPTOR_REQUIRED) - set(_ADAPTOR_OPTIONAL))
+    if missing or unknown:
+        allowed = [*_ADAPTOR_REQUIRED, *_ADAPTOR_OPTIONAL]
+        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}; the keys are {allowed}.")
+    if adaptor["summary_dim"] is None and adaptor["feature_dim"] is None:
+        raise ValueError(f"{where}: summary_dim and feature_dim are both None, give at least one.")
+    for key, (smallest, largest) in _ADAPTOR_SIZES.items():
+        value = adaptor[key]
+        if value is None and key in ("summary_dim", "feature_dim"):
+            continue
+        if not is_integer(value, smallest, largest):
+            raise ValueError(f"{where}: {key} is {shown(value)}, expected an integer from {smallest} to {largest}.")
+    token = adaptor["summary_token"]
+    if not is_integer(token, 0, max(tokens, 1) - 1):
+        raise ValueError(
+            f"{where}: summary_token is {shown(token)}, but the summary has {tokens} token(s), from 0 on."
+        )
+    for key in ("teacher", "teacher_weights"):
+        if not isinstance(adaptor[key], str):
+            raise ValueError(f"{where}: {key} is {shown(adaptor[key])}, expected text.")
+    if adaptor["mlp_version"] not in ("v1", "v2"):
+        raise ValueError(f'{where}: mlp_version is {shown(adaptor["mlp_version"])}, expected "v1" or "v2".')
+    if adaptor["spatial_mlp_version"] not in (None, "v1", "v2", "attn"):
+        version = adaptor["spatial_mlp_version"]
+        raise ValueError(f'{where}: spatial_mlp_version is {shown(version)}, expected "v1", "v2", "attn" or None.')
 
 
 class CheckedConfigMixin:

@@ -181,6 +181,11 @@ def in_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def returns_tensors_only() -> bool:
+    """Whether the caller takes nothing else in an output: `torch.jit.trace`, and the transforms of `torch.func`."""
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or in_function_transform())
+
+
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether there are values to look at: not while compiling, tracing or in `torch.func`, not on the meta device."""
     return (

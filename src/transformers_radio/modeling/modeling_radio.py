@@ -1,9 +1,11 @@
 """The RADIO vision transformer: one backbone, one summary, dense features, and a pair of heads per teacher."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -12,17 +14,255 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
-from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
+from .adaptors_radio import AdaptorOutput, RadioAdaptor, RadioAdaptorLayerScale
 from .configuration_radio import RadioConfig
-from .embeddings_radio import RadioInputConditioner, RadioPatchEmbeddings
-from .errors_radio import check_source, naming_checkpoint
-from .inputs_radio import check_adaptors, check_images, check_outputs, check_packed, check_size, check_window
+from .inputs_radio import (
+    check_adaptors,
+    check_images,
+    check_outputs,
+    check_packed,
+    check_window,
+    in_function_transform,
+    returns_tensors_only,
+)
 from .padding_radio import forward_padded, padded_grids
-from .student_radio import RadioModelOutput, RadioStudentMixin
-from .weights_radio import HEADS, check_found, check_used, may_be_new
-from .windows_radio import RadioWindows
+from .student_radio import RadioInputConditioner, RadioModelOutput
+from .training_radio import RadioTrainingMixin
+from .weights_radio import CheckedLoadingMixin
 
 logger = logging.get_logger(__name__)
+
+# log-uniform aspect ratio of a training crop of the position table
+_CPE_RATIO = (3 / 4, 4 / 3)
+_MAX_CACHED_TABLES = 16
+
+
+class RadioPatchEmbeddings(nn.Module):
+    """Patches and their positions, with the CLS and register tokens (no position) in front.
+
+    Cropped position embedding (paper Sec. 4): while training, each image sees a random crop of the learned table,
+    resampled to its grid; otherwise the table is resized to a square of the longer side and the top left is used.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table_side = config.max_img_size // config.patch_size
+        self.patch_projection = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
+        self.position_embedding = nn.Parameter(torch.zeros(1, self.table_side**2, config.hidden_size))
+        self.cls_register_token = nn.Parameter(
+            torch.zeros(config.num_cls_tokens + config.num_registers, config.hidden_size)
+        )
+        self._cache: dict = {}
+        self._cached_state: tuple = ()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, height, width)` -> `(batch, prefix + h * w, hidden)`."""
+        p = self.config.patch_size
+        batch, channels, height, width = pixel_values.shape
+        rows, cols = height // p, width // p
+        # (B, C, h*p, w*p) -> (B, C, h, p, w, p) -> (B, h, w, C, p, p) -> (B, h*w, C*p*p)
+        patches = pixel_values.reshape(batch, channels, rows, p, cols, p).permute(0, 2, 4, 1, 3, 5)
+        patches = self.patch_projection(patches.reshape(batch, rows * cols, channels * p * p))
+        patches = patches + self.positions(batch, rows, cols, patches.dtype)
+        # (prefix, D) -> (B, prefix, D)
+        prefix = self.cls_register_token.expand(batch, -1, -1)
+        return torch.cat([prefix, patches], dim=1)
+
+    def forward_packed(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """`(total patches, C*p*p)` -> `(1, total length, hidden)`: prefix and patches of the images one by one."""
+        patches = self.patch_projection(pixel_values)
+        tokens = []
+        images = patches.split([rows * cols for rows, cols in grids])
+        for (rows, cols), image in zip(grids, images, strict=True):
+            tokens += [self.cls_register_token, image + self.positions(1, rows, cols, image.dtype)[0]]
+        return torch.cat(tokens).unsqueeze(0)
+
+    def positions(self, batch: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Position embedding of a patch grid: `(1 or batch, rows * cols, hidden)`."""
+        table = self.position_embedding
+        if self.training:
+            if self.config.cpe_sampling and (rows, cols) != (self.table_side, self.table_side):
+                positions = self._sample_positions(batch, rows, cols)
+            else:
+                positions = self._resize_positions(rows, cols)
+            if self.config.pos_dropout > 0:
+                keep = torch.rand(batch, 1, 1, device=table.device) >= self.config.pos_dropout
+                positions = positions * keep
+            return positions.to(dtype)
+        if self._cannot_cache():
+            return self._resize_positions(rows, cols).to(dtype)
+        # in-place writes raise the version; a new tensor has a new address, as long as the old one is held here
+        state = (table._version, table.data_ptr(), table.dtype, table.device)
+        if state != self._cached_state[:4] or len(self._cache) >= _MAX_CACHED_TABLES:
+            self._cache.clear()
+            self._cached_state = (*state, table.data)
+        key = (rows, cols, dtype, torch.is_inference_mode_enabled())
+        cached = self._cache.get(key)  # once: other threads may clear the cache
+        if cached is None:
+            cached = self._cache[key] = self._resize_positions(rows, cols).to(dtype)
+        return cached
+
+    def _cannot_cache(self) -> bool:
+        table = self.position_embedding
+        return (
+            torch.compiler.is_compiling()
+            or in_function_transform()  # the result may be a stand-in that ends with the transform
+            or type(table) is not nn.Parameter  # a tensor in its place for one call (torch.func.functional_call)
+            or (torch.is_grad_enabled() and table.requires_grad)  # the result carries a graph
+            or type(table.data) is not torch.Tensor  # fake or sharded tensors
+            or table.is_inference()  # has no version
+        )
+
+    def train(self, mode: bool = True):
+        # writes through `.data` leave no trace in the version: a change of mode starts afresh
+        self._forget_positions()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._forget_positions()  # a move or cast; the old table must not stay in memory
+        return super()._apply(fn, recurse)
+
+    def _forget_positions(self):
+        self._cache.clear()
+        self._cached_state = ()
+
+    def _table(self) -> torch.Tensor:
+        # (1, side*side, D) -> (1, D, side, side)
+        return self.position_embedding.float().unflatten(1, (self.table_side, self.table_side)).permute(0, 3, 1, 2)
+
+    def _resize_positions(self, rows: int, cols: int) -> torch.Tensor:
+        side = max(rows, cols)
+        table = F.interpolate(self._table(), size=(side, side), mode="bilinear", align_corners=False)
+        # by indices: slices branch on whether they are the whole side, which would fix the aspect of an exported model
+        top, left = (torch.arange(length, device=table.device) for length in (rows, cols))
+        # (1, D, side, side) -> (1, side, side, D) -> (1, rows, cols, D) -> (1, rows*cols, D)
+        return table.permute(0, 2, 3, 1).index_select(1, top).index_select(2, left).flatten(1, 2)
+
+    def _sample_positions(self, batch: int, rows: int, cols: int) -> torch.Tensor:
+        device = self.position_embedding.device
+        grid = cpe_training_grid(batch, rows, cols, self.config.cpe_scale, device)
+        # one table serves all images, so their grids are stacked along the height: a batch of tables would need
+        # batch times the memory in the backward pass. (B, rows, cols, 2) -> (1, B*rows, cols, 2)
+        grid = grid.reshape(1, batch * rows, cols, 2)
+        positions = F.grid_sample(self._table(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        # (1, D, B*rows, cols) -> (D, B, rows*cols) -> (B, rows*cols, D)
+        return positions.reshape(-1, batch, rows * cols).permute(1, 2, 0)
+
+
+def cpe_training_grid(
+    batch: int, rows: int, cols: int, scale: list[float], device: torch.device | None = None
+) -> torch.Tensor:
+    """Sampling points of one random crop of the position table per image.
+
+    Args:
+        scale (`list[float]`): Smallest and largest area share of a crop. Its side is uniform between the roots.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, rows, cols, 2)`: `(x, y)` in [-1, 1], for `grid_sample(align_corners=True)`.
+        Drawn from the default generator of `device`.
+    """
+    draw = torch.rand(4, batch, 1, device=device)
+    low, high = math.sqrt(scale[0]), math.sqrt(scale[1])
+    side = low + (high - low) * draw[0]
+    low, high = (math.log(ratio) for ratio in _CPE_RATIO)
+    aspect = torch.exp(low + (high - low) * draw[1])
+    width, height = (side * aspect).clamp(0, 1), (side / aspect).clamp(0, 1)
+    left, top = (1 - width) * draw[2], (1 - height) * draw[3]
+    x = left + width * torch.linspace(0, 1, cols, device=device)  # (B, cols)
+    y = top + height * torch.linspace(0, 1, rows, device=device)  # (B, rows)
+    # (B, cols) and (B, rows) -> (B, rows, cols, 2)
+    grid = torch.stack([x[:, None, :].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, cols)], dim=-1)
+    return 2 * grid - 1
+
+
+class RadioWindows:
+    """Windows of `size` x `size` patches (paper, appendix on ViTDet), for one forward pass.
+
+    Patches are sorted window by window ONCE, so that going in and out of windows is a reshape; blocks with global
+    attention do not care about the order. CLS and register tokens bypass windowed blocks unchanged, or (`average`)
+    are copied into every window and averaged when the windows are joined.
+
+    Args:
+        grid (`tuple[int, int]`): Rows and columns of the patch grid, multiples of `size`.
+        num_prefix (`int`): CLS and register tokens in front of the patches.
+    """
+
+    def __init__(self, grid: tuple[int, int], size: int, num_prefix: int, average: bool):
+        self.rows, self.cols, self.size = grid[0] // size, grid[1] // size, size
+        self.num_prefix, self.average = num_prefix, average
+        self.is_split = False
+        self.bypassing = torch.empty(0)
+
+    def sort(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, prefix + h*w, D)`, patches row by row -> the same, patches window by window."""
+        place = self._patch_numbers(tokens.device)
+        # by arithmetic: reshapes branch on the shape, which an exported model would then be fixed to
+        window, inside = place // self.size**2, place % self.size**2
+        row = window // self.cols * self.size + inside // self.size
+        col = window % self.cols * self.size + inside % self.size
+        return tokens.index_select(1, self._behind_prefix(row * self.cols * self.size + col))
+
+    def unsort(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse of `sort`."""
+        return tokens.index_select(1, self._places_when_sorted(tokens.device))
+
+    def unsort_attention(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of a global block, `(B, heads, L, L)`, in the order of the image; of a windowed block unchanged."""
+        if self.is_split:
+            return weights
+        places = self._places_when_sorted(weights.device)
+        return weights.index_select(2, places).index_select(3, places)
+
+    def _places_when_sorted(self, device: torch.device) -> torch.Tensor:
+        """`(prefix + h*w,)`: where each token of the image sits among the sorted ones."""
+        patch = self._patch_numbers(device)
+        row, col = patch // (self.cols * self.size), patch % (self.cols * self.size)
+        window = row // self.size * self.cols + col // self.size
+        inside = row % self.size * self.size + col % self.size
+        return self._behind_prefix(window * self.size**2 + inside)
+
+    def _patch_numbers(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.rows * self.size * self.cols * self.size, device=device)
+
+    def _behind_prefix(self, patches: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.arange(self.num_prefix, device=patches.device), patches + self.num_prefix])
+
+    def split(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, prefix + h*w, D)`, sorted -> `(B * windows, [prefix +] W*W, D)`."""
+        prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
+        # (B, h*w, D) -> (B, windows, W*W, D)
+        windows = patches.clone(memory_format=torch.contiguous_format).unflatten(1, (self.rows * self.cols, -1))
+        if self.average:
+            # (B, prefix, D) -> (B, windows, prefix, D)
+            prefix = prefix.unsqueeze(1).expand(-1, windows.shape[1], -1, -1)
+            windows = torch.cat([prefix, windows], dim=2)
+        else:
+            self.bypassing = prefix
+        # (B, windows, L, D) -> (B*windows, L, D)
+        return windows.flatten(0, 1)
+
+    def join(self, windows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`."""
+        # (B*windows, L, D) -> (B, windows, L, D)
+        windows = windows.unflatten(0, (-1, self.rows * self.cols))
+        if self.average:
+            prefix, windows = windows[:, :, : self.num_prefix].mean(1), windows[:, :, self.num_prefix :]
+        else:
+            prefix = self.bypassing
+        # (B, windows, W*W, D) -> (B, h*w, D)
+        return torch.cat([prefix, windows.flatten(1, 2)], dim=1)
+
+    def arrange(self, tokens: torch.Tensor, windowed: bool) -> torch.Tensor:
+        """Sorted tokens as the next block needs them, split or joined."""
+        if windowed != self.is_split:
+            tokens = self.split(tokens) if windowed else self.join(tokens)
+            self.is_split = windowed
+        return tokens
+
+    def to_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens between two blocks, split or joined -> `(B, prefix + h*w, D)`, row by row."""
+        return self.unsort(self.join(tokens) if self.is_split else tokens)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -174,18 +414,7 @@ class RadioEncoder(nn.Module):
         )
 
 
-def check_summary_idxs(model: nn.Module):
-    """The selection of CLS tokens in the checkpoint is that of the configuration."""
-    if not isinstance(model, RadioModel) or model.summary_idxs.is_meta:
-        return
-    if model.summary_idxs.tolist() != model.config.summary_idxs:
-        raise ValueError(
-            f"config.summary_idxs is {model.config.summary_idxs}, but the checkpoint's summary_idxs are "
-            f"{model.summary_idxs.tolist()}. Load without summary_idxs, then select from last_hidden_state."
-        )
-
-
-class RadioPreTrainedModel(PreTrainedModel):
+class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     config_class = RadioConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -224,59 +453,6 @@ class RadioPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        allow_missing: Sequence[str] = (),
-        allow_unexpected: Sequence[str] = (),
-        output_loading_info: bool = False,
-        **kwargs,
-    ):
-        """As in transformers, but a checkpoint and a configuration that do not belong together are an error.
-
-        Args:
-            allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialization, e.g.
-                `["classifier"]` to put a new head on a backbone. Of these alone may the shape differ with
-                `ignore_mismatched_sizes=True`.
-            allow_unexpected (`Sequence[str]`): Prefixes of weights of the checkpoint that may be left out. Those of a
-                task head always may, and those of adaptors where `adaptors` are passed.
-
-        Raises:
-            OSError: There is no checkpoint, or part of it is not there.
-            ValueError: The checkpoint is damaged, lacks other weights of this model, has them in other shapes, has
-                weights that the model lacks, or contradicts `config.summary_idxs`.
-        """
-        if pretrained_model_name_or_path is not None or "state_dict" not in kwargs:
-            check_source(cls.__name__, pretrained_model_name_or_path)
-        left_out = (*allow_unexpected, *HEADS, *(["adaptors."] if "adaptors" in kwargs else []))
-        token = may_be_new.set(tuple(allow_missing))
-        try:
-            with naming_checkpoint(pretrained_model_name_or_path):
-                loaded: Any = super().from_pretrained(
-                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-                )
-                model, info = loaded
-                check_found(cls.__name__, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"], True)
-                check_used(cls.__name__, info["unexpected_keys"], left_out)
-                check_summary_idxs(model.base_model)
-        finally:
-            may_be_new.reset(token)
-        return (model, info) if output_loading_info else model
-
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        # before memory is taken for what the checkpoint lacks: a mistyped width could need more than there is
-        check_found(
-            type(model).__name__,
-            loading_info.missing_keys,
-            loading_info.mismatched_keys,
-            loading_info.unexpected_keys,
-            load_config.ignore_mismatched_sizes,
-        )
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; the folder carries this code, and one with a head opens as a bare student too."""
         if self.config.model_type == RadioConfig.model_type:
@@ -289,7 +465,7 @@ class RadioPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
 
-class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
+class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
     """The RADIO vision transformer (paper Sec. 3) with the adaptors of `config.adaptors`.
 
     Backbone weights have the names and shapes of `transformers.RadioModel`. `eval()` reuses the resized position
@@ -311,30 +487,20 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
         )
         self.post_init()
 
+    @property
+    def min_resolution_step(self) -> int:
+        """Image sides must be multiples of this many pixels (patch size, times the default window if there is one)."""
+        return self.patch_size * (self.config.window_size or 1)
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of `RadioModelOutput.summary`: of all the CLS tokens `config.summary_idxs`, or of the average."""
+        return self.config.summary_dim
+
     def check_images(self, pixel_values: torch.Tensor):
         """Raises ValueError unless these are images that `forward` takes (packed ones aside)."""
         config, weight = self.config, self.embeddings.cls_register_token
         check_images(pixel_values, config.num_channels, config.patch_size, weight)
-
-    def sample_window_size(self, height: int, width: int, generator: torch.Generator | None = None) -> int:
-        """Draw the window of one training forward for images of `height` x `width` pixels.
-
-        With probability `config.train_window_probability`, one of `config.train_window_sizes` that divides the patch
-        grid and does not cover it whole; otherwise 0, attention without windows.
-
-        Args:
-            generator (`torch.Generator`, *optional*): On the CPU; equally seeded ones give all ranks the same
-                windows. Missing: torch's default CPU generator, as in a forward without `window_size`.
-        """
-        check_size(height, width)
-        rows, cols = height // self.patch_size, width // self.patch_size
-        sizes = [
-            size
-            for size in self.config.train_window_sizes or []
-            if rows % size == 0 and cols % size == 0 and (size < rows or size < cols)
-        ]
-        draw, choice = torch.rand(2, generator=generator).tolist()
-        return sizes[int(choice * len(sizes))] if sizes and draw < self.config.train_window_probability else 0
 
     @can_return_tuple
     def forward(
@@ -363,92 +529,30 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
                 it were alone; tokens of patches in the padding are zero. Draws no window while training.
 
         Raises:
-            ValueError: Not floats, a wrong number of channels or dimensions, a side that is no multiple of the patch
-                (times the window), an unknown adaptor, packed patches that do not fit their grids, a mask that does
-                not fit the images.
+            ValueError: Not floats, a wrong number of channels or dimensions, a side that is not a multiple of the
+                patch (times the window), an unknown adaptor, a mask or grids that do not fit the images.
         """
-        config = self.config
-        check_outputs(output_hidden_states, output_attentions)
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        # not `bool(...)`: callers that select one layer may pass its index, 0 included
-        output_hidden_states = output_hidden_states is not None and output_hidden_states is not False
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and config._attn_implementation != "eager" and not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"{config._attn_implementation} attention has no probabilities to return, so calls with "
-                "output_attentions attend eagerly, which takes more memory."
-            )
+        returned = self._which_outputs(output_hidden_states, output_attentions)
         names = check_adaptors(adaptors, list(self.adaptors))
-        weight = self.embeddings.cls_register_token
-        if pixel_mask is not None:
-            if image_grid_hw is not None:
+        if image_grid_hw is not None:
+            if pixel_mask is not None:
                 raise ValueError("Packed images (image_grid_hw) have no padding; leave pixel_mask out.")
-            self.check_images(pixel_values)
-            sides = padded_grids(pixel_mask, pixel_values, self.patch_size, self.min_resolution_step)  # (B, 2)
-            window_size = (config.window_size or 0) if window_size is None else window_size
-            if (sides * self.patch_size < sides.new_tensor(pixel_values.shape[-2:])).any():
-                options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-                return forward_padded(self, pixel_values, sides, window_size, adaptors=names, **options)
-        dtype = weight.dtype  # quantization leaves it alone, unlike the weights of Linears
-        num_prefix = config.num_summary_tokens
-        windows, lengths = None, None
-
-        if image_grid_hw is None:
-            self.check_images(pixel_values)
-            rows, cols = (side // self.patch_size for side in pixel_values.shape[-2:])
-            grids = [(rows, cols)]
-            if window_size is None and self.training and config.train_window_sizes:
-                window_size = self.sample_window_size(*pixel_values.shape[-2:])
-            elif window_size is None:
-                window_size = config.window_size or 0
-            check_window(window_size, rows, cols, self.patch_size)
-            if window_size:
-                windows = RadioWindows((rows, cols), window_size, num_prefix, config.window_prefix == "average")
-            hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(dtype))
-        else:
-            grids = check_packed(pixel_values, image_grid_hw, config.num_channels * self.patch_size**2, weight)
-            window_size = (config.window_size or 0) if window_size is None else window_size
-            check_window(window_size, 0, 0, self.patch_size)
-            if window_size:
-                raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
-            lengths = [num_prefix + rows * cols for rows, cols in grids]
-            # (total, C*p*p) -> (total, C, p, p) -> (total, C*p*p)
-            pixels = pixel_values.unflatten(1, (config.num_channels, self.patch_size, self.patch_size))
-            pixels = self.input_conditioner(pixels).to(dtype).flatten(1)
-            hidden_states = self.embeddings.forward_packed(pixels, grids)
+            return self._forward_packed(pixel_values, image_grid_hw, names, window_size, **returned)
+        self.check_images(pixel_values)
+        grid, num_prefix = self.grid(*pixel_values.shape[-2:]), self.config.num_summary_tokens
+        if pixel_mask is not None:
+            window_size = (self.config.window_size or 0) if window_size is None else window_size
+            grids = padded_grids(pixel_mask, pixel_values, self.patch_size, self.min_resolution_step)  # (B, 2)
+            if (grids < grids.new_tensor(grid)).any():
+                return forward_padded(self, pixel_values, grids, window_size, adaptors=names, **returned)
+        windows = self._windows(window_size, *pixel_values.shape[-2:])
         self._warn_about_range(pixel_values)
-
-        hidden_states, all_hidden_states, attentions = self.encoder(
-            hidden_states, windows, lengths, output_hidden_states, output_attentions
-        )
+        hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(self._embedding_dtype))
+        hidden_states, all_hidden_states, attentions = self.encoder(hidden_states, windows, None, **returned)
         hidden_states = self.norm(hidden_states)
-
-        if lengths is None:
-            # (B, prefix + h*w, D) -> (B, prefix, D) and (B, h*w, D)
-            prefix, features = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
-        else:
-            # (1, total length, D) -> per image (1, prefix + h*w, D) -> (N, prefix, D) and (1, total patches, D)
-            images = hidden_states.split(lengths, dim=1)
-            prefix = torch.cat([image[:, :num_prefix] for image in images])
-            features = torch.cat([image[:, num_prefix:] for image in images], dim=1)
-        if config.summary_type == "cls":
-            summary_tokens = prefix[:, : config.num_cls_tokens]
-            # (B, n, D) -> (B, n*D)
-            summary = summary_tokens[:, self.summary_idxs].flatten(1)
-        else:
-            sizes = [features.shape[1]] if lengths is None else [rows * cols for rows, cols in grids]
-            summary = torch.cat([image.mean(1) for image in features.split(sizes, dim=1)])
-            summary_tokens = summary.unsqueeze(1)
-        # one copy without gaps for all heads: else each Linear makes one, unless the batch is a single image, and that
-        # branch would be fixed in an exported model
-        patches = features.clone(memory_format=torch.contiguous_format) if names else features
-        heads = {name: self.adaptors[name](summary_tokens, patches, grids) for name in names}
-
-        if lengths is not None:  # packed outputs have no batch axis
-            hidden_states, features = hidden_states[0], features[0]
-            for head in heads.values():
-                head.features = None if head.features is None else head.features[0]
+        # (B, prefix + h*w, D) -> (B, prefix, D) and (B, h*w, D)
+        prefix, features = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
+        summary, heads = self._summary_and_heads(prefix, features, [grid], names)
         return RadioModelOutput(
             summary=summary,
             features=features,
@@ -457,7 +561,103 @@ class RadioModel(RadioStudentMixin, RadioPreTrainedModel):
             attentions=attentions,
             adaptors=heads,
             pooler_output=summary,
+            grid=None if returns_tensors_only() else grid,
         )
+
+    def _windows(self, window_size: int | None, height: int, width: int) -> RadioWindows | None:
+        """The windows of one forward for images of this size in pixels; None for global attention."""
+        if window_size is None and self.training and self.config.train_window_sizes:
+            window_size = self.sample_window_size(height, width)
+        elif window_size is None:
+            window_size = self.config.window_size or 0
+        grid = self.grid(height, width)
+        check_window(window_size, *grid, self.patch_size)
+        if not window_size:
+            return None
+        return RadioWindows(grid, window_size, self.config.num_summary_tokens, self.config.window_prefix == "average")
+
+    def _forward_packed(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_hw: torch.Tensor,
+        names: list[str],
+        window_size: int | None,
+        **returned: bool,
+    ) -> RadioModelOutput:
+        """`forward` for images of different sizes as one sequence, `(total patches, channels * patch_size**2)`."""
+        config, num_prefix = self.config, self.config.num_summary_tokens
+        patch_shape = (config.num_channels, self.patch_size, self.patch_size)
+        grids = check_packed(pixel_values, image_grid_hw, math.prod(patch_shape), self.embeddings.cls_register_token)
+        window_size = (config.window_size or 0) if window_size is None else window_size
+        check_window(window_size, 0, 0, self.patch_size)
+        if window_size:
+            raise ValueError("Packed images have no windows; pass window_size=0 for global attention.")
+        self._warn_about_range(pixel_values)
+        # (total, C*p*p) -> (total, C, p, p) -> (total, C*p*p)
+        pixels = self.input_conditioner(pixel_values.unflatten(1, patch_shape)).to(self._embedding_dtype).flatten(1)
+        hidden_states = self.embeddings.forward_packed(pixels, grids)
+        lengths = [num_prefix + rows * cols for rows, cols in grids]
+        hidden_states, all_hidden_states, attentions = self.encoder(hidden_states, None, lengths, **returned)
+        hidden_states = self.norm(hidden_states)
+        # (1, total length, D) -> per image (1, prefix + h*w, D) -> (N, prefix, D) and (1, total patches, D)
+        images = hidden_states.split(lengths, dim=1)
+        prefix = torch.cat([image[:, :num_prefix] for image in images])
+        features = torch.cat([image[:, num_prefix:] for image in images], dim=1)
+        summary, heads = self._summary_and_heads(prefix, features, grids, names)
+        for name, head in heads.items():  # packed outputs have no batch axis, and no grid
+            dense = None if head.features is None else head.features[0]
+            heads[name] = AdaptorOutput(summary=head.summary, features=dense)
+        return RadioModelOutput(
+            summary=summary,
+            features=features[0],
+            last_hidden_state=hidden_states[0],
+            hidden_states=all_hidden_states,
+            attentions=attentions,
+            adaptors=heads,
+            pooler_output=summary,
+        )
+
+    def _summary_and_heads(
+        self, prefix: torch.Tensor, features: torch.Tensor, grids: list[tuple[int, int]], names: list[str]
+    ) -> tuple[torch.Tensor, dict[str, AdaptorOutput]]:
+        """The summaries `(images, summary_dim)`, and what the heads of `names` make of them and of the features.
+
+        Args:
+            prefix: CLS and register tokens `(images, prefix, hidden)`.
+            features, grids: As [`RadioAdaptor`] takes them.
+        """
+        if self.config.summary_type == "cls":
+            tokens = prefix[:, : self.config.num_cls_tokens]
+            # (N, n, D) -> (N, n*D)
+            summary = tokens[:, self.summary_idxs].flatten(1)
+        else:
+            images = features.split([rows * cols for rows, cols in grids], dim=1)
+            summary = torch.cat([image.mean(1) for image in images])
+            tokens = summary.unsqueeze(1)
+        # one copy without gaps for all heads: otherwise each Linear makes one, unless the batch is a single image, and
+        # an exported model would be fixed to one of these two cases
+        features = features.clone(memory_format=torch.contiguous_format) if names else features
+        return summary, {name: self.adaptors[name](tokens, features, grids) for name in names}
+
+    @property
+    def _embedding_dtype(self) -> torch.dtype:
+        return self.embeddings.cls_register_token.dtype  # quantization leaves it alone, unlike the weights of Linears
+
+    def _which_outputs(self, output_hidden_states: Any, output_attentions: Any) -> dict[str, bool]:
+        """Both flags as booleans; those of the configuration where a call has none."""
+        check_outputs(output_hidden_states, output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        # not `bool(...)`: callers that select one layer may pass its index, 0 included
+        output_hidden_states = output_hidden_states is not None and output_hidden_states is not False
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        attention = self.config._attn_implementation
+        if output_attentions and attention != "eager" and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{attention} attention has no probabilities to return, so calls with output_attentions attend "
+                "eagerly, which takes more memory."
+            )
+        return {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
 
 
 RadioModel.register_for_auto_class("AutoModel")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .adaptors_radio import AdaptorOutput
-from .inputs_radio import check_mask
+from .inputs_radio import check_mask, returns_tensors_only
 from .student_radio import RadioModelOutput
 
 
@@ -58,7 +58,7 @@ def forward_padded(
         raise ValueError("output_attentions has no layout for a padded batch; pass images of one size at a time.")
     patch_size = model.patch_size
     batch, _, height, width = pixel_values.shape
-    inside = top_left(grids, height // patch_size, width // patch_size)  # (B, h, w)
+    inside = top_left(grids, *model.grid(height, width))  # (B, h, w)
     if window_size:
         sides = (grids * patch_size).tolist()
         images = [image[None, :, :h, :w] for image, (h, w) in zip(pixel_values, sides, strict=True)]
@@ -80,6 +80,10 @@ def forward_padded(
         padded[there] = tokens
         return padded
 
+    def finer_grid(factor: int) -> tuple[int, int] | None:
+        rows, cols = model.grid(height, width)
+        return None if returns_tensors_only() else (rows * factor, cols * factor)
+
     prefix = model.config.num_summary_tokens
     return RadioModelOutput(
         summary=packed.summary,
@@ -87,9 +91,14 @@ def forward_padded(
         last_hidden_state=unpack(packed.last_hidden_state, prefix),
         hidden_states=None if packed.hidden_states is None else tuple(unpack(t, prefix) for t in packed.hidden_states),
         adaptors={
-            name: AdaptorOutput(summary=head.summary, features=unpack(head.features))
+            name: AdaptorOutput(
+                summary=head.summary,
+                features=unpack(head.features),
+                grid=None if head.features is None else finer_grid(model.adaptors[name].upsample_factor),
+            )
             for name, head in packed.adaptors.items()
         },
+        grid=finer_grid(1),
     )
 
 

@@ -1,5 +1,6 @@
-"""What every student of the family offers around its forward pass: one output, sizes, preprocessing."""
+"""The contract of every student: one output, sizes and grids, input conditioner, heads, and what training asks for."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,16 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .adaptors_radio import AdaptorOutput
-from .embeddings_radio import RadioExternalConditioner
-from .inputs_radio import can_read_values, check_size, check_tensor, describe_range_error, nearest_multiple
+from .errors_radio import shown
+from .inputs_radio import (
+    can_read_values,
+    check_adaptors,
+    check_images,
+    check_size,
+    check_tensor,
+    describe_range_error,
+    nearest_multiple,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +38,8 @@ class RadioModelOutput(ModelOutput):
             windowed block `(batch * windows, heads, window length, window length)`.
         adaptors (`dict[str, AdaptorOutput]`): Per adaptor that ran, its `summary` and `features`.
         pooler_output (`torch.Tensor`): `summary`, by the name that transformers' pipelines look for.
+        grid (`tuple[int, int]`): `(h, w)` of `features`. None for packed images, and where a function may return
+            tensors only (`torch.jit.trace`, `torch.func`).
     """
 
     summary: torch.Tensor | None = None
@@ -38,34 +49,99 @@ class RadioModelOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     adaptors: dict[str, AdaptorOutput] | None = None
     pooler_output: torch.Tensor | None = None
+    grid: tuple[int, int] | None = None
 
 
-class RadioStudentMixin:
-    """Sizes, feature grids and the input conditioner of a student with `config` and `input_conditioner`."""
+class RadioInputConditioner(nn.Module):
+    """`(pixels - mean) / std` per channel; in float32, the result in the dtype of the pixels.
+
+    The statistics stay in float32 when the model is cast: half precision would round them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        # (3,) -> (3, 1, 1)
+        self.norm_mean = nn.Buffer(torch.tensor(config.norm_mean, dtype=torch.float32).view(-1, 1, 1))
+        self.norm_std = nn.Buffer(torch.tensor(config.norm_std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        normalized = (pixel_values.float() - self.norm_mean.float()) / self.norm_std.float()
+        return normalized.to(pixel_values.dtype)
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, statistic in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != statistic.dtype:  # a cast: keep its device alone
+                setattr(self, name, statistic.to(moved.device))
+        return self
+
+
+class RadioExternalConditioner(RadioInputConditioner, nn.Identity):
+    """Stands in for a conditioner that was handed over: keeps its statistics for the state dict, changes no pixel."""
+
+    def __init__(self, conditioner: nn.Module):
+        nn.Module.__init__(self)
+        for name, statistic in conditioner.named_buffers():
+            self.register_buffer(name, statistic.clone())
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+
+class RadioStudentMixin(nn.Module):
+    """First base of every student, a `PreTrainedModel` whose `forward` returns a [`RadioModelOutput`].
+
+    A student has an `input_conditioner` (a [`RadioInputConditioner`]) and `adaptors`, an `nn.ModuleDict` with one
+    [`RadioAdaptor`] per entry of `config.adaptors`. Its `config` has `adaptors`, `num_channels`, `patch_size` (the
+    stride of the features in pixels), `hidden_size` (their width), `max_img_size` and `preferred_resolution`, and a
+    classmethod `for_training` as [`RadioConfig`] has. What is defined here holds for a backbone with a stride and a
+    pooled summary; one with more to it (class tokens, windows, blocks) overrides the members concerned.
+    """
 
     config: Any
+    device: torch.device
+    dtype: torch.dtype
     input_conditioner: nn.Module
+    adaptors: nn.ModuleDict
     _range_checked = False
+
+    # ---------------------------------------------------------------- sizes
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """Side of a patch in pixels: the stride of the features."""
         return self.config.patch_size
 
     @property
     def min_resolution_step(self) -> int:
-        """Image sides must be multiples of this many pixels (patch size, times the default window if there is one)."""
-        return self.config.patch_size * (self.config.window_size or 1)
+        """Image sides must be multiples of this many pixels."""
+        return self.patch_size
 
     @property
     def max_resolution(self) -> int:
-        """Image side in pixels up to which the position table is not stretched; larger images do run."""
+        """Image side in pixels up to which the model was made; larger images may run, as [`RadioModel`]'s do."""
         return self.config.max_img_size
 
     @property
     def preferred_resolution(self) -> int:
         """Image side in pixels at which the model is best."""
         return self.config.preferred_resolution
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of `RadioModelOutput.summary`."""
+        return self.config.hidden_size
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of `RadioModelOutput.features`."""
+        return self.config.hidden_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the features of images of `height` x `width` pixels, before any `upsample_factor`."""
+        return height // self.patch_size, width // self.patch_size
 
     def get_nearest_supported_resolution(self, height: int, width: int) -> tuple[int, int]:
         """The nearest `(height, width)` in pixels that the model takes."""
@@ -85,7 +161,7 @@ class RadioStudentMixin:
         check_size(height, width)
         if features.ndim != 3:
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (batch, h * w, channels).")
-        rows, cols = height // self.patch_size, width // self.patch_size
+        rows, cols = self.grid(height, width)
         is_patch_grid = features.shape[1] == rows * cols  # first, for compilers: they cannot trace isqrt
         factor = 1 if is_patch_grid else math.isqrt(features.shape[1] // max(rows * cols, 1))
         if features.shape[1] != rows * cols * factor**2 or factor == 0:
@@ -95,6 +171,10 @@ class RadioStudentMixin:
             )
         # (B, h*w, C) -> (B, h, w, C) -> (B, C, h, w)
         return features.unflatten(1, (rows * factor, cols * factor)).permute(0, 3, 1, 2)
+
+    def check_images(self, pixel_values: torch.Tensor):
+        """Raises ValueError unless `forward` takes these images: floats `(batch, channels, height, width)`."""
+        check_images(pixel_values, self.config.num_channels, self.patch_size, next(self.parameters()))
 
     def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
@@ -130,3 +210,90 @@ class RadioStudentMixin:
             logger.warning(error)
         # reading values makes an accelerator wait, so there only the first batch is looked at
         self._range_checked = error is not None or pixel_values.device.type != "cpu"
+
+    # ---------------------------------------------------------------- heads
+
+    def with_adaptors(self, names: list[str]) -> Any:
+        """The same model with these adaptors only, in this order; it shares every weight with `self`.
+
+        Training mode, attention implementation, an external conditioner, and which weights are frozen are those of
+        `self`; freezing weights of one of the two leaves the other as it is.
+
+        Raises:
+            ValueError: A name that is not an adaptor of this model.
+        """
+        names = check_adaptors(names, list(self.adaptors))
+        config = copy.deepcopy(self.config)
+        config.adaptors = {name: config.adaptors[name] for name in names}
+        with torch.device("meta"):
+            model = type(self)(config)
+        return self._share_weights(model)
+
+    def with_new_adaptors(self, adaptors: dict[str, dict[str, Any]]) -> Any:
+        """The same model with more adaptors, freshly initialized, behind its own; it shares the other weights.
+
+        Args:
+            adaptors (`dict[str, dict]`): Entries of `config.adaptors`.
+
+        Raises:
+            ValueError: The model has an adaptor of this name, or an entry is not valid.
+        """
+        self._check_new(adaptors)
+        config = copy.deepcopy(self.config)
+        config.adaptors = {**config.adaptors, **adaptors}
+        with torch.device(self.device):
+            model = type(self)(config)
+        return self._share_weights(model)
+
+    def _check_new(self, adaptors: dict[str, dict[str, Any]]):
+        for name in adaptors:
+            if name in self.adaptors:
+                raise ValueError(f"This model has an adaptor {shown(name)}; give the new one another name.")
+
+    def _share_weights(self, model: Any, **grown: torch.Tensor) -> Any:
+        """`model` with the weights of `grown` and of `self`, by name, and in the state of `self`."""
+        mine = {**self.state_dict(), **grown}
+        wanted = model.state_dict()  # of new heads alone the own weights are kept
+        weights = {name: mine[name] if name in mine else new.to(dtype=self.dtype) for name, new in wanted.items()}
+        model.load_state_dict(weights, assign=True)  # not copied: tensors of a state dict are the parameters' memory
+        for name, parameter in self.named_parameters():
+            if name in wanted:
+                model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        if isinstance(self.input_conditioner, nn.Identity):
+            model.make_preprocessor_external()
+        return model.train(self.training)
+
+    # ---------------------------------------------------------------- training
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks with nearly all of the weights, in order; empty for a model without.
+
+        Training compiles them one by one, computes them again with gradient checkpointing, and reparametrizes their
+        matrices.
+        """
+        return []
+
+    def training_options(self, height: int, width: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Keyword arguments of one training forward for images of `height` x `width` pixels.
+
+        Args:
+            generator (`torch.Generator`, *optional*): For random options; on the CPU, equally seeded on all ranks.
+        """
+        return {}
+
+    def training_warnings(self, sizes: list[tuple[int, int]]) -> list[str]:
+        """What the configuration asks for and no training image of these `(height, width)` in pixels will get.
+
+        Raises:
+            ValueError: A field of the configuration has no effect at all.
+        """
+        return []
+
+    def attention_saving(self, height: int, width: int) -> float:
+        """Share of the attention's FLOPs, in [0, 1), that `training_options` save on average; sides in pixels."""
+        return 0.0
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two axes or more that weight decay leaves out, as in timm."""
+        return set()

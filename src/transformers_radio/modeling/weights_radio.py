@@ -1,22 +1,88 @@
 """Whether the weights of a checkpoint are those of the model that its configuration describes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .errors_radio import check_source, naming_checkpoint
 
 # task heads, which a student's checkpoint may have or lack
 HEADS = ("summary_norm.", "batch_norm.", "classifier.")
 # prefixes of weights that the checkpoint may lack, while `from_pretrained` runs
-may_be_new: ContextVar[tuple[str, ...]] = ContextVar("may_be_new", default=())
+_may_be_new: ContextVar[tuple[str, ...]] = ContextVar("_may_be_new", default=())
 
 
-def check_found(owner: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str], new: bool):
-    """Every weight of the model is in the checkpoint, in its shape, but for those that `may_be_new`.
+class CheckedLoadingMixin:
+    """First base of a model: a checkpoint and a configuration that do not belong together are an error."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but a checkpoint and a configuration that do not belong together are an error.
+
+        Args:
+            allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialization, e.g.
+                `["classifier"]` to put a new head on a backbone. Of these alone may the shape differ with
+                `ignore_mismatched_sizes=True`.
+            allow_unexpected (`Sequence[str]`): Prefixes of weights of the checkpoint that may be left out. Those of a
+                task head always may, and those of adaptors where `adaptors` are passed.
+
+        Raises:
+            OSError: There is no checkpoint, or part of it is not there.
+            ValueError: The checkpoint is damaged, lacks other weights of this model, has them in other shapes, has
+                weights that the model lacks, or contradicts `config.summary_idxs`.
+        """
+        if pretrained_model_name_or_path is not None or "state_dict" not in kwargs:
+            check_source(cls.__name__, pretrained_model_name_or_path)
+        left_out = (*allow_unexpected, *HEADS, *(["adaptors."] if "adaptors" in kwargs else []))
+        token = _may_be_new.set(tuple(allow_missing))
+        try:
+            with naming_checkpoint(pretrained_model_name_or_path):
+                loaded: Any = super().from_pretrained(  # type: ignore[misc]
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                )
+                model, info = loaded
+                _check_found(
+                    cls.__name__, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"], True
+                )
+                _check_used(cls.__name__, info["unexpected_keys"], left_out)
+                _check_summary_idxs(model.base_model)
+        finally:
+            _may_be_new.reset(token)
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # before memory is taken for what the checkpoint lacks: a mistyped width could need more than there is
+        _check_found(
+            type(model).__name__,
+            loading_info.missing_keys,
+            loading_info.mismatched_keys,
+            loading_info.unexpected_keys,
+            load_config.ignore_mismatched_sizes,
+        )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def _check_found(
+    owner: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str], new: bool
+):
+    """Every weight of the model is in the checkpoint, in its shape, but for those that `_may_be_new`.
 
     Args:
         mismatched: (name, shape in the checkpoint, shape in the model) of weights.
         new: whether those that may be new may have another shape in the checkpoint.
     """
-    allowed = may_be_new.get()
+    allowed = _may_be_new.get()
     misfits = [entry for entry in mismatched if not (new and entry[0].startswith(allowed))]
     if misfits:
         key, stored, expected = min(misfits)
@@ -46,7 +112,7 @@ def check_found(owner: str, missing: Iterable[str], mismatched: Iterable[tuple],
         )
 
 
-def check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
+def _check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
     """Every weight of the checkpoint has a place in the model, but for those with an allowed prefix."""
     unused = sorted(key for key in unexpected if not key.removeprefix("model.").startswith(allowed))
     if unused:
@@ -55,6 +121,18 @@ def check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
             f"{owner}: {len(unused)} weights of the checkpoint have no place in this model: {_first(unused)}. Its "
             f"configuration contradicts them (num_hidden_layers, adaptors, final_norm, ...): correct it, or pass "
             f"allow_unexpected={parts} to leave these out."
+        )
+
+
+def _check_summary_idxs(model: Any):
+    """The selection of CLS tokens in the checkpoint is that of the configuration, in a model that has one."""
+    stored = getattr(model, "summary_idxs", None)
+    if stored is None or stored.is_meta:
+        return
+    if stored.tolist() != model.config.summary_idxs:
+        raise ValueError(
+            f"config.summary_idxs is {model.config.summary_idxs}, but the checkpoint's summary_idxs are "
+            f"{stored.tolist()}. Load without summary_idxs, then select from last_hidden_state."
         )
 
 
