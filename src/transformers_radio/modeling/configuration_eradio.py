@@ -38,7 +38,7 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         stem_channels (`int`): Channels between the two convolutions of the stem.
         mlp_ratio (`float`): Width of the MLPs over that of their stage.
         pre_convolution (`bool`): A 3x3 convolution before attention at full resolution (the released network).
-        neck (`"pixel_shuffle"`, `"depthwise"` or `None`): How stages 3 and 4 are joined to features at stride 16: as in
+        neck (`"pixel_shuffle"`, `"depthwise"` or `None`): Joins stages 3 and 4 to features at stride 16, as in
             the backbone table, or as in the released network. `None`: stage 4 alone, features at stride 32.
         window_size (`int`, *optional*): Side of the attention windows in places of the map at stride 32; the map at
             stride 16 has windows of the same size. `None`: from the size of the image, see
@@ -118,6 +118,21 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         return 32 if self.neck is None else 16
 
     @classmethod
+    def adopt(cls, config: PreTrainedConfig) -> Any:
+        """`config` itself if it is of this type.
+
+        Raises:
+            ValueError: The configuration of another kind of model.
+        """
+        # not by isinstance: as remote code, one file may be imported more than once
+        if getattr(config, "model_type", None) != cls.model_type:
+            raise ValueError(
+                f"expected a {cls.__name__}, got a {type(config).__name__}; load it with {cls.__name__}"
+                ".from_pretrained(folder), or AutoConfig.from_pretrained(folder, trust_remote_code=True)."
+            )
+        return config
+
+    @classmethod
     def sizes(cls) -> dict[str, dict[str, Any]]:
         """Name -> fields. `b`, `b-no-upsample` and `l` are the backbone table's (Table 6); `released` is the network
         that was published as E-RADIO-L, which Table 1 measures; `xt`, `t` and `s` are in the text."""
@@ -153,5 +168,7 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         adaptors = {name: {**adaptor, "summary_token": 0} for name, adaptor in adaptors.items()}
         return cls.from_size(size, adaptors=adaptors, **fields)
 
+
+ERadioConfig.register_for_auto_class()
 
 __all__ = ["ERadioConfig"]

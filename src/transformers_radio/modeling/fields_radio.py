@@ -14,7 +14,7 @@ from .errors_radio import check_source, naming_checkpoint, one_line, shown
 
 _LARGEST = 65536  # of a width or side: a mistyped one must not take all memory
 _DEEPEST = 1000
-_MODEL_TYPES = ("radio", "radio_backbone", "radio_vision_tower")
+_MODEL_TYPES = ("radio", "radio_backbone", "radio_vision_tower", "eradio")
 _Check = tuple[Callable[[Any], bool], str]
 
 
@@ -75,6 +75,14 @@ _BOOLEAN: _Check = (lambda value: isinstance(value, bool), "true or false")
 
 FIELDS: dict[str, _Check] = {
     "hidden_size": _integer(1),
+    # of E-RADIO
+    "embed_dim": _integer(2, 8192),
+    "stem_channels": _integer(1),
+    "depths": _list(lambda depth: is_integer(depth, 1, _DEEPEST), "positive integers"),
+    "num_heads": _list(lambda heads: is_integer(heads, 1), "positive integers"),
+    "pre_convolution": _BOOLEAN,
+    "neck": _optional(_choice("pixel_shuffle", "depthwise")),
+    "max_window_size": _integer(1, 256),
     "num_hidden_layers": _integer(1, _DEEPEST),
     "num_attention_heads": _integer(1),
     "num_channels": _integer(1, 1024),

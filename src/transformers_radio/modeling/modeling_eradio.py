@@ -1,11 +1,19 @@
-"""E-RADIO, the efficient student: convolutions, then attention in windows, then a neck at stride 16 (paper Sec. 5.1)."""
+"""E-RADIO, the efficient student: convolutions, attention in windows, a neck at stride 16 (paper Sec. 5.1)."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import can_return_tuple
 
+from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
+from .caching_radio import WeightCache
 from .configuration_eradio import ERadioConfig
+from .inputs_radio import check_adaptors, check_images, check_outputs, returns_tensors_only
+from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin
+from .weights_radio import CheckedLoadingMixin
 
 
 class ERadioConvNorm(nn.Module):
@@ -69,16 +77,28 @@ class ERadioC2f(GradientCheckpointingLayer):
 class ERadioPositionBias(nn.Module):
     """The continuous relative position bias of Swin v2: a small MLP of the offset between two places of a window.
 
-    The bias is 16 * sigmoid(MLP(offset)), with offsets in [-1, 1] on the logarithmic scale sign(o) * log2(1 + |8 o|) / 3.
+    The bias is 16 * sigmoid(MLP(offset)), offsets being in [-1, 1] on the scale sign(o) * log2(1 + 8 |o|) / log2(8).
+    In evaluation it is computed once per size.
     """
 
     def __init__(self, num_heads: int, hidden: int = 512):
         super().__init__()
         self.fc1 = nn.Linear(2, hidden)
         self.fc2 = nn.Linear(hidden, num_heads, bias=False)
+        self._cache = WeightCache()
 
     def forward(self, size: int) -> torch.Tensor:
         """Windows of `size` x `size` places -> `(heads, size**2, size**2)`."""
+        if self.training:
+            return self._bias(size)
+        weights = [self.fc1.weight, self.fc1.bias, self.fc2.weight]
+        return self._cache.get(size, weights, lambda: self._bias(size))
+
+    def train(self, mode: bool = True):
+        self._cache.clear()
+        return super().train(mode)
+
+    def _bias(self, size: int) -> torch.Tensor:
         device, dtype = self.fc1.weight.device, self.fc1.weight.dtype
         steps = torch.arange(1 - size, size, device=device, dtype=torch.float32)
         steps = 8 * steps / max(size - 1, 1)
@@ -203,3 +223,199 @@ class ERadioNeck(nn.Module):
                 conv.bias += conv.weight.flatten(1) @ shift  # (out, C) @ (C,)
                 conv.weight *= scale[:, None, None]
             self.norms[index] = nn.Identity()
+
+
+class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
+    config_class = ERadioConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ERadioC2f", "ERadioWindowBlock"]
+    _input_embed_layer = "stem"
+    _keep_in_fp32_modules_strict = ["input_conditioner"]
+    _supports_sdpa = True
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(self.config_class.adopt(config), *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # functions of `transformers.initialization` leave parameters that were loaded alone
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RadioAdaptorLayerScale):
+            init.constant_(module.gamma, 1e-5)
+        elif isinstance(module, RadioInputConditioner):
+            for statistic, values in (
+                (module.norm_mean, self.config.norm_mean),
+                (module.norm_std, self.config.norm_std),
+            ):
+                init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+        else:
+            super()._init_weights(module)
+
+
+class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
+    """E-RADIO (paper Sec. 5.1, Table 6) with the adaptors of `config.adaptors`.
+
+    A stem, two stages of convolutions, two of attention in windows, and a neck that joins the last two to features at
+    stride 16 (32 without). The summary is the mean of the features. Sides are multiples of 32 pixels.
+
+    For speed: `model.to(memory_format=torch.channels_last)`, and `model.eval().fuse()` for inference.
+    """
+
+    def __init__(self, config: ERadioConfig):
+        super().__init__(config)
+        config = self.config
+        config.validate()  # fields may have been set after construction
+        widths, depths = config.channels, config.depths
+        self.input_conditioner: nn.Module = RadioInputConditioner(config)
+        self.stem = ERadioStem(config)
+        self.stages = nn.ModuleList(
+            [
+                *(
+                    nn.ModuleList([ERadioC2f(width, depth)])
+                    for width, depth in zip(widths[:2], depths[:2], strict=True)
+                ),
+                nn.ModuleList(
+                    ERadioWindowBlock(widths[2], config.num_heads[0], config, subsample=subsample)
+                    for _ in range(depths[2])
+                    for subsample in (True, False)
+                ),
+                nn.ModuleList(
+                    ERadioWindowBlock(widths[3], config.num_heads[1], config, subsample=False)
+                    for _ in range(depths[3])
+                ),
+            ]
+        )
+        self.downsamples = nn.ModuleList(ERadioConvNorm(width, 2 * width, stride=2) for width in widths[:3])
+        self.neck = ERadioNeck(config) if config.neck else None
+        self.norm = None if config.neck else nn.BatchNorm2d(widths[3])
+        self.adaptors = nn.ModuleDict(
+            {name: RadioAdaptor(config.hidden_size, adaptor) for name, adaptor in config.adaptors.items()}
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        adaptors: list[str] | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> RadioModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Floats in [0, 1]; sides are
+                multiples of 32.
+            adaptors (`list[str]`, *optional*): Adaptors to run; all when missing, none with `[]`.
+            output_hidden_states (`bool`, *optional*): Return the maps of the four stages, `(B, C, h, w)` each, at
+                strides 4, 8, 16 and 32.
+
+        Raises:
+            ValueError: Not floats, a wrong number of channels or dimensions, a side that is not a multiple of 32, an
+                unknown adaptor.
+        """
+        names = check_adaptors(adaptors, list(self.adaptors))
+        check_outputs(output_hidden_states, None)
+        self.check_images(pixel_values)
+        self._warn_about_range(pixel_values)
+        height, width = pixel_values.shape[-2:]
+        window, grid = self.window_for(height, width), self.grid(height, width)
+
+        maps = self.stem(self.input_conditioner(pixel_values).to(self.stem.conv1.conv.weight.dtype))
+        stages = []
+        for index, stage in enumerate(self.stages):
+            maps = self._attend(stage, maps, window, index == 2) if index >= 2 else stage[0](maps)
+            stages.append(maps)
+            if index < 3:
+                maps = self.downsamples[index](maps)
+        maps = self.norm(maps) if self.neck is None else self.neck(stages[2], stages[3])
+        features = maps.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+        summary = features.mean(1)
+
+        dense = features.contiguous() if names else features  # one copy for all heads
+        heads = {name: self.adaptors[name](summary.unsqueeze(1), dense, [grid]) for name in names}
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return RadioModelOutput(
+            summary=summary,
+            features=features,
+            last_hidden_state=features,
+            hidden_states=tuple(stages) if wanted else None,
+            adaptors=heads,
+            pooler_output=summary,
+            grid=None if returns_tensors_only() else grid,
+        )
+
+    @staticmethod
+    def _attend(stage: nn.ModuleList, maps: torch.Tensor, window: int, subsamples: bool) -> torch.Tensor:
+        """The blocks of stage 3 or 4. A map whose sides windows do not divide is enlarged, nearest neighbors, and at
+        the end brought back."""
+        rows, cols = maps.shape[-2:]
+        step = window * (2 if subsamples else 1)
+        size = ((rows + step - 1) // step * step, (cols + step - 1) // step * step)
+        if size != (rows, cols):
+            maps = F.interpolate(maps, size=size, mode="nearest")
+        for block in stage:
+            maps = block(maps, window)
+        return F.interpolate(maps, size=(rows, cols), mode="nearest") if size != (rows, cols) else maps
+
+    def window_for(self, height: int, width: int) -> int:
+        """Side of the attention windows for images of this size in pixels, in places of 32 x 32 pixels.
+
+        `config.window_size`, or, from the shorter side of the map at stride 32, n places: the largest divisor of n up
+        to `config.max_window_size`. Where that is below 7 and below n (n = 17, 19, 34, ...), the smallest window of
+        which as few as possible cover the side; the map is then enlarged to their size.
+        """
+        if self.config.window_size is not None:
+            return self.config.window_size
+        side, largest = min(height, width) // 32, self.config.max_window_size
+        divisor = next(size for size in range(min(side, largest), 0, -1) if side % size == 0)
+        if divisor >= min(side, 7):
+            return divisor
+        windows = -(-side // largest)
+        return -(-side // windows)
+
+    @torch.no_grad()
+    def fuse(self) -> "ERadioModel":
+        """Folds each batch norm into the convolution beside it, in place, for inference; returns the model.
+
+        Raises:
+            ValueError: the model is in training mode, in which batch norms follow the batch.
+        """
+        if self.training:
+            raise ValueError("The model is in training mode; call model.eval() before model.fuse().")
+        for module in self.modules():
+            if isinstance(module, (ERadioConvNorm, ERadioNeck)):
+                module.fuse()
+        return self
+
+    # ---------------------------------------------------------------- the contract of every student
+
+    @property
+    def min_resolution_step(self) -> int:
+        """Image sides must be multiples of this many pixels: the stride of the last stage."""
+        return 32
+
+    def check_images(self, pixel_values: torch.Tensor):
+        """Raises ValueError unless `forward` takes these images."""
+        check_images(pixel_values, self.config.num_channels, self.min_resolution_step, self.stem.conv1.conv.weight)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """C2f blocks and window blocks, in order."""
+        return [block for stage in self.stages for block in stage]
+
+    def no_weight_decay(self) -> set[str]:
+        """The position biases, as for Swin v2."""
+        return {name for name, _ in self.named_parameters() if ".position_bias." in name}
+
+    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, h*w, hidden)` -> `(B, 1 + h*w, hidden)`: the mean in front, for models that know one class token."""
+        return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+
+
+ERadioModel.register_for_auto_class("AutoModel")
+
+__all__ = ["ERadioModel", "ERadioPreTrainedModel"]
