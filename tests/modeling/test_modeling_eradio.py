@@ -18,11 +18,11 @@ ADAPTORS = {
 
 
 def build(seed=0, **fields):
-    """A tiny network, every weight and statistic random and large enough to matter."""
+    """A tiny network in float64, every weight and statistic random and large enough to matter."""
     torch.manual_seed(seed)
     defaults = {"embed_dim": 8, "depths": [1, 2, 1, 2], "num_heads": [2, 4], "stem_channels": 6, "adaptors": ADAPTORS}
     model = ERadioModel(ERadioConfig(**{**defaults, **fields}))
-    return randomize(model).eval()
+    return randomize(model).double().eval()
 
 
 @torch.no_grad()
@@ -62,14 +62,16 @@ def c2f(block: ERadioC2f, maps):
 
 def position_bias(module, heads, size):
     """(heads, size^2, size^2) by loops over queries and keys."""
-    bias = torch.zeros(heads, size**2, size**2)
+    bias = module.fc1.weight.new_zeros(heads, size**2, size**2)
     for query in range(size**2):
         for key in range(size**2):
             offset = []
             for difference in (query // size - key // size, query % size - key % size):
                 scaled = 8 * difference / (size - 1) if size > 1 else 0.0
                 offset.append(math.copysign(math.log2(1 + abs(scaled)) / math.log2(8), scaled))
-            hidden = torch.relu(module.fc1.weight @ torch.tensor(offset) + module.fc1.bias)
+            hidden = torch.relu(
+                module.fc1.weight @ torch.tensor(offset, dtype=module.fc1.weight.dtype) + module.fc1.bias
+            )
             bias[:, query, key] = 16 / (1 + torch.exp(-(module.fc2.weight @ hidden)))
     return bias
 
@@ -117,6 +119,10 @@ def window_block(block: ERadioWindowBlock, maps, window):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def images(*size):
+    return torch.rand(*size, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -174,12 +180,12 @@ def test_necks_are_their_formulas():
 @pytest.mark.parametrize("size", [(64, 96), (224, 160)])
 def test_the_whole_network_is_its_parts(fields, size):
     model = build(**fields)
-    pixels = torch.rand(2, 3, *size)
+    pixels = images(2, 3, *size)
     out = model(pixels, output_hidden_states=True)
     window = model.window_for(*size)
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.norm_mean, model.config.norm_std))
-    maps = (pixels - mean) / std
+    maps = ((pixels.float() - mean) / std).double()  # float32, whatever the model's
     maps = torch.relu(conv_norm(model.stem.conv1, maps, stride=2))
     maps = torch.relu(conv_norm(model.stem.conv2, maps, stride=2))
     stages = []
@@ -229,7 +235,7 @@ def test_parameters_are_as_many_as_published(size, without_head, with_head):
 @pytest.mark.parametrize("fields", [{}, {"pre_convolution": True, "neck": "depthwise"}, {"neck": None}])
 def test_fused_and_channels_last_it_is_the_same_network(fields):
     model = build(**fields)
-    pixels = torch.rand(2, 3, 96, 64)
+    pixels = images(2, 3, 96, 64)
     expected = model(pixels)
     copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
     close(copied(pixels).features, expected.features)
@@ -257,7 +263,7 @@ def test_a_stored_window_and_one_by_resolution_differ_but_where_they_agree():
     automatic, stored = build(), build(window_size=4)
     stored.load_state_dict(automatic.state_dict())
     for side, same in ((128, True), (96, False)):
-        pixels = torch.rand(1, 3, side, side)
+        pixels = images(1, 3, side, side)
         assert torch.equal(automatic(pixels).features, stored(pixels).features) == same
 
 
@@ -271,7 +277,7 @@ def test_images_that_do_not_fit_are_refused_with_the_nearest_size():
 
 
 def test_gradients_are_those_of_finite_differences():
-    model = build(embed_dim=4, num_heads=[1, 2], depths=[1, 1, 1, 1]).double()
+    model = build(embed_dim=4, num_heads=[1, 2], depths=[1, 1, 1, 1])
     model.input_conditioner = nn.Identity()
     pixels = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     names = ["stem.conv1.conv.weight", "stages.2.0.reduce.bias", "stages.3.0.attention.position_bias.fc1.weight"]
@@ -293,7 +299,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()  # a second forward would count the batch twice
-        out = model(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        out = model(torch.full((2, 3, 64, 64), 0.4, dtype=torch.float64).cumsum(2) / 64)
         (out.summary.sum() + out.adaptors["sam"].features.square().sum()).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(gradient is not None for name, gradient in gradients[0].items() if "clip" not in name)
@@ -316,7 +322,7 @@ def test_the_position_bias_is_computed_once_and_follows_the_weights():
 @torch.no_grad()
 def test_compiled_it_is_the_same_network_without_graph_breaks():
     model = build()
-    pixels = torch.rand(2, 3, 64, 96)
+    pixels = images(2, 3, 64, 96)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(compiled(pixels).features, model(pixels).features)
 
@@ -327,9 +333,9 @@ def test_exported_with_free_sides_it_is_the_same_network():
     model = build(window_size=2, adaptors={})
     height, width = (32 * torch.export.Dim(name, min=2, max=8) for name in ("rows", "columns"))
     shapes = {"pixel_values": {0: torch.export.Dim("batch", max=8), 2: height, 3: width}}
-    exported = torch.export.export(model, (torch.rand(2, 3, 128, 192),), dynamic_shapes=shapes).module()
+    exported = torch.export.export(model, (images(2, 3, 128, 192),), dynamic_shapes=shapes).module()
     for size in ((2, 3, 128, 192), (3, 3, 192, 96), (1, 3, 64, 224)):
-        pixels = torch.rand(*size)
+        pixels = images(*size)
         close(exported(pixels).features, model(pixels).features)
 
 

@@ -24,8 +24,9 @@ class WeightCache:
 
     def get(self, key: Hashable, weights: Sequence[torch.Tensor], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`compute()`, or what it returned before for this key and these weights."""
-        if any(_is_elusive(weight) for weight in weights) or torch.compiler.is_compiling() or in_function_transform():
-            return compute()  # in a function transform the result may be a stand-in that ends with the transform
+        # while compiling nothing can be kept, and in a function transform a result may be a stand-in that ends with it
+        if torch.compiler.is_compiling() or in_function_transform() or any(map(_is_elusive, weights)):
+            return compute()
         # writes in place raise the version; a new tensor has a new address, as long as the old one is held here
         state = tuple((weight._version, weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
         if state != self._state or len(self._values) >= _MAX_ENTRIES:
