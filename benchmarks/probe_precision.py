@@ -60,7 +60,7 @@ def main() -> None:
             distance = ((features - exact).norm() / exact.norm()).item()
             if way != "float32" and distance == 0:
                 raise RuntimeError(f"{name}, {way}: the features are those of float32, so this compares nothing.")
-            sets = (encode(teacher, autocast, train.images), train.semantic, features, validation.semantic)
+            sets = (encode(teacher, autocast, train.images), train.semantic), (features, validation.semantic)
             scores = [probe_miou(*sets, 1 + len(world.classes), seed=seed) for seed in options.seeds]
             full = scores if way == "float32" else full
             differences = ", ".join(f"{one - other:+.2f}" for one, other in zip(scores, full, strict=True))

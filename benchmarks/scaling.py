@@ -23,8 +23,7 @@ from transformers_radio.data import ImageStream
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.groups import stage_groups
 from transformers_radio.training.plan.cost import GPU, stage_loads, stage_time
-from transformers_radio.training.plan.dry_run import run_stage, run_teacher
-from transformers_radio.training.plan.tables import describe_student, describe_teacher
+from transformers_radio.training.plan.count import make_plan
 from transformers_radio.training.recipe import Recipe
 
 ROUNDS = 2
@@ -87,14 +86,8 @@ def make_teachers(folder: Path) -> None:
 
 
 def predicted_flops(recipe: Recipe) -> float:
-    """Of a step, by the functions behind `plan`: the seconds of a machine that does one FLOP a second."""
-    teachers = {name: describe_teacher(name, spec) for name, spec in recipe.teachers.items()}
-    costs = {name: run_teacher(teacher) for name, teacher in teachers.items()}
-    student = describe_student(recipe, teachers)
-    groups = {"main": stage_groups("main", recipe.stages["main"], list(recipe.teachers))}
-    outputs = {name: cost.output for name, cost in costs.items()}
-    steps = run_stage(recipe, "main", groups["main"], student, outputs)
-    loads = stage_loads(recipe, "main", groups, 1, student.config, steps, teachers, costs)
+    """FLOPs per step as `plan` counts them: the seconds of a machine that does one FLOP per second."""
+    loads = stage_loads(make_plan(recipe, processes=1, device=torch.device("cpu")), "main")
     return stage_time(loads, STEPS, GPU(half_tflops=1e-12, float32_tflops=1e-12, memory_gb=1), 1.0).seconds
 
 

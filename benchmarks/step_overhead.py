@@ -21,9 +21,9 @@ from transformers_radio.data import ImageStream
 from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe, train
-from transformers_radio.training.distill import TeacherShape, build_student
 from transformers_radio.training.recipe import Recipe, StageRecipe
 from transformers_radio.training.run.processes import settle_precision
+from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher
 
 ROUNDS = 7

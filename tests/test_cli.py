@@ -24,7 +24,7 @@ MISTYPED = {
     "train RECIPE teachers.clip.type=klip": "teachers.clip.type is 'klip'; expected one of open_clip, transformers",
     "plan RECIPE stages.main.stepz=1": "did you mean stages.main.steps?",
     "plan RECIPE --gpu h1000": "gpu 'h1000' is unknown; choose one of a100-40",
-    "eval knnn --model x": "There is no task 'knnn': use one of knn, zero-shot",
+    "eval knnn --model x": "There is no task 'knnn': use one of zero-shot, knn",
     "eval knn": "There is no model to evaluate",
     "eval knn --model /no/such/dir": "There is no folder /no/such/dir",
     "eval knn --model TITLE=/no/such/dir": "There is no folder /no/such/dir",

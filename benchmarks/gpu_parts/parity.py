@@ -16,6 +16,7 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import TeacherOutput
 from transformers_radio.training.balancing import build_balancing
 from transformers_radio.training.distill import Distillation
+from transformers_radio.training.losses import Term
 from transformers_radio.training.recipe import LossRecipe
 
 # dtype -> the largest error that rounding explains in twelve layers
@@ -101,9 +102,9 @@ def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Se
     loss = LossRecipe()
     model = student(setup, attention).to(device).train()
     model = model.double() if dtype == torch.float64 else model
-    weights = {"clip/summary": 1.0, "clip/features": 1.0, "sam/features": 1.0}
-    width = model.config.hidden_size
-    distillation = Distillation(model, build_balancing(loss.balancing, weights, width, width), loss).to(device)
+    terms = [Term("clip", "summary", 1.0), Term("clip", "features", 1.0), Term("sam", "features", 1.0)]
+    balancing = build_balancing(loss.balancing, terms, model.summary_dim, model.feature_dim)
+    distillation = Distillation(model, balancing, loss).to(device)
     optimizer = torch.optim.AdamW(distillation.parameters(), lr=1e-4, eps=1e-4, fused=True)
     pixels = images(setup)[:2].to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     generator = torch.Generator().manual_seed(2)
@@ -117,13 +118,13 @@ def training(dtype: torch.dtype, attention: str, device: torch.device, setup: Se
     losses, gradient = [], {}
     for step in range(STEPS):
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-            totals, terms = distillation(pixels, targets, window_size=0)
+            totals, by_term = distillation(pixels, targets, window_size=0)
         totals.mean().backward()
         if step == 0:
             gradient = {name: p.grad.clone() for name, p in distillation.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
-        losses += [totals.detach(), *terms.values()]
+        losses += [totals.detach(), *by_term.values()]
     return {"losses": torch.stack(losses), "gradient": gradient}
 
 

@@ -20,19 +20,18 @@ from transformers_radio.teachers import Teacher
 from transformers_radio.training import Recipe, load_recipe
 from transformers_radio.training.distill import (
     Distillation,
-    TeacherShape,
     build_distillation,
-    build_student,
     teacher_targets,
 )
 from transformers_radio.training.groups import Group, stage_groups
 from transformers_radio.training.optimizer import build_optimizer
 from transformers_radio.training.plan.cost import stage_loads
+from transformers_radio.training.plan.count import Plan, describe_student, describe_teacher
 from transformers_radio.training.plan.dry_run import run_stage, run_teacher
 from transformers_radio.training.plan.gpus import GPUS
-from transformers_radio.training.plan.tables import describe_student, describe_teacher
-from transformers_radio.training.run.log import to_device
 from transformers_radio.training.stability.spectral import power_steps
+from transformers_radio.training.streams import to_device
+from transformers_radio.training.student import TeacherShape, build_student
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "radio_vit_h16.yaml"
 GROUPS = (("base", "all"), ("high", "low"), ("high", "high"))
@@ -108,7 +107,7 @@ def predict(recipe: Recipe, stage: str, group: Group) -> tuple[float, float]:
     student = describe_student(recipe, described)
     outputs = {name: cost.output for name, cost in costs.items()}
     steps = run_stage(recipe, stage, [group], student, outputs)
-    (load,) = stage_loads(recipe, stage, {stage: [group]}, 1, student.config, steps, described, costs)
+    (load,) = stage_loads(Plan(recipe, 1, {stage: [group]}, described, student, costs, {stage: steps}), stage)
     flops = steps[group.name].flops + sum(cost.flops for cost in costs.values())
     return group.micro_batch_size * flops, load.memory(1, fsdp=False)
 

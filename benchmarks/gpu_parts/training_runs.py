@@ -1,6 +1,5 @@
 """Runs of `train` with a ViT-B: what its loop costs, where it waits for the device, DDP, FSDP2, kill and resume."""
 
-import importlib
 import itertools
 import json
 import os
@@ -29,11 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import transformers_radio
 from transformers_radio.data import Batch
 from transformers_radio.teachers import Teacher
-from transformers_radio.training import Recipe, load_recipe
-from transformers_radio.training.distill import TeacherShape, build_distillation, build_student
+from transformers_radio.training import Recipe, load_recipe, stage, train
+from transformers_radio.training.distill import build_distillation
 from transformers_radio.training.groups import stage_groups
-from transformers_radio.training.plan.tables import describe_teacher
+from transformers_radio.training.plan.count import describe_teacher
 from transformers_radio.training.recipe import TeacherRecipe
+from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher
 
 INTERVAL = 10  # steps between two lines of the log, on a GPU
@@ -63,7 +63,6 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "RadioLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 PACKAGE = Path(transformers_radio.__file__).parent
@@ -85,8 +84,12 @@ class RandomTeacher(Teacher):
         widths = {
             name: getattr(described, name) for name in ("image_size", "patch_size", "summary_dim", "feature_dim")
         }
-        super().__init__(described.model, **widths, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype)
+        super().__init__(described.model, **widths, normalization=((0.5,) * 3, (0.25,) * 3))
         self.encode = described.encode  # type: ignore[method-assign]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
+        return cls(checkpoint, image_size, dtype)
 
 
 def make_recipe(folder: Path, setup: Setup, steps: int, every: int) -> Path:
@@ -144,13 +147,12 @@ def bare_loop(recipe: Recipe, device: torch.device) -> Callable[[], None]:
 
 def run_training(recipe: Recipe, device: torch.device, watch: Callable[[int], None]) -> None:
     """`train` on one batch that stays on the device; `watch` is called with the number of each step before it."""
-    module: Any = importlib.import_module("transformers_radio.training.train")
-    open_stream = module.open_stream
-    module.open_stream = lambda *arguments, **options: DeviceStream(open_stream(*arguments, **options), device, watch)
+    open_stream = stage.open_stream
+    stage.open_stream = lambda *arguments, **options: DeviceStream(open_stream(*arguments, **options), device, watch)
     try:
-        module.train(recipe)
+        train(recipe)
     finally:
-        module.open_stream = open_stream
+        stage.open_stream = open_stream
 
 
 class DeviceStream:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .data import USER_ERRORS, one_line
 
@@ -30,8 +30,23 @@ RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), see the folde
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe fields as key=value, e.g. stages.main.steps=100.")]
 
 
+def print_fields(asked: bool) -> None:
+    if asked:
+        from transformers_radio.settings import describe_fields
+        from transformers_radio.training.recipe import Recipe
+
+        typer.echo(describe_fields(Recipe))
+        raise typer.Exit()
+
+
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="Print all fields of a recipe.", is_eager=True, callback=print_fields)
+    ] = False,
+) -> None:
     """Distil a student. The same command continues a run that was stopped or killed."""
     from transformers_radio.training.__main__ import main
 
@@ -65,11 +80,29 @@ def plan(
     print_plan(loaded, processes, gpu, utilisation)
 
 
-@app.command("eval")
+class EvalCommand(TyperCommand):
+    """Its help ends with the names of the tasks, or with the settings of the task that it is asked about."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = [arg for arg in args if not arg.startswith("-")]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from transformers_radio.evaluation.run import TASKS, load_task
+        from transformers_radio.settings import describe_fields
+
+        super().format_help(ctx, formatter)
+        arguments = ctx.meta["arguments"]
+        task = next((arg for arg in arguments if arg in TASKS), arguments[0] if arguments else None)
+        if task is None:
+            typer.echo(f"Tasks: {', '.join(TASKS)}.\nThe settings of a task: transformers-radio eval TASK --help")
+        else:
+            typer.echo(f"Settings of {task}:\n\n{describe_fields(load_task(task).config_class)}")
+
+
+@app.command("eval", cls=EvalCommand)
 def evaluate(
-    task: Annotated[
-        str, typer.Argument(help="knn, zero-shot, segmentation, sam-coco, llava, throughput, resolution or features.")
-    ],
+    task: Annotated[str, typer.Argument(help="What to measure, see below.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="The task's settings as key=value.")] = None,
     model: Annotated[
         list[str] | None,
@@ -87,9 +120,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure one thing for one or more models: students, teachers, or vision models of transformers."""
-    from transformers_radio.evaluation.run import run_task
+    from transformers_radio.evaluation.run import named_models, run_task
 
-    results = run_task(task, model or [], data, recipe, output, overrides, models)
+    chosen = (model or []) if models is None else named_models(models, model or [])
+    results = run_task(task, chosen, data, recipe, output, overrides)
     from accelerate import PartialState
     from rich.console import Console
     from rich.text import Text
@@ -108,12 +142,12 @@ def evaluate(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of results, such as runs/eval.")],
     output: Annotated[Path | None, typer.Option(help="Where the report goes; the first folder unless given.")] = None,
-    title: Annotated[str, typer.Option(help="Of the table.")] = "Students and teachers",
+    title: Annotated[str, typer.Option(help="The table's heading.")] = "Students and teachers",
 ) -> None:
     """One table of all results, like the paper's Table 1: Markdown, JSON, a picture, and entries for model cards."""
     from rich.console import Console
 
-    from transformers_radio.evaluation.report.collect import write_report
+    from transformers_radio.evaluation.report.run import write_report
 
     table, files = write_report(folders, output, title)
     console = Console(markup=False, emoji=False)

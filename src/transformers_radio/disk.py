@@ -153,8 +153,14 @@ def differences(
         counted: the names to compare, "outer.inner" for nested ones; None for all.
         is_free: whether a setting of this name may differ.
     """
-    here = json.loads(json.dumps(here))  # as a file gives it back: tuples are lists
+    there, here = json.loads(json.dumps([there, here]))  # as a file gives them back: tuples are lists
     if counted is None:
-        counted = sorted({**flatten(there), **flatten(here)})
-    pairs = {name: (setting(there, name), setting(here, name)) for name in counted if not is_free(name)}
-    return [f"{name} ({one!r} there, {other!r} here)" for name, (one, other) in pairs.items() if one != other]
+        there, here = flatten(there), flatten(here)
+        pairs = {name: (there.get(name), here.get(name)) for name in sorted({**there, **here})}
+    else:
+        pairs = {name: (setting(there, name), setting(here, name)) for name in counted}
+    return [
+        f"{name} ({one!r} there, {other!r} here)"
+        for name, (one, other) in pairs.items()
+        if one != other and not is_free(name)
+    ]

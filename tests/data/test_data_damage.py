@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from helpers.sample_images import encode, picture
 from transformers_radio.data import DataConfig, ImageStream, SourceError, count_images
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 
 COUNT = 12
 PHOTOS = [encode(picture(number, 20, 20)) for number in range(COUNT)]
@@ -208,7 +208,7 @@ def test_the_evaluation_reads_no_less(tmp_path):
     for damaged in (data[:start], data[: start + 10] + b"!" + data[start + 11 :]):
         path = place(damaged, "disk", tmp_path)
         with pytest.raises(ValueError, match=r"a\.tar: .*(unexpected end|expected the header)"):
-            list(LabelledSplit(path, "train").rows())
+            list(LabeledSplit(path, "train").rows())
 
 
 def test_the_error_of_a_worker_is_one_line_too(tmp_path):
@@ -267,7 +267,7 @@ def test_the_evaluation_names_damaged_parquet_files(damage, tmp_path):
     data = {"empty": b"", "cut": whole[:-100], "a page header": whole[:4] + b"\xff" * 40 + whole[44:]}[damage]
     (tmp_path / "a.parquet").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read: ") as error:
-        list(LabelledSplit(tmp_path / "a.parquet", "train").rows())
+        list(LabeledSplit(tmp_path / "a.parquet", "train").rows())
     assert "\n" not in str(error.value)
 
 
@@ -318,8 +318,8 @@ def test_pipes_and_sockets_in_the_place_of_files(tmp_path, caplog):
         ("{0..3.tar", "does not exist. Expected braces as in"),
         ("{{0..1},x}.tar", r"2 files of 2 not found: .*\. Expected braces as in"),
         ("one.txt", "1 file of 1 not found: .*nope.tar"),
-        ("none.txt", "one in each line"),
-        ("image.txt", "is no text; expected a list of files"),
+        ("none.txt", "one per line"),
+        ("image.txt", "is not a text file; expected a list of files"),
         ("folder.txt", "1 file of 1 not found: .*folder.tar"),
         ("empty", "no others in .*empty"),
         ("others", r"among 2 files there \(1 .heic, 1 .npz\)"),

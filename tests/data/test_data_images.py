@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from helpers.sample_images import encode, picture
-from transformers_radio.data import decode_rgb, random_crop
+from transformers_radio.data import DataConfig, decode_rgb, random_crop
 from transformers_radio.data.images import SkippedImage, load_crops
 from transformers_radio.modeling import RadioImageProcessor
 
@@ -41,9 +41,13 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def crops_of(scale, ratio, **options) -> DataConfig:
+    return DataConfig(crop_scale=scale, crop_ratio=ratio, **{"min_side": 1, **options})
+
+
 def whole(data: bytes, resolutions: list[int], width: int, height: int) -> dict[int, torch.Tensor]:
     """load_crops with a crop that has no choice but the whole image."""
-    return load_crops(data, resolutions, generator(), (1.0, 1.0), (width / height, width / height))
+    return load_crops(data, resolutions, generator(), crops_of((1.0, 1.0), (width / height, width / height)))
 
 
 def with_exif(image: Image.Image, orientation: int, file_format: str) -> bytes:
@@ -73,13 +77,13 @@ def test_exif_orientation_of_a_photograph_decoded_at_a_fraction():
     assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() < 2
 
 
-def white_behind(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def white_behind(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     alpha = alpha[..., None] / 255
-    return colour * alpha + 255 * (1 - alpha)
+    return color * alpha + 255 * (1 - alpha)
 
 
-COLOUR = np.asarray(picture(2)).astype(int)  # (32, 40, 3)
-GREY = COLOUR[..., 0]
+COLOR = np.asarray(picture(2)).astype(int)  # (32, 40, 3)
+GREY = COLOR[..., 0]
 ALPHA = np.tile(np.linspace(0, 255, 40).astype(int), (32, 1))
 
 
@@ -87,8 +91,8 @@ def image_of(*channels: np.ndarray, mode: str) -> Image.Image:
     return Image.merge(mode, [Image.fromarray(channel.astype(np.uint8)) for channel in channels])
 
 
-def three(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, axis=2)
+def three(gray: np.ndarray) -> np.ndarray:
+    return np.repeat(gray[..., None], 3, axis=2)
 
 
 def palette_image() -> tuple[Image.Image, np.ndarray, np.ndarray]:
@@ -102,22 +106,22 @@ def palette_image() -> tuple[Image.Image, np.ndarray, np.ndarray]:
 def cases() -> dict[str, tuple[bytes, np.ndarray, float]]:
     """name -> (file, expected RGB, tolerance in levels)."""
     palette, palette_rgb, indices = palette_image()
-    c, m, y, k = (COLOUR[..., 0], COLOUR[..., 1], COLOUR[..., 2], GREY // 2)
+    c, m, y, k = (COLOR[..., 0], COLOR[..., 1], COLOR[..., 2], GREY // 2)
     ink = np.stack([c, m, y], 2)
-    key_transparent = white_behind(COLOUR, np.where((COLOUR == COLOUR[0, 0]).all(2), 0, 255))
-    colour = image_of(*COLOUR.transpose(2, 0, 1), mode="RGB")
-    grey = Image.fromarray(GREY.astype(np.uint8))
-    rgba = image_of(*COLOUR.transpose(2, 0, 1), ALPHA, mode="RGBA")
+    key_transparent = white_behind(COLOR, np.where((COLOR == COLOR[0, 0]).all(2), 0, 255))
+    color = image_of(*COLOR.transpose(2, 0, 1), mode="RGB")
+    gray = Image.fromarray(GREY.astype(np.uint8))
+    rgba = image_of(*COLOR.transpose(2, 0, 1), ALPHA, mode="RGBA")
     deep = (GREY * 257).astype(np.uint16)
     return {
-        "L png": (encode(grey, "PNG"), three(GREY), 0),
-        "L jpeg": (encode(grey, "JPEG", quality=100), three(GREY), 3),
+        "L png": (encode(gray, "PNG"), three(GREY), 0),
+        "L jpeg": (encode(gray, "JPEG", quality=100), three(GREY), 3),
         "1 png": (encode(Image.fromarray(GREY > 128), "PNG"), three((GREY > 128) * 255), 0),
         "LA png": (encode(image_of(GREY, ALPHA, mode="LA"), "PNG"), white_behind(three(GREY), ALPHA), 1),
-        "RGBA png": (encode(rgba, "PNG"), white_behind(COLOUR, ALPHA), 1),
-        "RGBA webp": (encode(rgba, "WEBP", lossless=True, exact=True), white_behind(COLOUR, ALPHA), 1),
-        "RGB png with a transparent colour": (
-            encode(colour, "PNG", transparency=tuple(COLOUR[0, 0].tolist())),
+        "RGBA png": (encode(rgba, "PNG"), white_behind(COLOR, ALPHA), 1),
+        "RGBA webp": (encode(rgba, "WEBP", lossless=True, exact=True), white_behind(COLOR, ALPHA), 1),
+        "RGB png with a transparent color": (
+            encode(color, "PNG", transparency=tuple(COLOR[0, 0].tolist())),
             key_transparent,
             0,
         ),
@@ -150,11 +154,11 @@ def cases() -> dict[str, tuple[bytes, np.ndarray, float]]:
             three(GREY),
             0,
         ),
-        "webp": (encode(colour, "WEBP", lossless=True), COLOUR, 0),
-        "bmp": (encode(colour, "BMP"), COLOUR, 0),
-        "tiff": (encode(colour, "TIFF"), COLOUR, 0),
-        "ppm": (encode(colour, "PPM"), COLOUR, 0),
-        "progressive jpeg": (encode(colour, "JPEG", quality=100, subsampling=0, progressive=True), COLOUR, 4),
+        "webp": (encode(color, "WEBP", lossless=True), COLOR, 0),
+        "bmp": (encode(color, "BMP"), COLOR, 0),
+        "tiff": (encode(color, "TIFF"), COLOR, 0),
+        "ppm": (encode(color, "PPM"), COLOR, 0),
+        "progressive jpeg": (encode(color, "JPEG", quality=100, subsampling=0, progressive=True), COLOR, 4),
     }
 
 
@@ -170,7 +174,7 @@ def test_every_mode_becomes_rgb(name):
 
 def reason(data: bytes, min_side: int = 1, **options) -> str:
     with pytest.raises(SkippedImage) as error:
-        load_crops(data, [16], generator(), (1, 1), (1, 1), min_side=min_side, **options)
+        load_crops(data, [16], generator(), crops_of((1, 1), (1, 1), min_side=min_side, **options))
     return error.value.reason
 
 
@@ -218,7 +222,7 @@ def test_crop_is_resized_from_the_original_pixels_to_every_resolution(resolution
     photo = Image.fromarray(astronaut())  # 512 x 512
     data = encode(photo, "PNG")
     for seed in range(5):
-        crops = load_crops(data, resolutions, generator(seed), (0.3, 1.0), (3 / 4, 4 / 3))
+        crops = load_crops(data, resolutions, generator(seed), crops_of((0.3, 1.0), (3 / 4, 4 / 3)))
         left, top, right, bottom = random_crop((512, 512), generator(seed), (0.3, 1.0), (3 / 4, 4 / 3))
         assert list(crops) == resolutions
         for r, crop in crops.items():
@@ -250,7 +254,7 @@ def test_jpeg_is_decoded_at_a_fraction_but_never_below_the_largest_resolution(mo
     for seed in range(12):
         largest = (60, 150, 224, 500)[seed % 4]
         factors.clear()
-        crops = load_crops(data, [32, largest], generator(seed), (0.1, 1.0), (3 / 4, 4 / 3))
+        crops = load_crops(data, [32, largest], generator(seed), crops_of((0.1, 1.0), (3 / 4, 4 / 3)))
         left, top, right, bottom = random_crop((2000, 1500), generator(seed), (0.1, 1.0), (3 / 4, 4 / 3))
         room = min(right - left, bottom - top) / largest
         factor = factors[0] if factors else 1
@@ -297,9 +301,9 @@ def test_horizontal_flip_mirrors_half_of_the_crops_and_nothing_else():
     data = encode(picture(7, 64, 64), "PNG")
     flipped = 0
     for seed in range(40):
-        arguments = ([32], generator(seed), (0.5, 1.0), (3 / 4, 4 / 3))
-        plain = load_crops(data, *arguments)[32]
-        maybe = load_crops(data, [32], generator(seed), (0.5, 1.0), (3 / 4, 4 / 3), horizontal_flip=True)[32]
+        plain = load_crops(data, [32], generator(seed), crops_of((0.5, 1.0), (3 / 4, 4 / 3)))[32]
+        flips = crops_of((0.5, 1.0), (3 / 4, 4 / 3), horizontal_flip=True)
+        maybe = load_crops(data, [32], generator(seed), flips)[32]
         if not torch.equal(maybe, plain):
             assert (maybe.int() - plain.flip(2).int()).abs().max() <= 1  # resizing a mirrored image rounds anew
             flipped += 1
@@ -365,7 +369,7 @@ def test_damaged_pixels_of_a_png_are_still_noticed():
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_images_of_too_many_pixels_are_not_decoded(file_format, monkeypatch):
     data = encode(picture(4, 50, 40), file_format)
-    assert load_crops(data, [16], generator(), (1, 1), (1, 1), max_pixels=2000)
+    assert load_crops(data, [16], generator(), crops_of((1, 1), (1, 1), max_pixels=2000))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("was decoded"))
     assert reason(data, max_pixels=1999) == "too large"
 
@@ -416,7 +420,7 @@ def test_memory_of_one_image(name, tmp_path):
         return (tmp_path / name).read_bytes()
 
     def crop(data: bytes) -> None:
-        load_crops(data, [32], generator(), (1, 1), (1, 1))
+        load_crops(data, [32], generator(), crops_of((1, 1), (1, 1)))
 
     processor = RadioImageProcessor(size=32)
     crop(write(64))

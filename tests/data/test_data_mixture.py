@@ -77,10 +77,11 @@ def test_every_image_of_every_set_once_an_epoch_and_batches_always_full(sets):
 
 def test_shares_are_those_of_the_weights_and_independent_of_each_other(sets):
     """The draws alone: 95 % and 5 %, as the usual mixture of two sets, over 200 000 images."""
-    from transformers_radio.data.lanes import LaneBatches
+    from transformers_radio.data.lanes import LaneBatches, Plan
 
     stream = stream_of(sets, weights=(19, 1))
-    drawn = LaneBatches(stream.sources, stream.shares, stream.config, [16], 100, 7, {}, LANES, first=0, step=1)
+    plan = Plan(stream.sources, stream.shares, stream.config, [16], 100, 7, LANES)
+    drawn = LaneBatches(plan, {}, first=0, step=1)
     found = [Counter(drawn.mixture(batch))["photos"] for batch in range(2000)]
     assert chisquare([sum(found), 200_000 - sum(found)], [10_000, 190_000]).pvalue > 0.001
     variance = torch.tensor(found, dtype=torch.float64).var().item()
@@ -203,7 +204,7 @@ def test_check_looks_at_every_set(sets, tmp_path):
         ({"sources": {"a": SourceConfig("y", weight=float("nan"))}}, r"data\.sources\.a\.weight=nan"),
         ({"sources": {"a": SourceConfig("y"), "b": SourceConfig("y", weight=-1)}}, r"data\.sources\.b\.weight=-1"),
         ({"sources": {"a": SourceConfig()}}, r"data\.sources\.a\.path="),
-        ({"sources": {"a/b": SourceConfig("y")}}, r"'a/b' is no name"),
+        ({"sources": {"a/b": SourceConfig("y")}}, r"'a/b' is not a name"),
         ({"split": "val", "sources": {"a": SourceConfig("y")}}, r"data\.split='val'.*set data\.sources\.a\.split"),
         ({"path": "x", "retry_seconds": -1}, r"data\.retry_seconds=-1"),
     ],

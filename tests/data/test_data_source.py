@@ -221,7 +221,7 @@ def test_image_column(tmp_path, photos):
 def test_names_with_dots_of_their_own_are_to_be_changed(keys, tmp_path, photos):
     write_tar(tmp_path / "dots.tar", {key: {"jpg": photos["000"]} for key in keys})
     message = error_of(tmp_path / "dots.tar")
-    assert "A sample's key ends at the first dot" in message and "rename these files" in message
+    assert "A sample's key ends at the first dot" in message and "rename the files" in message
     write_tar(tmp_path / "column.tar", {f"{key}.rgb": {"jpg": data} for key, data in photos.items()})
     assert len(first_epoch(whole_image(str(tmp_path / "column.tar")))) == COUNT  # the column rgb.jpg of all
 

@@ -1,8 +1,7 @@
 """`transformers-radio eval`: models of every kind, settings, result files, and two tasks through the command line."""
 
-import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -14,11 +13,12 @@ from helpers.paths import ROOT
 from helpers.segmentation_set import LITTLE, describe, write_set
 from helpers.tiny_sam import make_student
 from transformers_radio.cli import main
-from transformers_radio.evaluation.models.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.result import Result
-from transformers_radio.evaluation.run import TASKS, load_config, run_task
+from transformers_radio.evaluation.run import TASKS, load_config, load_task, run_task
+from transformers_radio.evaluation.segmentation.config import SegmentationTaskConfig
 from transformers_radio.evaluation.segmentation.probe import segmentation_probe
-from transformers_radio.evaluation.segmentation.task import SegmentationTaskConfig
 
 RECIPES = ROOT / "recipes" / "evaluation"
 
@@ -97,10 +97,11 @@ def test_what_is_no_model_is_named(spec, message, tmp_path):
 
 
 def test_titles(tmp_path):
-    assert split_title("CLIP=open_clip:x/y:z") == ("CLIP", "open_clip:x/y:z")
-    assert split_title("open_clip:weights/clip/") == ("clip", "open_clip:weights/clip/")
-    assert split_title("segment_anything:sam/sam_vit_h.pth")[0] == "sam_vit_h.pth"
-    assert split_spec("timm:vit_base") == ("timm", "vit_base")
+    assert ModelSpec.parse("CLIP=open_clip:x/y:z") == ModelSpec("CLIP", "open_clip", "x/y:z")
+    assert ModelSpec.parse("open_clip:weights/clip/") == ModelSpec("clip", "open_clip", "weights/clip/")
+    assert ModelSpec.parse("segment_anything:sam/sam_vit_h.pth").title == "sam_vit_h.pth"
+    assert ModelSpec.parse("timm:vit_base").kind == "timm"
+    assert str(ModelSpec.parse("a=timm:vit_base@224")) == "timm:vit_base"
 
 
 def test_segmentation_is_the_probe_and_is_not_done_twice(student, colours, tmp_path):
@@ -110,7 +111,7 @@ def test_segmentation_is_the_probe_and_is_not_done_twice(student, colours, tmp_p
     expected = segmentation_probe(encoder.features, "mine", data.data, data.probe, tmp_path / "direct")
     assert result.metrics == {name: expected[name] for name in ("mIoU", "mAcc", "aAcc")}
     assert result.counts["validation_images"] == 5 and result.counts["pixels_left_out"] > 0
-    path = tmp_path / "out" / "mine-student" / "segmentation.colours.json"
+    path = tmp_path / "out" / "mine-student" / "segmentation.colors.json"
     assert Result.read(path) == result and "40 iterations of 4 crops of 32" in result.protocol
 
     before = path.stat().st_mtime_ns
@@ -137,9 +138,6 @@ def test_other_weights_under_the_same_name_are_another_result(colours, tmp_path)
 
 def test_sam_coco_scores_student_and_sam(sam, sam_file, student, tmp_path):
     dataset = Dataset(tmp_path)
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "instances.json").rename(tmp_path / "annotations" / "instances_val2017.json")
-    (tmp_path / "images").rename(tmp_path / "val2017")
     models = [f"SAM=segment_anything:{sam_file}", f"ours={student}"]
     settings = [f"sam={sam_file}", "image_size=64"]
     first, second = run_task("sam-coco", models, str(tmp_path), RECIPES / "coco2017.yaml", tmp_path / "out", settings)
@@ -171,10 +169,10 @@ def test_the_command_prints_and_errors_take_one_line(student, colours, tmp_path,
     printed, code = command(
         "segmentation", "--model", student, "--recipe", colours, "--output", out, "probe.iterations=5"
     )
-    found = Result.read(out / "mine-student" / "segmentation.colours.json")
+    found = Result.read(out / "mine-student" / "segmentation.colors.json")
     assert code == 0 and "mine/student" in printed and f"mIoU {found.metrics['mIoU']:.2f}" in printed
     for arguments, message in {
-        ("knnn", "--model", student): "error: There is no task 'knnn': use one of knn, zero-shot",
+        ("knnn", "--model", student): "error: There is no task 'knnn': use one of zero-shot, knn",
         ("segmentation", "--recipe", colours): "error: There is no model to evaluate",
         ("segmentation", "--model", student, "--recipe", colours, "probe.crop_syze=3"): "probe.crop_syze: ",
         ("segmentation", "--model", student, "--data", "nowhere", "--recipe", colours): "There is no folder nowhere",
@@ -193,6 +191,9 @@ def test_the_segmentation_recipes_are_complete(name):
 
 def test_every_task_has_its_settings():
     assert list(TASKS) == [
-        *("knn", "zero-shot", "segmentation", "sam-coco", "llava", "throughput", "resolution", "features")
+        *("zero-shot", "knn", "segmentation", "llava", "sam-coco", "throughput", "resolution", "features")
     ]
-    assert json.dumps(list(TASKS))
+    for name in TASKS:
+        task = load_task(name)
+        assert task.name == name and task.counted
+        assert [field.name for field in fields(task.config_class) if field.name == "overwrite"]

@@ -16,11 +16,8 @@ from helpers.paths import ROOT
 from helpers.tiny_llava import make_world, save_language_model, settings
 from helpers.tiny_sam import WIDTH
 from transformers_radio.cli import app
-from transformers_radio.evaluation.classification.zero_shot import (
-    load_text_tower,
-    openai_imagenet_templates,
-    zero_shot_classifier,
-)
+from transformers_radio.evaluation.classification.zero_shot import openai_imagenet_templates, zero_shot_classifier
+from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.report.table import Table
 from transformers_radio.evaluation.result import Result
 from transformers_radio.modeling import RadioConfig, RadioModel
@@ -183,9 +180,6 @@ def test_voc_by_words(out, student, voc, method):
 
 def test_sam_coco(out, student, sam_file, tmp_path):
     Dataset(tmp_path)
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "instances.json").rename(tmp_path / "annotations" / "instances_val2017.json")
-    (tmp_path / "images").rename(tmp_path / "val2017")
     recipe = ["--recipe", RECIPES / "coco2017.yaml", "--data", tmp_path]
     result = evaluate(out, "sam-coco", student, *recipe, f"sam={sam_file}", "image_size=64")
     # 3 of the 15 are crowd regions, which the paper's harness scores too

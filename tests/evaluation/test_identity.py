@@ -12,20 +12,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from transformers_radio.evaluation.throughput import task as throughput
 
 from helpers.classification_world import pictures, write_folders, write_parquet, write_tar
 from helpers.coco_files import Dataset
 from helpers.segmentation_set import LITTLE, describe, write_set
 from helpers.tiny_sam import make_student
-from transformers_radio.evaluation.llava.train import claim_folder
-from transformers_radio.evaluation.models.encoder import VisionEncoder
+from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.paths import fingerprint_checkpoint
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.evaluation.sam_coco import task as sam_coco
 from transformers_radio.evaluation.segmentation import task as segmentation
 from transformers_radio.evaluation.segmentation.config import SegmentationConfig
 from transformers_radio.evaluation.segmentation.probe import FREE_FIELDS
+from transformers_radio.evaluation.speed import task as throughput
+from transformers_radio.evaluation.workspace import claim_folder
 
 KNN = ["k=1", "num_workers=1", "batch_size=8"]
 
@@ -81,7 +81,7 @@ def test_classification_moved_and_of_earlier_versions(write, place, monkeypatch)
         rewrite(
             store, lambda content, split=split: content["data"].update(files=digest_before(place / "birds", split))
         )
-    monkeypatch.setattr(VisionEncoder, "summary", never)
+    monkeypatch.setattr(VisionStudent, "summary", never)
     new = path.read_text()
     rewrite(path, as_before)
     assert run(place)[0].metrics == result.metrics
@@ -129,7 +129,7 @@ def test_segmentation_moved_reworded_and_of_earlier_versions(place, monkeypatch)
         content["settings"]["text"] = None
         del content["settings"]["probe"]["power"]  # as if it was new
 
-    path = place / "out" / "m" / "segmentation.colours.json"
+    path = place / "out" / "m" / "segmentation.colors.json"
     rewrite(path, as_before)
     monkeypatch.setattr(segmentation, "segmentation_probe", never)
     moved = move(place)
@@ -189,9 +189,6 @@ def test_every_number_of_the_probe_counts_or_is_known_not_to():
 
 def test_sam_coco_moved_and_reworded(place, sam_file, monkeypatch):
     Dataset(place)
-    (place / "annotations").mkdir()
-    (place / "instances.json").rename(place / "annotations" / "instances_val2017.json")
-    (place / "images").rename(place / "val2017")
     shutil.copy(sam_file, place / "sam.pth")
     run = lambda place, *more: run_task(  # noqa: E731
         "sam-coco",
@@ -203,13 +200,20 @@ def test_sam_coco_moved_and_reworded(place, sam_file, monkeypatch):
     )
     (result,) = run(place)
     path = place / "out" / "m" / "sam-coco.coco.json"
-    rewrite(path, lambda content: content["settings"].update(image_size=None))  # as earlier versions wrote SAM's own
+
+    def as_before(content):
+        content["settings"]["image_size"] = None  # SAM's own
+        del content["settings"]["crowds"], content["settings"]["dtype"], content["kind"]
+
+    rewrite(path, as_before)
     monkeypatch.setattr(sam_coco, "evaluate_sam_coco", never)
     moved = move(place)
     assert run(moved, "licence=other words", "prompts_per_chunk=3")[0].metrics == result.metrics
     assert run(moved, f"image_size={result.resolution}")[0].metrics == result.metrics
     with pytest.raises(ValueError, match=r"it differs in best_of_three \(False there, True here\)"):
         run(moved, "best_of_three=true")
+    with pytest.raises(ValueError, match=r"differs in crowds \(False there, True here\), dtype \('float32' there, "):
+        run(moved, "crowds=true", "dtype=bfloat16")
 
 
 def test_throughput_moved_and_of_earlier_versions(place, monkeypatch):
@@ -239,8 +243,8 @@ def test_features_and_resolution_moved(place, monkeypatch):
         task, [f"m={place / 'student'}"], str(place / "birds"), None, place / "out", tasks[task]
     )
     before = {task: run(place, task) for task in tasks}
-    monkeypatch.setattr(VisionEncoder, "features", never)
-    monkeypatch.setattr(VisionEncoder, "summary", never)
+    monkeypatch.setattr(VisionStudent, "features", never)
+    monkeypatch.setattr(VisionStudent, "summary", never)
     path = place / "out" / "m" / "resolution.birds.json"
 
     def as_before(content):

@@ -12,15 +12,18 @@ from typer.testing import CliRunner
 from helpers.classification_world import pictures, write_folders
 from helpers.tiny_sam import make_student
 from transformers_radio.cli import app
-from transformers_radio.evaluation.classification.knn_task import KnnConfig
-from transformers_radio.evaluation.images.labelled import LabelledSplit
-from transformers_radio.evaluation.llava.task import LlavaConfig
-from transformers_radio.evaluation.models.encoder import load_encoder, split_title
+from transformers_radio.evaluation.classification.config import KnnConfig, ZeroShotConfig
+from transformers_radio.evaluation.images.labeled import LabeledSplit
+from transformers_radio.evaluation.llava.config import LlavaConfig
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.paths import expand_home, path_name
-from transformers_radio.evaluation.result import Result, result_path, slug, work_folder
+from transformers_radio.evaluation.report.model_card import eval_results
+from transformers_radio.evaluation.result import Result, result_path, slug
 from transformers_radio.evaluation.run import load_config, run_task
-from transformers_radio.evaluation.sam_coco.task import SamCocoTaskConfig
-from transformers_radio.evaluation.segmentation.task import SegmentationTaskConfig
+from transformers_radio.evaluation.sam_coco.config import SamCocoConfig
+from transformers_radio.evaluation.segmentation.config import SegmentationTaskConfig
+from transformers_radio.evaluation.workspace import work_folder
 from transformers_radio.visualization.run import VisualizeConfig
 
 KNN = ["k=1", "num_workers=1"]
@@ -85,7 +88,7 @@ def test_two_sets_of_other_scripts_are_two_results(home, tmp_path):
         results += run_task("knn", [f"模型={home / 'student'}"], str(tmp_path / name), None, home / "out", KNN)
     assert [Result.read(path) for path in map(Path, (home / "out").rglob("knn.*.json"))]
     assert len(list((home / "out" / "模型").glob("knn.*.json"))) == 4
-    assert results[0].eval_results()[0].dataset_type == "鳥"
+    assert eval_results(results[0])[0].dataset_type == "鳥"
 
 
 def test_names_that_make_one_file_are_refused_and_results_of_earlier_versions_found(tmp_path):
@@ -108,7 +111,8 @@ def test_names_of_paths(tmp_path, monkeypatch):
     (tmp_path / "[1]").mkdir()
     assert path_name("[1]") == "[1]" and path_name("[1]/.") == "[1]"
     (tmp_path / "lr=1").mkdir()
-    assert split_title("lr=1") == ("lr=1", "lr=1") and split_title("one=lr") == ("one", "lr")
+    assert ModelSpec.parse("lr=1") == ModelSpec("lr=1", None, "lr=1")
+    assert ModelSpec.parse("one=lr") == ModelSpec("one", None, "lr")
 
 
 @pytest.mark.parametrize(
@@ -146,18 +150,18 @@ def test_every_path_of_the_commands_may_begin_with_the_home_folder(home, monkeyp
     assert not list(home.rglob("~*"))
     written = json.loads((home / "out" / "m" / "knn.birds.json").read_text())["settings"]
     assert written["model"] == str(home / "student") and written["bank"]["source"] == str(home / "birds")
-    assert load_encoder("~/student").name == f"{home.name}/student" and LabelledSplit("~/birds", "train").count() == 3
+    assert load_encoder("~/student").name == f"{home.name}/student" and LabeledSplit("~/birds", "train").count() == 3
 
 
 def test_every_path_among_the_settings_may_begin_with_the_home_folder(home):
     settings = {
         SegmentationTaskConfig: ["data.path=~/a", "data.name=x", "data.classes=[a]", "text=open_clip:~/a"]
         + ["data.splits={train: [{images: ~/a, masks: ~/a, names: ~/a}]}"],
-        SamCocoTaskConfig: ["data=~/a", "sam=~/a", "detections=~/a"],
+        SamCocoConfig: ["data=~/a", "sam=~/a", "detections=~/a"],
         LlavaConfig: ["data=~/a", "language_model=~/a", "questions.q.questions=~/a", "questions.q.images=~/a"]
         + [f"{phase}.{key}=~/a" for phase in ("pretrain", "finetune") for key in ("images", "conversations")]
         + [f"{phase}.{key}=1" for phase in ("pretrain", "finetune") for key in ("learning_rate", "batch_size")],
-        KnnConfig: ["data=~/a", "classes=~/a", "templates=~/a"],
+        ZeroShotConfig: ["data=~/a", "classes=~/a", "templates=~/a"],
         VisualizeConfig: ["data=~/a", "sam=~/a", "text=transformers:~/a"],
     }
     for schema, overrides in settings.items():
@@ -172,7 +176,7 @@ def test_a_text_is_taken_as_it_is_written(home, monkeypatch):
     for text in ("100% #1", "[2021] x", "2024_01", "no", "1e3", "a: b", "*.tar", "@x", "null-ish"):
         config = load_config(KnnConfig, None, None, [f"data={text}", f"name={text}", "k=3", "image_size=[8,8]"])
         assert (config.data, config.name, config.k, config.image_size) == (text, text, 3, [8, 8])
-    config = load_config(KnnConfig, None, None, ["data='a b'", "name=null", "classes=[1] a/100% #1.txt"])
+    config = load_config(ZeroShotConfig, None, None, ["data='a b'", "name=null", "classes=[1] a/100% #1.txt"])
     assert (config.data, config.name, config.classes) == ("a b", None, "[1] a/100% #1.txt")
 
 

@@ -1,7 +1,6 @@
 """What `eval` refuses for every task before the task begins, and where it has its models from."""
 
 import re
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +11,12 @@ from helpers.paths import ROOT
 from helpers.tiny_sam import make_student
 from transformers_radio import precision
 from transformers_radio.cli import app
+from transformers_radio.evaluation import processes
 from transformers_radio.evaluation import run as run_module
-from transformers_radio.evaluation.images import summaries as summary_store
-from transformers_radio.evaluation.models.encoder import load_encoder, split_spec, split_title
+from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.evaluation.result import Result
-from transformers_radio.evaluation.run import ONE_PROCESS, TASKS, named_models, run_task
+from transformers_radio.evaluation.run import TASKS, load_task, named_models, run_task
 from transformers_radio.teachers.known import known_teacher
 
 RECIPES = ROOT / "recipes" / "evaluation"
@@ -39,9 +39,8 @@ def student(tmp_path_factory):
 def begun(monkeypatch):
     """The tasks that were begun; none does anything."""
     tasks = []
-    for task, (name, _) in TASKS.items():
-        module = import_module(f"transformers_radio.evaluation.{name}")
-        monkeypatch.setattr(module, "run", lambda *_, task=task: tasks.append(task))
+    for task in TASKS:
+        monkeypatch.setattr(load_task(task), "run", lambda *_, task=task: tasks.append(task))
     return tasks
 
 
@@ -62,15 +61,15 @@ def test_models_that_would_share_their_files_are_refused(task, student, tmp_path
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_more_processes_than_a_task_can_use_are_refused(task, student, tmp_path, begun, monkeypatch):
-    monkeypatch.setattr(
-        summary_store, "start_processes", lambda: SimpleNamespace(num_processes=2, is_main_process=False)
-    )
-    if task in ONE_PROCESS:
+    monkeypatch.setattr(processes, "process_state", lambda: SimpleNamespace(num_processes=2, is_main_process=False))
+    if not load_task(task).several_processes:
         with pytest.raises(ValueError, match=f"eval {task} runs in one process, but 2 were started"):
             start(task, [str(student)], tmp_path)
     else:
         start(task, [str(student)], tmp_path)
-    assert begun == ([] if task in ONE_PROCESS else [task])
+    assert begun == ([task] if load_task(task).several_processes else [])
+    one_process = {name for name in TASKS if not load_task(name).several_processes}
+    assert one_process == {"sam-coco", "throughput", "resolution", "features"}
 
 
 # Million parameters and resolution in the paper's Table 1
@@ -90,13 +89,13 @@ TABLE_1 = {
 def test_the_baselines_of_table_1_are_the_papers():
     path = RECIPES / "table1.yaml"
     models = named_models(path, [])
-    assert [split_title(model)[0] for model in models] == list(TABLE_1)
+    assert [ModelSpec.parse(model).title for model in models] == list(TABLE_1)
     for model in models:
-        title, spec = split_title(model)
-        side = int(model.rpartition("@")[2])
-        teacher = known_teacher(*split_spec(spec), side)
+        spec, side = ModelSpec.parse(model), int(model.rpartition("@")[2])
+        teacher = known_teacher(spec.kind, spec.checkpoint, side)
         params = sum(parameter.numel() for parameter in teacher.parameters())
-        assert (params / 1e6, side) == (pytest.approx(TABLE_1[title][0], abs=0.8), TABLE_1[title][1]), title
+        millions, resolution = TABLE_1[spec.title]
+        assert (params / 1e6, side) == (pytest.approx(millions, abs=0.8), resolution), spec.title
     # the commands of its header name what is in it
     named = re.findall(r"--model (\S+[/.-]\S+)", path.read_text())
     assert set(named) - {"runs/mine/student", "..."} == set(TABLE_1)
@@ -105,24 +104,23 @@ def test_the_baselines_of_table_1_are_the_papers():
 def test_models_come_from_a_file_all_or_chosen_and_others_beside_them(student, tmp_path, begun, monkeypatch):
     file = tmp_path / "models.yaml"
     file.write_text(f"mine: {student}@32\nA/B: timm:vit\n")
-    module = import_module("transformers_radio.evaluation.speed.task")
-    monkeypatch.setattr(module, "run", lambda models, *_: begun.append(models))
+    monkeypatch.setattr(load_task("throughput"), "run", lambda self, models: begun.append(models))
     for chosen in ([], ["A/B", f"x={student}"]):
-        run_task("throughput", chosen, output=tmp_path, models_file=file)
+        run_task("throughput", named_models(file, chosen), output=tmp_path)
     assert begun == [[f"mine={student}@32", "A/B=timm:vit"], ["A/B=timm:vit", f"x={student}"]]
     for text, message in (("- a\n", "holds no models"), ("a: [b\n", "cannot be read"), ("a: {b: c}\n", "holds no")):
         file.write_text(text)
         with pytest.raises(ValueError, match=f"models.yaml {message}"):
-            run_task("throughput", [], output=tmp_path, models_file=file)
+            named_models(file, [])
     with pytest.raises(FileNotFoundError, match="no file of models .*absent.yaml"):
-        run_task("throughput", [], output=tmp_path, models_file=tmp_path / "absent.yaml")
+        named_models(tmp_path / "absent.yaml", [])
 
 
 def test_a_size_behind_a_model_is_its_side_where_none_is_asked_for(student):
     own = load_encoder(str(student)).image_size
     assert own != 32
     encoder = load_encoder(f"a={student}@32")
-    assert (encoder.name, encoder.spec, encoder.image_size) == ("a", str(student), 32)
+    assert (encoder.name, str(encoder.spec), encoder.image_size) == ("a", str(student), 32)
     assert load_encoder(f"{student}@32", 48).image_size == 48
     with pytest.raises(ValueError, match="multiples of 8, not 30 x 30"):
         load_encoder(f"{student}@30")

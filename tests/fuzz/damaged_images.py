@@ -13,6 +13,7 @@ from isolation import COUNTED, SOUND, UNDETECTABLE, Case, OtherBits
 from PIL import Image, ImageCms, PngImagePlugin
 
 from transformers_radio import RadioImageProcessor
+from transformers_radio.data import DataConfig
 from transformers_radio.data.images import SkippedImage, decode_rgb, load_crops
 
 
@@ -117,7 +118,8 @@ def check_decoded(path: Path, sound: bytes, has_checksum: bool) -> str:
 
 def check_crops(path: Path, sound: bytes, has_checksum: bool) -> str:
     def crops(data: bytes) -> torch.Tensor:
-        found = load_crops(data, [16, 24], np.random.default_rng(1), (0.5, 1), (0.75, 1.33), min_side=16)
+        config = DataConfig(crop_scale=(0.5, 1), crop_ratio=(0.75, 1.33))
+        found = load_crops(data, [16, 24], np.random.default_rng(1), config)
         if {r: (crop.shape, crop.dtype) for r, crop in found.items()} != {
             r: ((3, r, r), torch.uint8) for r in (16, 24)
         }:

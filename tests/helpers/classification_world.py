@@ -11,19 +11,19 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ["red ball", "green_Box!", "blue cone"]
-COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
+COLORS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])
 
 
 def pictures(count: int, seed: int) -> list[tuple[np.ndarray, int]]:
-    """uint8 (h, w, 3) of several sizes and shapes, in the colour of its class, and so noisy that some are mistaken."""
+    """uint8 (h, w, 3) of several sizes and shapes, in the color of its class, and so noisy that some are mistaken."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
         label = int(rng.integers(3)) if number > 2 else number  # every class is there
         height, width = ((24, 24), (40, 24), (32, 57), (90, 30))[rng.integers(4)]
-        colour = np.clip(COLOURS[label] + rng.normal(0, 90, 3), 0, 255)
+        color = np.clip(COLORS[label] + rng.normal(0, 90, 3), 0, 255)
         noise = rng.normal(0, 30, (height // 4 + 1, width // 4 + 1, 3))
-        coarse = Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8))
+        coarse = Image.fromarray(np.clip(color + noise, 0, 255).astype(np.uint8))
         made.append((np.array(coarse.resize((width, height), Image.Resampling.BICUBIC)), label))
     return made
 

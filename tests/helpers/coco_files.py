@@ -8,9 +8,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 
 from helpers.tiny_sam import literal_iou, picture
-from transformers_radio.evaluation.sam_coco.coco import (
-    SamCocoConfig,
-)
+from transformers_radio.evaluation.sam_coco.config import SamCocoConfig
 
 
 def run_lengths(mask):
@@ -53,9 +51,10 @@ class Dataset:
     def __init__(self, folder: Path):
         self.folder, self.annotations, self.truths, self.boxes = folder, [], {}, {}
         self.sizes = {7: (40, 56), 3: (90, 60), 12: (64, 64), 4: (30, 30)}  # image 4 has nothing to prompt for
-        (folder / "images" / "deep").mkdir(parents=True)
+        (folder / "val2017" / "deep").mkdir(parents=True)
+        (folder / "annotations").mkdir()
         for image_id, size in self.sizes.items():
-            Image.fromarray(picture(size, image_id)).save(folder / "images" / "deep" / f"{image_id}.png")
+            Image.fromarray(picture(size, image_id)).save(folder / "val2017" / "deep" / f"{image_id}.png")
         rng = np.random.default_rng(0)
         for image_id, size in list(self.sizes.items())[:3]:
             blob = rectangle(size, 9, 9, 28, 25) & (rng.random(size) < 0.8)
@@ -86,12 +85,11 @@ class Dataset:
         ]
         return {"images": images, "annotations": self.annotations, "categories": [{"id": 1}, {"id": 2}]}
 
-    def write(self, content=None, name="instances.json"):
+    def write(self, content=None, name="annotations/instances_val2017.json"):
         (self.folder / name).write_text(json.dumps(self.content() if content is None else content))
 
     def config(self, **changes):
-        files = {"images": str(self.folder / "images"), "annotations": str(self.folder / "instances.json")}
-        return SamCocoConfig(**(files | changes))
+        return SamCocoConfig(data=str(self.folder), **changes)
 
     def count_crowds(self):
         """Crowd regions are the same blob as the annotation two before them."""

@@ -37,7 +37,10 @@ class ConvStudentConfig(PreTrainedConfig):
     def for_training(cls, size: str, adaptors: dict[str, dict[str, Any]], summary: str = "mean", **fields):
         if summary != "mean":
             raise ValueError(f"summary is {summary!r}; this student has no CLS tokens: use mean")
-        return cls(adaptors=adaptors, hidden_size={"small": 16, "large": 32}[size], **fields)
+        widths = {"small": 16, "large": 32}
+        if size not in widths:
+            raise ValueError(f"size is {size!r}; choose one of {', '.join(widths)}")
+        return cls(**{"adaptors": adaptors, "hidden_size": widths[size], **fields})
 
 
 class ConvStudent(RadioStudentMixin, PreTrainedModel):

@@ -29,7 +29,7 @@ def _run(target, arguments, environment, output):
 
 
 class Forked:
-    """`target(*arguments)` in a process of its own, whose exit code it returns; has a `subprocess.Popen`'s methods."""
+    """A process that exits with what `target(*arguments)` returns; it has the methods of `subprocess.Popen`."""
 
     def __init__(self, *arguments, target=train, **environment):
         handle, self.output = tempfile.mkstemp()

@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 from helpers.forked import fork_group
-from helpers.paths import HELPERS
+from helpers.paths import TESTS
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "RadioLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 
@@ -20,7 +19,7 @@ def start(processes, *arguments):
     """`python -m transformers_radio.training RECIPE [key=value ...]` under torchrun."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }

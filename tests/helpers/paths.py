@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-HELPERS = Path(__file__).parent
-ROOT = HELPERS.parents[1]
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationData, SplitSource
 
-COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 70, 210]])
+COLORS = np.array([[220, 40, 40], [40, 200, 60], [50, 70, 210]])
 
 
 LITTLE = {
@@ -18,13 +18,13 @@ LITTLE = {
 
 
 def encode(images):
-    """Mean and brightest colour of patches of 8 x 8 pixels: 6 features."""
+    """Mean and brightest color of patches of 8 x 8 pixels: 6 features."""
     grid = torch.cat([F.avg_pool2d(images, 8), F.max_pool2d(images, 8)], dim=1)
     return grid.flatten(2).transpose(1, 2), tuple(grid.shape[-2:])
 
 
 def write_set(folder):
-    """16 and 5 pictures of rectangles in noisy colours; the colour is the class, and the top row does not count."""
+    """16 and 5 pictures of rectangles in noisy colors; the color is the class, and the top row does not count."""
     rng = np.random.default_rng(0)
     for split, count in (("training", 16), ("validation", 5)):
         for number in range(count):
@@ -32,7 +32,7 @@ def write_set(folder):
             mask = np.full((height, width), rng.integers(1, 4), dtype=np.uint8)
             mask[height // 3 :, : width // 2] = rng.integers(1, 4)
             noise = rng.normal(0, 20, (height, width, 3))
-            image = np.clip(COLOURS[mask - 1] + noise, 0, 255).astype(np.uint8)
+            image = np.clip(COLORS[mask - 1] + noise, 0, 255).astype(np.uint8)
             mask[0] = 0
             for kind, pixels in (("images", image), ("masks", mask)):
                 path = folder / kind / split / f"{number}.png"
@@ -44,7 +44,7 @@ def write_set(folder):
 def describe(folder):
     splits = {"train": "training", "validation": "validation"}
     return SegmentationData(
-        name="colours",
+        name="colors",
         path=str(folder),
         classes=["red", "green", "blue"],
         reduce_labels=True,

@@ -1,6 +1,6 @@
 """A made set of questions about images, in LLaVA's formats, and a tiny student and language model to answer it.
 
-Each image shows one coloured shape on noise, at one of four places, in one of several aspect ratios; colours and
+Each image shows one colored shape on noise, at one of four places, in one of several aspect ratios; colors and
 places are drawn alike and apart, so neither the question nor the other answer tells anything.
 """
 
@@ -16,16 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers_radio import RadioConfig, RadioModel
 from transformers_radio.evaluation.llava.model import CHAT_TEMPLATE
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 190, 30), "blue": (40, 40, 230), "yellow": (230, 220, 40)}
+COLORS = {"red": (220, 30, 30), "green": (30, 190, 30), "blue": (40, 40, 230), "yellow": (230, 220, 40)}
 PLACES = {"left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75)}
 SIZES = [(64, 64), (96, 72), (72, 96), (64, 48), (40, 64)]  # (width, height)
-QUESTIONS = {"What colour is the shape?": "colour", "Where is the shape?": "place"}
+QUESTIONS = {"What color is the shape?": "color", "Where is the shape?": "place"}
 IMAGE_SIZE = 64
 
 
 def draw(generator: np.random.Generator, path: Path) -> dict[str, str]:
-    """A new image at `path`; {"colour": ..., "place": ...} is what it shows."""
-    colour = str(generator.choice(list(COLOURS)))
+    """A new image at `path`; {"color": ..., "place": ...} is what it shows."""
+    color = str(generator.choice(list(COLORS)))
     place = str(generator.choice(list(PLACES)))
     width, height = SIZES[generator.integers(len(SIZES))]
     pixels = generator.normal(128, 10, (height, width, 3))
@@ -33,9 +33,9 @@ def draw(generator: np.random.Generator, path: Path) -> dict[str, str]:
     rows, columns = np.mgrid[:height, :width]
     radius = 0.3 * min(width, height)
     inside = (np.abs(columns - x) < radius) & (np.abs(rows - y) < radius)
-    pixels[inside] = COLOURS[colour]
+    pixels[inside] = COLORS[color]
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    return {"colour": colour, "place": place}
+    return {"color": color, "place": place}
 
 
 def make_world(folder: Path, images: int, questions: int, seed: int = 0) -> Path:
@@ -51,7 +51,7 @@ def make_world(folder: Path, images: int, questions: int, seed: int = 0) -> Path
                 item = {"question_id": f"{number}-{kind}", "image": file, "text": text, "answer": shown[kind]}
                 asked.append(item)
             continue
-        caption = f"a {shown['colour']} shape at the {shown['place']}"
+        caption = f"a {shown['color']} shape at the {shown['place']}"
         turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": caption}]
         pretrain.append({"id": number, "image": file, "conversations": turns})
         turns = []
@@ -69,7 +69,7 @@ def make_world(folder: Path, images: int, questions: int, seed: int = 0) -> Path
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with <s> before each text, as a Llama's."""
     texts = [CHAT_TEMPLATE, *QUESTIONS, "Answer the question using a single word or phrase.", "USER: ASSISTANT:"]
-    texts += [f" {word}" for word in (*COLOURS, *PLACES)] + ["a red shape at the left"]
+    texts += [f" {word}" for word in (*COLORS, *PLACES)] + ["a red shape at the left"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -16,10 +16,21 @@ TINY = dict(
     num_registers=2,
     summary_idxs=[0, 2],
 )
+ADAPTORS = {
+    "clip": {"summary_dim": 12, "feature_dim": 10, "hidden_dim": 16, "summary_token": 0, "teacher": "clip"},
+    "sam": {
+        "summary_dim": None,
+        "feature_dim": 6,
+        "hidden_dim": 16,
+        "mlp_num_inner": 1,
+        "spatial_mlp_version": "attn",
+        "upsample_factor": 2,
+    },
+}
 
 
 def scramble(model):
-    """Weights far from their initialisation (zero biases, unit scales), so that nothing may go missing unseen."""
+    """Weights far from their initialization (zero biases, unit scales), so that no weight can be lost unnoticed."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim:
@@ -28,8 +39,16 @@ def scramble(model):
 
 
 def build(**fields):
+    """A model in eval mode whose weights are the same in every process."""
     torch.manual_seed(0)
     return scramble(RadioModel(RadioConfig(**{**TINY, **fields})).eval())
+
+
+def build_with_adaptors(**fields):
+    """Two blocks and two adaptors: one with both heads, one without a summary and with a finer grid."""
+    tokens = {"num_cls_tokens": 2, "num_registers": 1, "summary_idxs": [0, 1]}
+    sizes = {"num_hidden_layers": 2, "mlp_ratio": 4.0, "max_img_size": 256}
+    return build(**{**tokens, **sizes, "adaptors": ADAPTORS, **fields})
 
 
 def native(model):

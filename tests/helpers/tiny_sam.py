@@ -1,13 +1,48 @@
-"""A tiny student with a SAM adaptor, pictures and boxes, and segment_anything's own predictor."""
+"""A tiny SAM, a tiny student with an adaptor to it, pictures and boxes, and segment_anything's own predictor."""
+
+import functools
 
 import numpy as np
 import torch
 from PIL import Image
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
 
 from transformers_radio.modeling import RadioConfig, RadioModel
 
 SIDE, PATCH, WIDTH, NECK = 64, 8, 48, 32
 SIZES = [(40, 56), (150, 90), (64, 64), (33, 64)]  # (H, W): smaller than SAM's input, larger, equal, and padded only
+
+
+def write_sam(path):
+    """A tiny SAM of segment_anything's own classes, in its file format."""
+    torch.manual_seed(0)
+    sam = Sam(
+        ImageEncoderViT(
+            depth=2,
+            embed_dim=WIDTH,
+            img_size=SIDE,
+            num_heads=4,
+            patch_size=PATCH,
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            global_attn_indexes=(1,),
+            window_size=3,
+            out_chans=NECK,
+        ),
+        PromptEncoder(NECK, (SIDE // PATCH, SIDE // PATCH), (SIDE, SIDE), mask_in_chans=16),
+        MaskDecoder(
+            transformer_dim=NECK,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=NECK, num_heads=8, mlp_dim=40),
+            iou_head_hidden_dim=24,
+        ),
+    )
+    with torch.no_grad():  # fresh weights hardly look at the image; larger ones draw different masks for each box
+        for parameter in sam.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    torch.save(sam.state_dict(), path)
+    return path
 
 
 def make_student(feature_dim=WIDTH, **adaptor):
@@ -28,7 +63,7 @@ def make_student(feature_dim=WIDTH, **adaptor):
 
 
 def picture(size, seed=0):
-    """Smooth colours, uint8 (H, W, 3)."""
+    """Smooth colors, uint8 (H, W, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 

@@ -1,4 +1,4 @@
-"""Teachers that need no weights, for `type: python`; also imported by the training processes that tests start."""
+"""Teachers that need no weights, for `type: python`; the training processes that tests start import them too."""
 
 import torch
 from torch import nn
@@ -19,11 +19,14 @@ class PatchTeacher(Teacher):
             patch_size=8,
             summary_dim=width if summary else None,
             feature_dim=width,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            dtype=dtype,
+            normalization=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         )
+        self.cast(dtype)
         self.broken, self.calls = broken, 0
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, image_size=None, dtype="float32", *, width=24, summary=True, broken=None):
+        return cls(checkpoint, image_size, dtype, width=width, summary=summary, broken=broken)
 
     def encode(self, pixel_values):
         maps = self.model(pixel_values)

@@ -175,7 +175,7 @@ def test_a_field_of_an_adaptor_of_another_type_or_out_of_its_range(name, values)
         ({"stage_names": ["stem"]}, "stage_names is \\['stem'\\]"),
     ],
 )
-def test_feature_maps_that_there_are_not(fields, words, tmp_path):
+def test_feature_maps_that_do_not_exist(fields, words, tmp_path):
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     RadioConfig(**small).save_pretrained(tmp_path)
     for make in (
@@ -226,7 +226,7 @@ def test_a_damaged_configuration_is_named_with_its_folder(tmp_path, config_class
 
 
 @pytest.mark.parametrize("fields", [None, 3, [], "x", {1: 2}])
-def test_what_is_no_dict_of_fields(fields):
+def test_what_is_not_a_dict_of_fields(fields):
     with pytest.raises(ValueError, match="RadioConfig: the configuration is .*, expected a dict of fields"):
         RadioConfig.from_dict(fields)
 
@@ -253,7 +253,7 @@ def test_summary_reads_the_tokens_of_the_adaptors_that_have_one():
         "clip": ADAPTOR,
     }
     assert RadioConfig(adaptors=adaptors).summary_idxs == [0, 2]
-    # without adaptors as transformers does, but never beyond the tokens there are
+    # without adaptors as transformers does, but never more tokens than there are
     assert RadioConfig().summary_idxs == transformers.RadioConfig().summary_idxs
     assert RadioConfig(num_cls_tokens=1).summary_idxs == [0]
 

@@ -67,7 +67,7 @@ def test_training_crops_have_the_published_distribution():
     assert (share.mean() - 0.5).abs() < 0.02 and (share.var() - 1 / 12).abs() < 0.01
 
 
-def test_scale_range_is_honoured():
+def test_scale_range_is_honored():
     from transformers_radio.modeling.modeling_radio import cpe_training_grid
 
     grid = cpe_training_grid(500, 2, 2, [1.0, 1.0])

@@ -17,6 +17,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from helpers.conv_student import ConvStudent, ConvStudentConfig
 from helpers.tiny_radio import build
 from transformers_radio import (
     RadioBackbone,
@@ -93,7 +94,7 @@ def llava(folder):
 
 
 def run(model, pixel_values):
-    """The part of RADIO alone: what reaches the rest of the model."""
+    """Runs RADIO only: the features that the larger model gets from it."""
     model.eval()
     if isinstance(model, LlavaForConditionalGeneration):
         return model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]
@@ -115,12 +116,12 @@ def test_the_student_s_features_reach_the_larger_model(student_folder, name, cap
     expected = native(pixel_values, output_hidden_states=True).hidden_states[layer][:, 5:]
     torch.testing.assert_close(run(model, pixel_values), expected, atol=1e-5, rtol=1e-5)
     if name != "LLaVA":
-        model(pixel_values)  # the whole takes them
+        model(pixel_values)  # the larger model takes them
     assert "random" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["UperNet", "LLaVA"])
-def test_random_weights_are_told_once_and_only_then(student_folder, tmp_path, name, caplog):
+def test_random_weights_are_reported_once_and_only_if_random(student_folder, tmp_path, name, caplog):
     pixel_values = torch.rand(1, 3, 32, 48)
     model = BUILD[name](student_folder).to(torch.float64).float()
     assert not caplog.text
@@ -146,11 +147,11 @@ def test_random_weights_are_told_once_and_only_then(student_folder, tmp_path, na
     model = BUILD[name](student_folder)
     model.load_state_dict(state)
     run(model, pixel_values)
-    run(uper_net_of_nobody(), pixel_values)  # from scratch, on purpose
+    run(uper_net_from_scratch(), pixel_values)  # random on purpose
     assert "random" not in caplog.text
 
 
-def uper_net_of_nobody():
+def uper_net_from_scratch():
     config = RadioBackboneConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, out_indices=[0, 1, 2, 3])
     sizes = {"hidden_size": 16, "auxiliary_in_channels": 32, "auxiliary_channels": 8}
     return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **sizes))
@@ -161,7 +162,16 @@ def test_misfits_are_named(student_folder):
     with pytest.raises(ValueError, match="Linear has no RADIO backbone or vision tower"):
         load_student(torch.nn.Linear(2, 2), student)
     with pytest.raises(ValueError, match="num_registers, .* differ; build it from the student's own"):
-        load_student(uper_net_of_nobody(), student)
+        load_student(uper_net_from_scratch(), student)
     fields = {**student.config.to_dict(), "num_attention_heads": 4}  # the weights would fit
     with pytest.raises(ValueError, match="RadioModel: num_attention_heads differ"):
         load_student(RadioModel(RadioConfig.from_dict(fields)), student)
+
+
+def test_a_part_of_another_kind_of_student_is_filled_too(tmp_path):
+    student, images = ConvStudent(ConvStudentConfig()).eval(), torch.rand(1, 3, 32, 48)
+    student.save_pretrained(tmp_path)
+    model = torch.nn.Sequential(ConvStudent(ConvStudentConfig()).eval())
+    assert not torch.equal(model(images).features, student(images).features)
+    load_student(model, tmp_path)
+    assert torch.equal(model(images).features, student(images).features)

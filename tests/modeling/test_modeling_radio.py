@@ -54,7 +54,7 @@ def test_half_precision_is_bit_equal_to_native_with_exact_mean_and_std(dtype):
         from_float32 = model(images)
     assert ours.features.dtype == dtype
     assert torch.equal(ours.summary, theirs.summary) and torch.equal(ours.features, theirs.features)
-    # float32 pixels are normalised before they are cast, which is at least as exact
+    # float32 pixels are normalized before they are cast, which is at least as exact
     assert (from_float32.features.float() - ours.features.float()).abs().mean() < 0.1
 
 
@@ -68,7 +68,7 @@ def test_hidden_states_and_attentions_equal_native():
     for a, b in zip(ours.hidden_states + ours.attentions, theirs.hidden_states + theirs.attentions, strict=True):
         assert torch.equal(a, b)
     assert model(images).hidden_states is None
-    assert len(model(images, output_hidden_states=0).hidden_states) == 4  # an index asks for a layer, 0 too
+    assert len(model(images, output_hidden_states=0).hidden_states) == 4  # an index asks for a layer; so does 0
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -246,7 +246,7 @@ def test_images_above_the_table_are_extrapolated_as_native_does():
 
 @pytest.mark.parametrize("external", [False, True])
 def test_casts_leave_mean_and_std_exact(tmp_path, external):
-    mean = [0.48145466, 0.4578275, 0.40821073]  # no half precision holds these
+    mean = [0.48145466, 0.4578275, 0.40821073]  # half precision cannot hold these
 
     def statistics(model):
         return {name: buffer for name, buffer in model.state_dict().items() if "conditioner" in name}

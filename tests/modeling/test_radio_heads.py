@@ -108,7 +108,7 @@ def test_segmentation_ignore_index(student_folder):
 
 @pytest.mark.parametrize("head", HEAD_KEYS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_a_label_that_is_no_class_is_named(student_folder, head, dtype):
+def test_a_label_that_is_not_a_class_is_named(student_folder, head, dtype):
     model = head.from_pretrained(student_folder, num_labels=3).eval()
     pixel_values = torch.rand(2, 3, 32, 32)
     ignored = -100 if head is RadioForImageClassification else 255
@@ -195,7 +195,7 @@ def test_a_student_gets_a_new_head_and_back(tmp_path, head, final_norm):
     assert set(info["missing_keys"]) == HEAD_KEYS[head]
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.config.adaptors == {} and model.config.num_labels == 6
-    assert not model.classifier.bias.any() and 0.01 < model.classifier.weight.std() < 0.03  # initialised, not garbage
+    assert not model.classifier.bias.any() and 0.01 < model.classifier.weight.std() < 0.03  # initialized, not garbage
     if head is RadioForSemanticSegmentation:
         assert (model.batch_norm.running_mean == 0).all() and (model.batch_norm.running_var == 1).all()
 
@@ -242,7 +242,7 @@ def test_a_frozen_student_gives_the_same_features_while_the_head_trains(student_
 
 
 class ColouredImages(torch.utils.data.Dataset):
-    """Red, green or blue images: the class is the colour; its map is that class everywhere."""
+    """Red, green or blue images: the class is the color; its map is that class everywhere."""
 
     def __init__(self, maps: bool):
         self.maps = maps
@@ -272,7 +272,7 @@ def test_the_trainer_lowers_the_loss(tmp_path, student_folder, head):
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path / "run"),
-            max_steps=3 if segmentation else 8,  # the whole network takes a few steps more
+            max_steps=3 if segmentation else 8,  # the whole network needs a few more steps
             learning_rate=0.1 if segmentation else 0.002,
             per_device_train_batch_size=6,
             gradient_accumulation_steps=2,

@@ -22,7 +22,7 @@ from transformers_radio.modeling.image_processing_radio import RadioImageProcess
 
 
 def photo(height: int, width: int) -> Image.Image:
-    """Smooth color gradients with some noise, so that neighbouring pixels differ but no filter rings everywhere."""
+    """Smooth color gradients with some noise, so that neighboring pixels differ but no filter rings everywhere."""
     rng = np.random.default_rng(height * 1000 + width)
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([255 * x / width, 255 * y / height, 127 + 100 * np.sin(x / 7) * np.cos(y / 5)], axis=-1)
@@ -101,13 +101,13 @@ def test_every_kind_of_image_gives_the_same_pixels():
         torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1.5 / 255)
 
 
-def test_grey_and_transparent_images_become_rgb():
+def test_gray_and_transparent_images_become_rgb():
     processor = RadioImageProcessor(size={"height": 32, "width": 32})
-    grey = photo(32, 32).convert("L")
-    pixel_values = processor(grey, return_tensors="pt").pixel_values
-    expected = torch.from_numpy(np.array(grey)).float().div(255).expand(1, 3, 32, 32)
+    gray = photo(32, 32).convert("L")
+    pixel_values = processor(gray, return_tensors="pt").pixel_values
+    expected = torch.from_numpy(np.array(gray)).float().div(255).expand(1, 3, 32, 32)
     torch.testing.assert_close(pixel_values, expected)
-    torch.testing.assert_close(processor(np.array(grey), return_tensors="pt").pixel_values, expected)
+    torch.testing.assert_close(processor(np.array(gray), return_tensors="pt").pixel_values, expected)
 
     alpha = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
     rgba = np.dstack([np.array(photo(32, 32)), alpha])
@@ -118,20 +118,20 @@ def test_grey_and_transparent_images_become_rgb():
         torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1.01 / 255)
 
 
-def test_boolean_and_unsigned_images_are_read_as_what_they_say():
+def test_boolean_and_unsigned_images_are_read_by_their_type():
     processor = RadioImageProcessor(size={"height": 32, "width": 32})
-    grey = np.array(photo(32, 32).convert("L"))
-    black_and_white = torch.from_numpy(grey > 127).float().expand(1, 3, 32, 32)
+    gray = np.array(photo(32, 32).convert("L"))
+    black_and_white = torch.from_numpy(gray > 127).float().expand(1, 3, 32, 32)
     for image in (
-        grey > 127,
-        torch.from_numpy(grey > 127),
-        np.stack([grey > 127] * 3, -1),
-        Image.fromarray(grey > 127),
+        gray > 127,
+        torch.from_numpy(gray > 127),
+        np.stack([gray > 127] * 3, -1),
+        Image.fromarray(gray > 127),
     ):
         assert torch.equal(processor(image, return_tensors="pt").pixel_values, black_and_white)
-    expected = processor(grey, return_tensors="pt").pixel_values
+    expected = processor(gray, return_tensors="pt").pixel_values
     for wide in (np.uint16, np.uint32, np.uint64):
-        array = grey.astype(wide)
+        array = gray.astype(wide)
         for image in (array, torch.from_numpy(array)):
             assert torch.equal(processor(image, return_tensors="pt").pixel_values, expected)
     with pytest.raises(ValueError, match="must be in 0..255, got values from 300 to 300; convert to 8 bits"):
@@ -246,7 +246,7 @@ def files(folder) -> dict:
         "sixteen.tiff": (sixteen, {}),
         "rgba.tiff": (rgba, {}),
         "cmyk.tiff": (rgb.convert("CMYK"), {}),
-        "grey.bmp": (rgb.convert("L"), {}),
+        "gray.bmp": (rgb.convert("L"), {}),
         "rgb.ppm": (rgb, {}),
         "rgba.webp": (rgba, {"lossless": True}),
         "phone.jpg": (rgb, {"exif": exif}),

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of every student, of the vision transformer and of one made of convolutions."""
+"""The contract of every student, kept by the vision transformer and by a student made of convolutions."""
 
 import subprocess
 import sys
@@ -32,8 +32,12 @@ def vision_transformer(**fields):
 STUDENTS = pytest.mark.parametrize("make", [vision_transformer, conv_student])
 
 
-def heads_of(output):
-    return {name: {key: head[key] for key in head} for name, head in output.adaptors.items()}
+def assert_same_heads(found, expected, names):
+    assert set(found.adaptors) == set(names)
+    for name in names:
+        mine, theirs = found.adaptors[name], expected.adaptors[name]
+        assert mine.keys() == theirs.keys() and mine.grid == theirs.grid
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine if key != "grid")
 
 
 # ---------------------------------------------------------------- sizes and grids
@@ -109,7 +113,6 @@ def test_what_a_student_without_tokens_windows_and_blocks_answers():
 @torch.no_grad()
 def test_fewer_heads_share_every_weight(make):
     model, images = make(), torch.rand(2, 3, 32, 64)
-    model.stem_or_norm = None  # an attribute that is not the model's own
     some = model.with_adaptors(["sam", "clip"])
     assert type(some) is type(model) and list(some.adaptors) == list(some.config.adaptors) == ["sam", "clip"]
     assert list(model.adaptors) == list(model.config.adaptors) == ["clip", "sam", "dino"]
@@ -118,18 +121,23 @@ def test_fewer_heads_share_every_weight(make):
     assert all(theirs[name].data_ptr() == mine[name].data_ptr() for name in theirs)
     whole, part = model(images), some(images)
     assert torch.equal(part.summary, whole.summary) and torch.equal(part.features, whole.features)
-    assert heads_of(part).keys() == {"sam", "clip"}
-    for name in ("sam", "clip"):
-        for key, value in heads_of(part)[name].items():
-            assert (
-                value == whole.adaptors[name][key] if key == "grid" else torch.equal(value, whole.adaptors[name][key])
-            )
-    next(some.parameters()).add_(1)  # a step of the one is a step of the other
+    assert_same_heads(part, whole, ["sam", "clip"])
+    next(some.parameters()).add_(1)  # a step of one is a step of the other
     assert torch.equal(some(images).features, model(images).features)
     assert not torch.equal(some(images).features, whole.features)
     assert list(model.with_adaptors([]).adaptors) == []
     with pytest.raises(ValueError, match="other.*out of.*clip"):
         model.with_adaptors(["other"])
+
+
+@STUDENTS
+def test_a_parametrized_model_is_refused(make):
+    model = make()
+    torch.nn.utils.parametrizations.weight_norm(model.adaptors["clip"].feature_head.fc1)
+    for change in (lambda: model.with_adaptors(["clip"]), lambda: model.with_new_adaptors({"new": dict(NEW)})):
+        with pytest.raises(ValueError, match="adaptors.clip.feature_head.fc1.weight under another name"):
+            change()
+    assert list(model.with_adaptors(["sam"]).adaptors) == ["sam"]
 
 
 @STUDENTS
@@ -152,7 +160,7 @@ def test_the_state_of_a_model_comes_along(make):
                 )
             model.train(training)
     other.requires_grad_(False)
-    assert next(model.parameters()).requires_grad  # freezing the one does not freeze the other
+    assert next(model.parameters()).requires_grad  # freezing one does not freeze the other
 
 
 @torch.no_grad()
@@ -277,7 +285,7 @@ def test_options_of_a_training_forward_are_the_drawn_windows():
     assert build().training_options(192, 192) == {}
 
 
-def test_windows_that_no_training_image_draws_are_told():
+def test_windows_that_no_training_image_draws_are_named():
     model = build(train_window_sizes=[2, 3, 5])
     assert model.training_warnings([(32, 32), (64, 64), (48, 96)]) == [
         "train_window_sizes: 5 is never drawn, as the grids have sides of [2, 3, 4, 6]"

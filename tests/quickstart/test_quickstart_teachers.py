@@ -75,11 +75,11 @@ def test_clip_names_fresh_scenes_without_training(scenes):
 
 
 def test_dinov2_without_labels_finds_scenes_of_the_same_material(scenes):
-    """Nearest neighbours with scikit-learn. Chance is 12.5 %."""
+    """Nearest neighbors with scikit-learn. Chance is 12.5 %."""
     summaries = {split: F.normalize(_dinov2_tokens(scenes[split])[:, 0], dim=1).numpy() for split in scenes}
     labels = {split: [scene.main_class % len(MATERIALS) for scene in scenes[split]] for split in scenes}
-    neighbours = KNeighborsClassifier(10, metric="cosine").fit(summaries["train"], labels["train"])
-    assert neighbours.score(summaries["validation"], labels["validation"]) > 0.6
+    neighbors = KNeighborsClassifier(10, metric="cosine").fit(summaries["train"], labels["train"])
+    assert neighbors.score(summaries["validation"], labels["validation"]) > 0.6
 
 
 def test_dinov2_patches_tell_materials_apart(scenes):
@@ -89,8 +89,8 @@ def test_dinov2_patches_tell_materials_apart(scenes):
         semantic = torch.from_numpy(np.stack([scene.semantic for scene in scenes[split][:192]])).long()
         # The pixel in the middle of each of the 6 x 6 patches.
         at = ((torch.arange(6) + 0.5) * 128 / 6).long()
-        centres = semantic[:, at][:, :, at]  # (N, 6, 6)
-        labels[split] = torch.where(centres > 0, (centres - 1) % len(MATERIALS) + 1, 0).flatten().numpy()
+        centers = semantic[:, at][:, :, at]  # (N, 6, 6)
+        labels[split] = torch.where(centers > 0, (centers - 1) % len(MATERIALS) + 1, 0).flatten().numpy()
         patches[split] = _dinov2_tokens(scenes[split][:192])[:, 5:].flatten(0, 1).numpy()
     probe = LogisticRegression(max_iter=200).fit(patches["train"], labels["train"])
     most_frequent = np.bincount(labels["validation"]).max() / len(labels["validation"])

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from helpers.tiny_segment_anything import tiny_sam
 from transformers_radio.teachers import build_teacher, load_sam, load_text_encoder
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
 
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3}
 OPEN_CLIP = {
@@ -80,7 +79,7 @@ def test_torch_files(tmp_path, states, kind, damage):
     if kind == "segment_anything":
         assert_named(lambda: load_sam(checkpoint), str(tmp_path))
     if kind == "open_clip":
-        assert_named(lambda: load_text_encoder(checkpoint), str(tmp_path))
+        assert_named(lambda: load_text_encoder(kind, checkpoint), str(tmp_path))
         assert_named(lambda: build_teacher(kind, f"RN50:{path}"), str(path))
 
 
@@ -99,7 +98,7 @@ def test_safetensors_files(tmp_path, states, clip_folder, kind, damage):
     path.write_bytes(BYTES.get(damage, path.read_bytes()[:-500]))
     assert_named(lambda: build_teacher(kind, str(tmp_path)), str(tmp_path))
     if kind == "transformers":
-        assert_named(lambda: load_transformers_text_encoder(str(tmp_path)), str(tmp_path))
+        assert_named(lambda: load_text_encoder(kind, str(tmp_path)), str(tmp_path))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 2, 2, 2, 2)])

@@ -10,8 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from transformers_radio.teachers import build_teacher
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
+from transformers_radio.teachers import build_teacher, load_text_encoder
 
 # InternViT-6B in miniature, under its own names: RMSNorm, one matrix for queries, keys and values, their norms over
 # all heads, layer scale; no norm at the end. Proof of having run: the file RAN beside it.
@@ -205,9 +204,10 @@ def test_code_of_a_checkpoint_runs_only_when_told(remote, reference, images, mon
         raise AssertionError("a teacher must not ask")
 
     monkeypatch.setattr(builtins, "input", asked)
-    for load in (lambda: build_teacher("transformers", folder), lambda: load_transformers_text_encoder(folder)):
-        with pytest.raises(ValueError, match="tiny_intern"):
-            load()
+    with pytest.raises(ValueError, match="tiny_intern"):
+        build_teacher("transformers", folder)
+    with pytest.raises(ValueError, match="remote is a VisionModelTeacher, which has no text tower"):
+        load_text_encoder("transformers", folder)
     with pytest.raises(
         ValueError, match=r"only code of its own can open.*options: \{trust_remote_code: true, revision"
     ):

@@ -113,7 +113,7 @@ def test_what_is_not_known_says_what_to_do():
         known_teacher("transformers", "facebook/dinov2-base", image_size=230)
 
 
-def test_local_forms_are_recognised(tmp_path):
+def test_local_forms_are_recognized(tmp_path):
     weights = tmp_path / "weights.pt"
     weights.touch()
     assert is_on_disk("open_clip", f"ViT-B-32:{weights}")

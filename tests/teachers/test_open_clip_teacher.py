@@ -39,7 +39,7 @@ def make_folder(tmp_path, randomize):
     return make
 
 
-def normalised(batch):
+def normalized(batch):
     mean, std = (torch.tensor(PREPROCESS[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     return (batch - mean) / std
 
@@ -60,7 +60,7 @@ def test_vit(make_folder, images, assert_contract, weights, prefix):
     teacher = build_teacher("open_clip", f"{prefix}{folder}")
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size, teacher.patch_size) == (24, 48, 32, 8)
     output = assert_contract(teacher)
-    batch = normalised(images(32))
+    batch = normalized(images(32))
     with torch.no_grad():
         embedding = original.encode_image(batch)
         tokens = output_of(original.visual.transformer.resblocks[-1], lambda: original.visual(batch))
@@ -83,7 +83,7 @@ def test_vit_at_another_size(make_folder, images, assert_contract):
     weights = original.state_dict()
     open_clip.model.resize_pos_embed(weights, larger)
     larger.load_state_dict(weights)
-    batch = normalised(images(48))
+    batch = normalized(images(48))
     with torch.no_grad():
         embedding = larger.encode_image(batch)
         tokens = output_of(larger.visual.transformer.resblocks[-1], lambda: larger.visual(batch))
@@ -104,7 +104,7 @@ def test_a_file_in_half_precision_takes_another_size_too(make_folder, images, si
     save_file({name: tensor.float() for name, tensor in halved.items()}, folder / "open_clip_model.safetensors")
     whole, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", force_image_size=side)
     with torch.no_grad():
-        torch.testing.assert_close(output.summary, whole.eval().encode_image(normalised(images(side))))
+        torch.testing.assert_close(output.summary, whole.eval().encode_image(normalized(images(side))))
     assert output.grid == (side // 8, side // 8)
 
 
@@ -113,7 +113,7 @@ def test_resnet(make_folder, images, assert_contract):
     teacher = build_teacher("open_clip", str(folder))
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size, teacher.patch_size) == (24, 256, 64, 32)
     output = assert_contract(teacher)
-    batch = normalised(images(64))
+    batch = normalized(images(64))
     with torch.no_grad():
         embedding = original.encode_image(batch)
         feature_map = output_of(original.visual.layer4, lambda: original.visual(batch))
@@ -129,7 +129,7 @@ def test_siglip_in_a_timm_tower(make_folder, images, assert_contract):
     teacher = build_teacher("open_clip", str(folder))
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size, teacher.patch_size) == (64, 64, 160, 16)
     output = assert_contract(teacher)
-    batch = normalised(images(160))
+    batch = normalized(images(160))
     with torch.no_grad():
         embedding = original.encode_image(batch)
         tokens = output_of(original.visual.trunk.norm, lambda: original.visual(batch))
@@ -143,7 +143,7 @@ def test_convnext_in_a_timm_tower(make_folder, images, assert_contract):
     folder, original = make_folder(CONVNEXT)
     teacher = build_teacher("open_clip", str(folder), image_size=96)
     output = assert_contract(teacher)
-    batch = normalised(images(96))
+    batch = normalized(images(96))
     with torch.no_grad():
         embedding = original.encode_image(batch)
         feature_map = output_of(original.visual.trunk.stages, lambda: original.visual(batch))
@@ -157,7 +157,7 @@ def test_bfloat16(make_folder, images):
     teacher = build_teacher("open_clip", str(folder), dtype="bfloat16")
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        expected = original.bfloat16().encode_image(normalised(images(32)).bfloat16()).float()
+        expected = original.bfloat16().encode_image(normalized(images(32)).bfloat16()).float()
     torch.testing.assert_close(teacher(images(32)).summary, expected, rtol=0, atol=0)
 
 
@@ -183,13 +183,13 @@ def test_name_and_weights_file(built_in_model, images):
 
 
 def test_name_and_tag(built_in_model, monkeypatch, images):
-    """A tag brings its normalisation, and its QuickGELU even where the plain model name lacks it."""
+    """A tag brings its normalization, and its QuickGELU even where the plain model name lacks it."""
     path, original = built_in_model
     tag = {"file": str(path), "quick_gelu": True, "mean": PREPROCESS["mean"], "std": PREPROCESS["std"]}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"made": tag})
     teacher = build_teacher("open_clip", "tiny:made")
     with torch.no_grad():
-        expected = original.encode_image(normalised(images(32)))
+        expected = original.encode_image(normalized(images(32)))
     torch.testing.assert_close(teacher(images(32)).summary, expected)
 
 
@@ -197,7 +197,7 @@ def test_name_and_tag(built_in_model, monkeypatch, images):
 def test_text_encoder(make_folder):
     folder, original = make_folder(VIT)
     texts = ["a red cube", "a photo of a sphere.", "ünusual wörds"] * 100  # more than one batch
-    encode = load_text_encoder(str(folder))
+    encode = load_text_encoder("open_clip", str(folder))
     assert not hasattr(encode.model, "visual")
     embeddings = encode(texts)
     expected = original.encode_text(open_clip.get_tokenizer("ViT-B-32")(texts))
@@ -219,7 +219,7 @@ def test_text_encoder_with_the_folder_s_own_tokenizer(make_folder):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     expected = original.encode_text(torch.tensor([[2, 3, 0, 0], [1, 4, 0, 0]]))
-    torch.testing.assert_close(load_text_encoder(str(folder))(["red cube", "blue sphere"]), expected)
+    torch.testing.assert_close(load_text_encoder("open_clip", str(folder))(["red cube", "blue sphere"]), expected)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,9 @@ def test_what_a_student_says_of_its_teacher_can_be_opened():
     folder = Path(transformers_radio.__file__).parent / "quickstart" / "teachers" / "clip"
     name = portable_checkpoint(str(folder))
     assert name == "package:quickstart/teachers/clip"
-    assert torch.equal(load_text_encoder(name)(["a cube"]), load_text_encoder(str(folder))(["a cube"]))
+    assert torch.equal(
+        load_text_encoder("open_clip", name)(["a cube"]), load_text_encoder("open_clip", str(folder))(["a cube"])
+    )
 
 
 def test_folder_without_weights(make_folder):

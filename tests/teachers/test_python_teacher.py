@@ -11,13 +11,15 @@ MINE = """
 import torch
 from transformers_radio.teachers import Teacher, TeacherOutput
 
-class Colours(Teacher):
-    def __init__(self, checkpoint, image_size=None, dtype="float32", width=6):
+class Colors(Teacher):
+    @classmethod
+    def from_checkpoint(cls, checkpoint, image_size=None, dtype="float32", width=6):
         network = torch.nn.Conv2d(3, width, 8, stride=8)
         if checkpoint != "random":
             network.load_state_dict(torch.load(checkpoint, weights_only=True))
-        super().__init__(network, image_size=image_size or 32, patch_size=8, summary_dim=width, feature_dim=width,
-                         mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], dtype=dtype)
+        teacher = cls(network, image_size=image_size or 32, patch_size=8, summary_dim=width, feature_dim=width,
+                      normalization=([0.5, 0.5, 0.5], [0.25, 0.25, 0.25]))
+        return teacher.cast(dtype)
 
     def encode(self, pixel_values):
         maps = self.model(pixel_values)
@@ -41,7 +43,7 @@ def test_it_takes_15_lines():
 def test_your_own_teacher(module, images, assert_contract):
     network = torch.nn.Conv2d(3, 6, 8, stride=8)
     torch.save(network.state_dict(), module / "weights.pt")
-    teacher = build_teacher("python", str(module / "weights.pt"), target="my_teachers:Colours")
+    teacher = build_teacher("python", str(module / "weights.pt"), target="my_teachers:Colors")
     assert isinstance(teacher, Teacher)
     output = assert_contract(teacher)
     with torch.no_grad():
@@ -52,23 +54,23 @@ def test_your_own_teacher(module, images, assert_contract):
 
 
 def test_options_size_and_dtype_reach_the_class(module):
-    teacher = build_teacher("python", "random", 64, "bfloat16", target="my_teachers:Colours", width=4)
+    teacher = build_teacher("python", "random", 64, "bfloat16", target="my_teachers:Colors", width=4)
     assert (teacher.image_size, teacher.feature_dim, teacher.model.weight.dtype) == (64, 4, torch.bfloat16)
 
 
 def test_the_class_as_checkpoint(module):
     (module / "my_teachers.py").write_text(MINE.replace('checkpoint != "random"', "False"))
-    assert build_teacher("python", "my_teachers:Colours").feature_dim == 6
+    assert build_teacher("python", "my_teachers:Colors").feature_dim == 6
 
 
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
-        ("my_teachers.Colours", {}, "'my_teachers.Colours' names no class: write module:Class"),
-        ("no_such_module:Colours", {}, "no module 'no_such_module': put it on PYTHONPATH"),
-        ("my_teachers:Colors", {}, "module 'my_teachers' has no 'Colors'"),
+        ("my_teachers.Colors", {}, "'my_teachers.Colors' names no class: write module:Class"),
+        ("no_such_module:Colors", {}, "no module 'no_such_module': put it on PYTHONPATH"),
+        ("my_teachers:Colour", {}, "module 'my_teachers' has no 'Colour'"),
         ("my_teachers:NoTeacher", {}, "my_teachers:NoTeacher is no subclass of transformers_radio.teachers.Teacher"),
-        ("my_teachers:Colours", {"depth": 2}, "my_teachers:Colours does not know 'depth': its options are width"),
+        ("my_teachers:Colors", {"depth": 2}, "my_teachers:Colors does not know 'depth': its options are width"),
     ],
 )
 def test_wrong_target(module, target, options, message):
@@ -78,4 +80,4 @@ def test_wrong_target(module, target, options, message):
 
 def test_a_broken_module_says_what_it_lacks(module):
     with pytest.raises(ModuleNotFoundError, match="a_library_that_does_not_exist"):
-        build_teacher("python", "random", target="my_broken:Colours")
+        build_teacher("python", "random", target="my_broken:Colors")

@@ -7,6 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from helpers.conv_student import ConvStudent, ConvStudentConfig
+from transformers_radio import modeling
 from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import build_teacher
 
@@ -41,7 +43,7 @@ def test_backbone(student, images, assert_contract, size):
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size, teacher.patch_size) == (64, 32, side, 16)
     output = assert_contract(teacher)
     with torch.no_grad():
-        expected = original(images(side))  # in [0, 1]: the student normalises by itself, and only once
+        expected = original(images(side))  # in [0, 1]: the student normalizes by itself, and only once
     assert output.grid == (side // 16, side // 16)
     torch.testing.assert_close(output.summary, expected.summary)
     torch.testing.assert_close(output.features, expected.features)
@@ -108,6 +110,23 @@ def test_weights_must_fit(student, change):
     save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=name):
         build_teacher("transformers", path)
+
+
+@pytest.mark.parametrize("adaptor", [None, "clip"])
+def test_any_student_can_teach(tmp_path, images, assert_contract, randomize, monkeypatch, adaptor):
+    """A convolutional student of one more line in `STUDENTS`, with a head on a finer grid."""
+    monkeypatch.setitem(modeling.STUDENTS, "conv_student", "helpers.conv_student:ConvStudent")
+    entry = {"summary_dim": 20, "feature_dim": 24, "hidden_dim": 16, "upsample_factor": 2}
+    student = ConvStudent(ConvStudentConfig(adaptors={"clip": entry})).eval()
+    student.save_pretrained(tmp_path)
+    teacher = build_teacher("transformers", str(tmp_path), adaptor=adaptor)
+    output = assert_contract(teacher)
+    with torch.no_grad():
+        expected = student(images(64))
+    expected = expected if adaptor is None else expected.adaptors[adaptor]
+    assert output.grid == ((8, 8) if adaptor is None else (16, 16))
+    torch.testing.assert_close(output.summary, expected.summary)
+    torch.testing.assert_close(output.features, expected.features)
 
 
 def test_a_native_file_with_adaptors_in_its_config_only(student, images):

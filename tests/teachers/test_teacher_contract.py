@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPConfig, Dinov2Config, SiglipConfig, ViTConfig
 
 import transformers_radio
-from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher
+from transformers_radio.teachers import Teacher, TeacherOutput, build_teacher, has_text
 from transformers_radio.teachers.checkpoints import load_weights, portable_checkpoint, resolve_checkpoint
 
 
@@ -20,15 +21,15 @@ class Patches(Teacher):
     def __init__(self, **kwargs):
         network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.AvgPool2d(8))
         settings = {"image_size": 16, "patch_size": 8, "summary_dim": 3, "feature_dim": 3}
-        super().__init__(network, **settings | {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 1.0]} | kwargs)
+        super().__init__(network, **settings | {"normalization": ([0.1, 0.2, 0.3], [0.5, 0.25, 1.0])} | kwargs)
 
     def encode(self, pixel_values):
         maps = self.model(pixel_values)
         return TeacherOutput(maps.mean((2, 3)), maps.flatten(2).mT, (2, 2))
 
 
-def test_normalisation_and_order(images, assert_contract):
-    """Closed form: each feature is its patch's mean colour, normalised, row by row."""
+def test_normalization_and_order(images, assert_contract):
+    """Closed form: each feature is its patch's mean color, normalized, row by row."""
     output = assert_contract(Patches())
     batch = images(16)
     for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
@@ -79,13 +80,25 @@ def test_a_teacher_that_breaks_its_promise(images, wrong):
 
 def test_unknown_dtype():
     with pytest.raises(ValueError, match="dtype='float8' is unknown: use one of float32, bfloat16, float16"):
-        Patches(dtype="float8")
+        Patches().cast("float8")
 
 
 def test_unknown_type():
     message = "type 'clip' is unknown: use one of open_clip, transformers, segment_anything, timm, python"
     with pytest.raises(ValueError, match=message):
         build_teacher("clip", "anything")
+
+
+def test_whether_a_teacher_has_a_text_tower_is_known_without_weights(tmp_path):
+    for number, (config, expected) in enumerate(
+        [(CLIPConfig(), True), (SiglipConfig(), True), (Dinov2Config(), False), (ViTConfig(), False)]
+    ):
+        config.save_pretrained(tmp_path / str(number))
+        assert has_text(f"transformers:{tmp_path / str(number)}") is expected
+    assert has_text("open_clip:ViT-H-14:dfn5b") is True
+    for name in ("segment_anything:sam.pth", "timm:vit_base", "python:my:Teacher", "", "open_clip", "a student"):
+        assert has_text(name) is False
+    assert has_text("transformers:local:clip") is None and has_text(f"transformers:{tmp_path}/nowhere") is None
 
 
 W = {"a": torch.arange(3.0), "module_b": torch.ones(2)}

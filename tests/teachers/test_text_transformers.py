@@ -21,7 +21,8 @@ from transformers import (
     SiglipModel,
 )
 
-from transformers_radio.teachers.text_transformers import canonicalize_text, load_transformers_text_encoder
+from transformers_radio.teachers import load_text_encoder
+from transformers_radio.teachers.transformers.siglip import canonicalize_text
 
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**TOWER, "vocab_size": 30, "max_position_embeddings": 12, "eos_token_id": 1, "bos_token_id": 2}
@@ -70,7 +71,7 @@ def test_siglip_is_the_full_model_on_canonical_padded_text(kind, tmp_path, rando
         numbers = [SIGLIP_VOCABULARY.index(token) for token in fused][:11] + [1]
         ids[row, : len(numbers)] = torch.tensor(numbers)
     expected = model.get_text_features(input_ids=ids).pooler_output
-    encode = load_transformers_text_encoder(str(tmp_path))
+    encode = load_text_encoder("transformers", str(tmp_path))
     torch.testing.assert_close(encode(PROMPTS), expected)
     many = encode(PROMPTS * 70)  # more than one batch
     torch.testing.assert_close(many, expected.repeat(70, 1))
@@ -87,7 +88,7 @@ def test_clip_is_the_full_model(projection_dim, tmp_path, randomize):
     model = make_clip(tmp_path, randomize, projection_dim)
     ids = torch.tensor([[5, 3, 4, 1], [4, 1, 0, 0]])
     expected = model.get_text_features(input_ids=ids, attention_mask=(ids != 0).long()).pooler_output
-    encode = load_transformers_text_encoder(str(tmp_path))
+    encode = load_text_encoder("transformers", str(tmp_path))
     assert expected.shape == (2, projection_dim)
     torch.testing.assert_close(encode(["a red cat", "cat"]), expected)
 
@@ -100,7 +101,7 @@ def test_canonical_text_is_open_clips(text):
 @pytest.mark.parametrize("kind", ["siglip", "siglip2", "clip"])
 def test_the_image_tower_is_not_there(kind, tmp_path, randomize):
     model = make_clip(tmp_path, randomize) if kind == "clip" else make_siglip(tmp_path, kind, randomize)
-    encode = load_transformers_text_encoder(str(tmp_path))
+    encode = load_text_encoder("transformers", str(tmp_path))
     expected = {name: value for name, value in model.state_dict().items() if name.startswith("text_")}
     assert sum(p.numel() for p in encode.parameters()) == sum(value.numel() for value in expected.values())
     assert not any("vision" in name or "visual" in name for name, _ in encode.named_modules())
@@ -119,7 +120,7 @@ def test_the_image_tower_does_not_pass_through_memory(tmp_path):
     code = f"""
 from pathlib import Path
 from transformers import SiglipModel
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
+from transformers_radio.teachers import load_text_encoder
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -127,7 +128,7 @@ def memory(field):
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = memory("VmRSS")
-encode = load_transformers_text_encoder({str(tmp_path)!r})
+encode = load_text_encoder("transformers", {str(tmp_path)!r})
 encode(["a cat"])  # weights are read from the file when they are used
 print(sum(p.numel() * p.element_size() for p in encode.parameters()), memory("VmHWM") - before)
 """
@@ -143,14 +144,14 @@ def test_what_cannot_be_used_is_named(tmp_path, randomize):
     bias = weights.pop("text_model.head.bias")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="missing keys.*head.bias"):
-        load_transformers_text_encoder(str(tmp_path))
+        load_text_encoder("transformers", str(tmp_path))
     save_file({**weights, "text_model.head.bias": bias}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="list of at least one string"):
-        load_transformers_text_encoder(str(tmp_path))("a cat")
+        load_text_encoder("transformers", str(tmp_path))("a cat")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):
-        load_transformers_text_encoder(str(tmp_path))
+        load_text_encoder("transformers", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
-    with pytest.raises(ValueError, match="model_type 'dinov2'; text towers exist for clip"):
-        load_transformers_text_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match="is a DinoTeacher, which has no text tower"):
+        load_text_encoder("transformers", str(tmp_path))

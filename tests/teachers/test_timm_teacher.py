@@ -26,7 +26,7 @@ def make_folder(tmp_path, randomize):
     return make
 
 
-def normalised(batch):
+def normalized(batch):
     return (batch - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
@@ -56,7 +56,7 @@ def test_vit(make_folder, images, assert_contract, prefix, name, args, patch, pr
     teacher = build_teacher("timm", f"{prefix}{folder}")
     assert (teacher.image_size, teacher.patch_size, teacher.feature_dim) == (size, patch, original.embed_dim)
     output = assert_contract(teacher)
-    batch = normalised(images(size))
+    batch = normalized(images(size))
     with torch.no_grad():
         summary = classifier_input(original, batch)
         patches = original.forward_intermediates(batch, indices=1, norm=True, intermediates_only=True)[0]
@@ -80,7 +80,7 @@ def test_maps(make_folder, images, assert_contract, name, size, reduction):
     folder, original = make_folder(name, **small)
     teacher = build_teacher("timm", str(folder), image_size=size)
     output = assert_contract(teacher)
-    batch = normalised(images(size))
+    batch = normalized(images(size))
     with torch.no_grad():
         summary = classifier_input(original, batch)
         feature_map = original.forward_features(batch)
@@ -99,7 +99,7 @@ def test_vit_at_another_size(make_folder, images, assert_contract):
     output = assert_contract(teacher)
     larger = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=96).eval()
     with torch.no_grad():
-        expected = larger.forward_features(normalised(images(96)))
+        expected = larger.forward_features(normalized(images(96)))
     assert output.grid == (6, 6)
     torch.testing.assert_close(output.features, expected[:, 1:])
 
@@ -120,7 +120,7 @@ def test_bfloat16(make_folder, images):
     teacher = build_teacher("timm", str(folder), dtype="bfloat16")
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        expected = original.bfloat16().forward_features(normalised(images(160)).bfloat16()).float()
+        expected = original.bfloat16().forward_features(normalized(images(160)).bfloat16()).float()
     features = teacher(images(160)).features
     torch.testing.assert_close(features, expected[:, original.num_prefix_tokens :], rtol=0, atol=0)
 

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from transformers_radio.teachers import build_teacher
+from transformers_radio.teachers.transformers.dino import DinoTeacher
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
@@ -27,7 +28,7 @@ def save(tmp_path, randomize):
     return to_folder
 
 
-def normalised(batch):
+def normalized(batch):
     return (batch - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
@@ -36,7 +37,7 @@ def assert_teacher(teacher, images, assert_contract, expected, summary_dim, feat
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size) == (summary_dim, feature_dim, size)
     output = assert_contract(teacher)
     with torch.no_grad():
-        summary, features = expected(normalised(images(size)))
+        summary, features = expected(normalized(images(size)))
     assert output.grid == (size // teacher.patch_size,) * 2
     torch.testing.assert_close(output.features, features)
     if summary is not None:
@@ -152,7 +153,7 @@ def test_dinov2_classifier_checkpoint(save, images):
     original = transformers.Dinov2ForImageClassification(config)
     teacher = build_teacher("transformers", save(original))
     with torch.no_grad():
-        tokens = original.dinov2(normalised(images(48))).last_hidden_state
+        tokens = original.dinov2(normalized(images(48))).last_hidden_state
     torch.testing.assert_close(teacher(images(48)).features, tokens[:, 1:])
 
 
@@ -229,22 +230,20 @@ def test_bfloat16(save, images, assert_contract):
     teacher = build_teacher("transformers", save(original), dtype="bfloat16")
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        tokens = original.bfloat16()(normalised(images(48)).bfloat16()).last_hidden_state.float()
+        tokens = original.bfloat16()(normalized(images(48)).bfloat16()).last_hidden_state.float()
     output = assert_contract(teacher)
     torch.testing.assert_close(output.features, tokens[:, 1:], rtol=0, atol=0)
 
 
-def test_images_unnormalised_when_the_processor_says_so(save, images):
+def test_images_unnormalized_when_the_processor_says_so(save, images):
     original = dinov2()
     teacher = build_teacher("transformers", save(original, do_normalize=False))
     with torch.no_grad():
         torch.testing.assert_close(teacher(images(48)).summary, original(images(48)).pooler_output)
 
 
-def test_the_paper_s_dinov2(monkeypatch):
+def test_the_paper_s_dinov2():
     """Widths and grid of DINOv2-g with registers at 224 px (meta device: the architecture without weights)."""
-    from transformers_radio.teachers import transformers as module
-
     config = transformers.Dinov2WithRegistersConfig(
         hidden_size=1536,
         num_hidden_layers=40,
@@ -255,9 +254,7 @@ def test_the_paper_s_dinov2(monkeypatch):
     )
     with torch.device("meta"):
         original = transformers.Dinov2WithRegistersModel(config)
-    monkeypatch.setattr(module, "load_pretrained", lambda *args, **kwargs: original)
-    monkeypatch.setattr(module, "normalization", lambda checkpoint: {"mean": MEAN, "std": STD})
-    teacher = module.DinoTeacher("facebook/dinov2-with-registers-giant", image_size=224)
+    teacher = DinoTeacher(original, image_size=224)
     assert (teacher.summary_dim, teacher.feature_dim) == (1536, 1536)
     assert sum(parameter.numel() for parameter in teacher.parameters()) // 10**6 == 1136
     output = teacher.encode(torch.empty(1, 3, 224, 224, device="meta"))
@@ -301,7 +298,7 @@ def test_weights_saved_by_ddp(save, images, make):
     torch.testing.assert_close(build_teacher("transformers", path)(images(48)).features, expected, rtol=0, atol=0)
 
 
-def test_missing_normalisation(save, tmp_path):
+def test_missing_normalization(save, tmp_path):
     path = save(dinov2())
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="preprocessor_config.json"):
@@ -311,7 +308,7 @@ def test_missing_normalisation(save, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"), [({"rescale_factor": 1 / 127.5}, "rescales"), ({"image_mean": None}, "image_mean")]
 )
-def test_unusable_normalisation(save, tmp_path, settings, message):
+def test_unusable_normalization(save, tmp_path, settings, message):
     path = save(dinov2())
     file = tmp_path / "preprocessor_config.json"
     processor = {key: value for key, value in (json.loads(file.read_text()) | settings).items() if value is not None}
@@ -372,7 +369,7 @@ def test_a_classifier_gives_its_backbone_and_another_size_its_resized_positions(
     )
     teacher = build_teacher("transformers", save(model), image_size=64)
     with torch.no_grad():
-        tokens = model.vit(normalised(images(64)), interpolate_pos_encoding=True).last_hidden_state
+        tokens = model.vit(normalized(images(64)), interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(teacher(images(64)).features, tokens[:, 1:])
     torch.testing.assert_close(teacher(images(64)).summary, tokens[:, 0])
 
@@ -381,7 +378,7 @@ def test_merged_patches_and_feature_maps_pool_as_their_models_do(save, images):
     model = swin()
     teacher = build_teacher("transformers", save(model))
     with torch.no_grad():
-        expected = model(normalised(images(64)))
+        expected = model(normalized(images(64)))
     output = teacher(images(64))
     assert output.grid == (8, 8) and teacher.patch_size == 8  # 4 pixels a patch, and one merge
     torch.testing.assert_close(output.features, expected.last_hidden_state)
@@ -389,7 +386,7 @@ def test_merged_patches_and_feature_maps_pool_as_their_models_do(save, images):
     model = convnext()
     teacher = build_teacher("transformers", save(model), image_size=64)
     with torch.no_grad():
-        expected = model(normalised(images(64)))
+        expected = model(normalized(images(64)))
     output = teacher(images(64))
     assert output.grid == (2, 2) and teacher.patch_size == 32
     torch.testing.assert_close(output.features, expected.last_hidden_state.flatten(2).transpose(1, 2))

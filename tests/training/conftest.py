@@ -4,7 +4,6 @@ import torch
 from PIL import Image
 
 from helpers.forked import Forked
-from helpers.paths import HELPERS
 
 # As in the processes that the tests start: bits are equal only for the same number of threads.
 torch.set_num_threads(1)
@@ -16,10 +15,10 @@ student:
   config: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, mlp_ratio: 2.0, patch_size: 8,
            max_img_size: 64, num_registers: 1, pos_dropout: 0.1}}
 teachers:
-  clip: {{type: python, checkpoint: "tiny_teachers:PatchTeacher", image_size: 24, options: {{width: 16}}}}
+  clip: {{type: python, checkpoint: "helpers.tiny_teachers:PatchTeacher", image_size: 24, options: {{width: 16}}}}
   sam:
     type: python
-    checkpoint: "tiny_teachers:PatchTeacher"
+    checkpoint: "helpers.tiny_teachers:PatchTeacher"
     image_size: 48
     options: {{width: 20, summary: false}}
 data: {{path: {images}, num_workers: 0, shuffle_window: 8}}
@@ -50,9 +49,8 @@ def recipe_text():
 
 
 @pytest.fixture
-def make_recipe(tmp_path, image_folder, monkeypatch):
+def make_recipe(tmp_path, image_folder):
     """Writes the tiny recipe for an output folder's name and returns the file."""
-    monkeypatch.syspath_prepend(str(HELPERS))
 
     def make(name="run", images=image_folder):
         path = tmp_path / f"{name}.yaml"

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from transformers_radio.training.balancing import build_balancing
+from transformers_radio.training.losses import Term
 
 WEIGHTS = {"clip/summary": 1.0, "clip/features": 0.5, "dino/summary": 2.0, "dino/features": 1.5, "sam/features": 0.25}
+TERMS = {name: Term(*name.split("/"), weight) for name, weight in WEIGHTS.items()}
 MODES = ("naive", "uncertainty", "adaloss", "amtml_kd")
 BATCH, POSITIONS, SUMMARY, FEATURES = 3, 4, 6, 5
 
@@ -19,13 +21,21 @@ def sigmoid(x):
 
 def make(mode, seed=None):
     """The scheme as built, or with random parameters."""
-    balancing = build_balancing(mode, WEIGHTS, SUMMARY, FEATURES)
+    balancing = build_balancing(mode, list(TERMS.values()), SUMMARY, FEATURES)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in balancing.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return balancing
+
+
+def call(balancing, losses, summary, features):
+    return balancing({TERMS[name]: loss for name, loss in losses.items()}, summary, features)
+
+
+def update(balancing, means):
+    balancing.update(lambda: {TERMS[name]: mean for name, mean in means.items()})
 
 
 def inputs(names=tuple(WEIGHTS), seed=0):
@@ -58,7 +68,7 @@ def test_every_scheme_starts_at_the_naive_sum_up_to_a_constant(names):
         "amtml_kd": 0.1,  # the penalty on v, whose length is 1
     }
     for mode in MODES:
-        total = make(mode)(terms, summary, features)
+        total = call(make(mode), terms, summary, features)
         assert total.shape == (BATCH,) and total.dtype == torch.float32
         close(total, naive(terms) + constants[mode])
         gradients = torch.autograd.grad(total.mean(), list(terms.values()))
@@ -70,7 +80,7 @@ def test_uncertainty_equals_its_formula_and_derivatives():
     balancing = make("uncertainty", seed=1)
     names = ("clip/summary", "clip/features", "sam/features")
     terms, summary, features = inputs(names)
-    total = balancing(terms, summary, features)
+    total = call(balancing, terms, summary, features)
     total.mean().backward()
 
     pooled = {"summary": array(summary), "features": array(features).mean(1)}
@@ -82,7 +92,7 @@ def test_uncertainty_equals_its_formula_and_derivatives():
     for kind, columns in order.items():
         head = balancing.heads[kind]
         b = pooled[kind] @ array(head.weight).T + array(head.bias)
-        slope = np.zeros_like(b)  # of the mean total
+        slope = np.zeros_like(b)  # d mean(total) / db
         for column, name in enumerate(columns):
             if name not in names:
                 continue
@@ -104,7 +114,7 @@ def test_amtml_equals_its_formula_and_derivatives():
     balancing = make("amtml_kd", seed=2)
     names = ("clip/summary", "clip/features", "sam/features")  # dino is not served
     terms, summary, features = inputs(names)
-    total = balancing(terms, summary, features)
+    total = call(balancing, terms, summary, features)
     total.mean().backward()
 
     theta, v = array(balancing.theta)[[0, 2]], array(balancing.v)
@@ -132,12 +142,11 @@ def test_amtml_leaves_its_start_towards_the_easiest_teacher():
     features = torch.rand(BATCH, POSITIONS, FEATURES)
     for _ in range(50):
         optimizer.zero_grad()
-        balancing(
-            {"clip/features": hard, "sam/features": easy}, torch.zeros(BATCH, SUMMARY), features
-        ).mean().backward()
+        losses = {"clip/features": hard, "sam/features": easy}
+        call(balancing, losses, torch.zeros(BATCH, SUMMARY), features).mean().backward()
         optimizer.step()
     term = hard.clone().requires_grad_()
-    total = balancing({"clip/features": term, "sam/features": easy}, torch.zeros(BATCH, SUMMARY), features)
+    total = call(balancing, {"clip/features": term, "sam/features": easy}, torch.zeros(BATCH, SUMMARY), features)
     (gradient,) = torch.autograd.grad(total.sum(), term)
     assert (gradient < 0.9 * WEIGHTS["clip/features"]).all()  # equal shares would give the weight itself
 
@@ -153,13 +162,13 @@ def test_adaloss_divides_by_bias_corrected_averages_of_the_steps_that_had_the_te
         for name, mean in means.items():
             moving[name] = 0.99 * moving[name] + 0.01 * mean
             counts[name] += 1
-        balancing.update({name: torch.tensor(mean) if step % 2 else mean for name, mean in means.items()})
+        update(balancing, {name: torch.tensor(mean) if step % 2 else mean for name, mean in means.items()})
         if step in (0, 1, 10, 299):
             expected = {
                 name: WEIGHTS[name] / (moving[name] / (1 - 0.99 ** counts[name])) if counts[name] else WEIGHTS[name]
                 for name in WEIGHTS
             }
-            total = balancing(terms, summary, features)
+            total = call(balancing, terms, summary, features)
             close(total, sum(expected[name] * array(terms[name]) for name in WEIGHTS))
             gradients = torch.autograd.grad(total.sum(), list(terms.values()))
             for name, gradient in zip(WEIGHTS, gradients, strict=True):
@@ -169,11 +178,10 @@ def test_adaloss_divides_by_bias_corrected_averages_of_the_steps_that_had_the_te
 def test_adaloss_forward_does_not_move_the_averages_and_a_vanished_term_keeps_a_positive_weight():
     balancing = make("adaloss")
     terms, summary, features = inputs()
-    balancing.update(
-        {"clip/summary": -1e-8, "clip/features": 0.0, "dino/summary": torch.tensor(0.5, requires_grad=True)}
-    )
+    means = {"clip/summary": -1e-8, "clip/features": 0.0, "dino/summary": torch.tensor(0.5, requires_grad=True)}
+    update(balancing, means)
     before = {name: value.clone() for name, value in balancing.state_dict().items()}
-    for gradient in torch.autograd.grad(balancing(terms, summary, features).sum(), list(terms.values())):
+    for gradient in torch.autograd.grad(call(balancing, terms, summary, features).sum(), list(terms.values())):
         assert (gradient > 0).all() and gradient.isfinite().all()
     assert all(torch.equal(before[name], value) for name, value in balancing.state_dict().items())
     assert not balancing.averages.requires_grad
@@ -183,7 +191,7 @@ def test_adaloss_forward_does_not_move_the_averages_and_a_vanished_term_keeps_a_
 @pytest.mark.parametrize("mode", ["uncertainty", "amtml_kd"])
 def test_parameters_of_absent_terms_get_a_zero_gradient_not_none(mode, names):
     balancing = make(mode, seed=3)
-    balancing(*inputs(names)).mean().backward()
+    call(balancing, *inputs(names)).mean().backward()
     assert all(parameter.grad is not None for parameter in balancing.parameters())
     if mode == "amtml_kd":
         absent = {"clip": 0, "dino": 1, "sam": 2}.items() - {(names[0][:4], 0), (names[0][:3], 2)}
@@ -199,31 +207,34 @@ def test_parameters_of_absent_terms_get_a_zero_gradient_not_none(mode, names):
 def test_a_saved_state_gives_the_same_totals(mode, tmp_path):
     balancing = make(mode, seed=4)
     if mode == "adaloss":
-        balancing.update({"clip/summary": 0.3, "sam/features": 2.0})
+        update(balancing, {"clip/summary": 0.3, "sam/features": 2.0})
     torch.save(balancing.state_dict(), tmp_path / "state.pt")
     restored = make(mode)
     restored.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(balancing(*inputs()), restored(*inputs()))
-    assert mode == "naive" or not torch.equal(make(mode)(*inputs()), restored(*inputs()))
-    if mode == "adaloss":  # and goes on in the same way
+    assert torch.equal(call(balancing, *inputs()), call(restored, *inputs()))
+    assert mode == "naive" or not torch.equal(call(make(mode), *inputs()), call(restored, *inputs()))
+    if mode == "adaloss":  # and continues in the same way
         for part in (balancing, restored):
-            part.update({"clip/summary": 0.9})
-        assert torch.equal(balancing(*inputs()), restored(*inputs()))
+            update(part, {"clip/summary": 0.9})
+        assert torch.equal(call(balancing, *inputs()), call(restored, *inputs()))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_outputs_and_parameters_give_float32_totals(mode):
     terms, summary, features = inputs()
-    expected = make(mode, seed=5)(terms, summary, features)
-    found = make(mode, seed=5).to(torch.bfloat16)(terms, summary.bfloat16(), features.bfloat16())
+    expected = call(make(mode, seed=5), terms, summary, features)
+    found = call(make(mode, seed=5).to(torch.bfloat16), terms, summary.bfloat16(), features.bfloat16())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_unknown_modes_and_terms_are_refused(mode):
+def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="'gradnorm'.*naive, uncertainty, adaloss, amtml_kd"):
-        build_balancing("gradnorm", WEIGHTS, SUMMARY, FEATURES)
-    terms, summary, features = inputs()
-    with pytest.raises(KeyError, match="siglip/summary"):
-        make(mode)({**terms, "siglip/summary": terms["clip/summary"]}, summary, features)
+        build_balancing("gradnorm", list(TERMS.values()), SUMMARY, FEATURES)
+
+
+@pytest.mark.parametrize("mode", ["uncertainty", "adaloss", "amtml_kd"])
+def test_terms_that_a_scheme_does_not_know_are_refused(mode):
+    _, summary, features = inputs()
+    with pytest.raises(KeyError, match="siglip"):
+        make(mode)({Term("siglip", "summary", 1.0): torch.ones(BATCH)}, summary, features)

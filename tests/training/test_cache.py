@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -25,8 +26,8 @@ from transformers_radio.data import DataConfig
 from transformers_radio.teachers import Teacher, TeacherOutput, digest_weights
 from transformers_radio.training import cache as cache_module
 from transformers_radio.training.cache import TeacherCaches, cache_fingerprint, check_room, estimate_bytes
-from transformers_radio.training.distill import TeacherShape
 from transformers_radio.training.recipe import TeacherRecipe
+from transformers_radio.training.student import TeacherShape
 from transformers_radio.training.teachers import _layers
 
 torch.set_num_threads(1)
@@ -46,8 +47,7 @@ class CountingTeacher(Teacher):
             patch_size=8,
             summary_dim=7 if summary else None,
             feature_dim=5,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.3, 0.3, 0.3),
+            normalization=((0.5, 0.5, 0.5), (0.3, 0.3, 0.3)),
         )
         self.mixing, self.seen = mixing, []
 
@@ -61,7 +61,7 @@ class CountingTeacher(Teacher):
 
 
 def image(index):
-    """Noise that says its number in the first pixel."""
+    """Noise whose first pixel holds its number."""
     pixels = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
     pixels[:, 0, 0] = index / IMAGES
     return pixels
@@ -129,9 +129,9 @@ def test_each_image_is_encoded_once_and_every_answer_is_the_rounded_output(summa
             assert ("summary" in shard.keys()) == summary and shard.get_slice("features").get_dtype() == "BF16"
 
     caches.close()
-    again, nobody = open_caches(tmp_path), CountingTeacher(summary)
-    found = again["clip"].targets(*batch_of(range(IMAGES)), nobody)
-    assert nobody.seen == [] and found.grid == (2, 2)
+    again, unused = open_caches(tmp_path), CountingTeacher(summary)
+    found = again["clip"].targets(*batch_of(range(IMAGES)), unused)
+    assert unused.seen == [] and found.grid == (2, 2)
     said = CountingTeacher(summary)(batch_of(range(IMAGES))[1])
     assert torch.equal(found.features, round_to_bf16(said.features))
 
@@ -143,7 +143,7 @@ def test_an_image_that_comes_twice_in_a_batch_is_encoded_once(tmp_path):
     assert torch.equal(found.features, round_to_bf16(CountingTeacher()(batch_of([4, 2, 4, 9, 2])[1]).features))
 
 
-def test_shards_are_of_bounded_size_and_what_is_not_flushed_is_nobodys(tmp_path):
+def test_shards_are_of_bounded_size_and_what_is_not_flushed_is_not_found(tmp_path):
     caches, teacher = open_caches(tmp_path, shard_bytes=5 * AN_IMAGE), CountingTeacher()
     for indices in schedule(epochs=1, batch_size=3):
         caches["clip"].targets(*batch_of(indices), teacher)
@@ -208,7 +208,7 @@ def start(folder, batches, dying=0, die=None, **options):
         port = one.getsockname()[1]
 
     def process(rank):
-        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that runs the tests
+        AcceleratorState._reset_state(reset_partial_state=True)  # the test process has one already
         if len(batches) > 1:
             rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": len(batches)}
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
@@ -241,7 +241,7 @@ PAIR = [schedule(epochs=3, batch_size=4, rank=rank, ranks=2) for rank in range(2
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What runs of one and of two processes are taught with when nobody kills them."""
+    """The targets of runs of one and of two processes that are not killed."""
     results_of = {}
     for processes, batches in {1: ALONE, 2: PAIR}.items():
         folder = tmp_path_factory.mktemp(f"undisturbed{processes}")
@@ -261,7 +261,7 @@ def undisturbed(tmp_path_factory):
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_a_killed_run_goes_on_with_the_same_bits(batches, dying, die, undisturbed, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(batches, dying, die, undisturbed, tmp_path):
     assert start(tmp_path, batches, dying, die) == -signal.SIGKILL
     for path in shards(tmp_path):  # all that counts is whole
         with safe_open(path, "pt") as shard:
@@ -303,7 +303,7 @@ def test_two_processes_share_a_folder_and_what_they_have_encoded(tmp_path):
 
 
 def test_what_a_killed_run_had_not_flushed_never_counts(tmp_path):
-    leftover = tmp_path / "clip" / "pending.tmp" / "00003-000000.safetensors"  # of a fourth process
+    leftover = tmp_path / "clip" / "pending.tmp" / "00003-000000.safetensors"  # a fourth process wrote it
     leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half a sh")
     fill(tmp_path)
@@ -421,19 +421,19 @@ def test_a_cache_of_anything_else_is_refused_with_what_differs(tmp_path):
     fill(tmp_path, fingerprint=fingerprint(checkpoint="ViT-B-16:moved/clip.pt"))  # the same weights elsewhere
     cases = {
         # trained on under the same name, or another revision on the Hub
-        "weights: '0f' there, '10' here": fingerprint(weights="10"),
-        "image_size: 224 there, 336 here": fingerprint(image_size=336),
-        "files of data.path: 'abc' there, 'abd' here": fingerprint(files={"": "abd"}),
-        "largest_side: 256 there, 432 here": fingerprint(largest_side=432),
-        r"data.crop_scale: \[0.5, 1.0\] there, \[0.2, 1.0\] here": fingerprint(
+        "weights ('0f' there, '10' here)": fingerprint(weights="10"),
+        "image_size (224 there, 336 here)": fingerprint(image_size=336),
+        "files of data.path ('abc' there, 'abd' here)": fingerprint(files={"": "abd"}),
+        "largest_side (256 there, 432 here)": fingerprint(largest_side=432),
+        "data.crop_scale ([0.5, 1.0] there, [0.2, 1.0] here)": fingerprint(
             DataConfig(path="images", crop_scale=(0.2, 1.0))
         ),
-        "options.features: 'trunk' there, None here": {
+        "options.features ('trunk' there, None here)": {
             key: value for key, value in fingerprint().items() if not key.startswith("options")
         },
     }
     for message, changed in cases.items():
-        with pytest.raises(ValueError, match=rf"other crops \({message}\)"):
+        with pytest.raises(ValueError, match=re.escape(f"other crops: it differs in {message};")):
             open_caches(tmp_path, fingerprint=changed)
 
 
@@ -443,7 +443,7 @@ def test_a_digest_is_of_weights_and_layers_wherever_they_are(tmp_path):
         network = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), activation(), nn.BatchNorm1d(4)) for _ in range(2)))
         change(network)
         sizes = {"image_size": 8, "patch_size": 8, "summary_dim": 4, "feature_dim": 4}
-        return Teacher(network, **sizes, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return Teacher(network, **sizes, normalization=((0.5,) * 3,) * 2)
 
     def both(one):
         return digest_weights(one), _layers(one)

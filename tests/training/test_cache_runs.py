@@ -1,10 +1,10 @@
 """Whole runs with a cache of the teachers' outputs: killed, repeated by a second student, by two processes."""
 
 import pytest
-import tiny_teachers
 import torch
 from safetensors.torch import load_file
 
+from helpers import tiny_teachers
 from helpers.forked import fork_group
 from transformers_radio.training import load_recipe, train
 
@@ -74,7 +74,7 @@ def test_two_processes_and_two_groups_share_a_cache(make_recipe, tmp_path):
 
 def test_a_cache_of_something_else_or_without_frozen_crops_is_refused(make_recipe, tmp_path):
     train(load_recipe(make_recipe("first"), options(tmp_path / "cache")))
-    with pytest.raises(ValueError, match="options.width: 16 there, 18 here"):
+    with pytest.raises(ValueError, match=r"options.width \(16 there, 18 here\)"):
         train(load_recipe(make_recipe("other"), options(tmp_path / "cache", "teachers.clip.options.width=18")))
     with pytest.raises(ValueError, match="data.frozen_crops"):
         load_recipe(make_recipe("other"), [f"teacher_cache={tmp_path / 'cache'}"])

@@ -25,7 +25,7 @@ def refused_by_both(recipe, match, tmp_path):
     [
         (
             [PHI_S, "teachers.sam.options.width=18"],
-            "teachers.sam cannot be standardised.*no Hadamard matrix of size 18",
+            "teachers.sam cannot be standardized.*no Hadamard matrix of size 18",
         ),
         # clip has 3 x 3 positions an image for 20 channels
         (

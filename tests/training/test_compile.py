@@ -25,7 +25,7 @@ def test_a_compiled_run_ends_with_the_same_student(backend, make_recipe, tmp_pat
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_all_blocks_are_compiled_with_spectral_reparametrisation(make_recipe, monkeypatch):
+def test_all_blocks_are_compiled_with_spectral_reparametrization(make_recipe, monkeypatch):
     """Each block then is a frame of its own, of more than torch compiles by default."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)

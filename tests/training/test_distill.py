@@ -1,3 +1,4 @@
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import transformers_radio
 from helpers.tiny_teachers import PatchTeacher
 from transformers_radio.modeling import RadioConfig, RadioModel
-from transformers_radio.training import load_recipe
+from transformers_radio.training import load_recipe, train
 from transformers_radio.training.balancing import NaiveBalancing
 from transformers_radio.training.distill import (
     Distillation,
-    TeacherShape,
     distillation_losses,
-    stage_student,
     teacher_targets,
-    term_weights,
 )
-from transformers_radio.training.distill import build_student as build_student_of_shapes
+from transformers_radio.training.losses import loss_terms, match_loss
+from transformers_radio.training.student import TeacherShape, stage_student
+from transformers_radio.training.student import build_student as build_student_of_shapes
 from transformers_radio.training.teachers import load_teacher
 
 
@@ -33,7 +33,7 @@ def build_student(recipe, teachers):
 
 
 def build_distillation(recipe, student):
-    return Distillation(student, NaiveBalancing(term_weights(recipe, student)), recipe.loss)
+    return Distillation(student, NaiveBalancing(loss_terms(recipe, "main", student)), recipe.loss)
 
 
 def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
@@ -43,12 +43,14 @@ def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
     student = build_student(recipe, teachers).eval()
     images = {side: torch.rand(3, 3, side, side) for side in (24, 32, 48)}
     output = student(images[32])
-    terms = distillation_losses(output, (4, 4), teacher_targets(teachers, images), recipe.loss)
-    assert set(terms) == {"clip/summary", "clip/features", "sam/features"}
+    terms = loss_terms(recipe, "main", student)
+    losses = distillation_losses(output, teacher_targets(teachers, images), terms, recipe.loss)
+    losses = {str(term): values for term, values in losses.items()}
+    assert set(losses) == {"clip/summary", "clip/features", "sam/features"}
 
     clip = teachers["clip"](images[24])
     summary = 1 - F.cosine_similarity(output.adaptors["clip"].summary, clip.summary)  # (B,)
-    torch.testing.assert_close(terms["clip/summary"], summary)
+    torch.testing.assert_close(losses["clip/summary"], summary)
     expected = {}
     for name, side, student_maps_grow in (("clip", 24, False), ("sam", 48, True)):
         target = teachers[name](images[side]).features.mT.unflatten(2, (side // 8, side // 8))
@@ -60,7 +62,7 @@ def test_every_term_of_the_loss_is_that_of_the_equations(make_recipe):
         cosine = (1 - F.cosine_similarity(found, target, dim=1)).mean(dim=(1, 2))
         smooth_l1 = F.smooth_l1_loss(found, target, beta=2.0, reduction="none").mean(dim=(1, 2, 3))
         expected[name] = 0.9 * cosine + 0.1 * smooth_l1
-        torch.testing.assert_close(terms[f"{name}/features"], expected[name])
+        torch.testing.assert_close(losses[f"{name}/features"], expected[name])
     total = 0.5 * summary + expected["clip"] + 2 * expected["sam"]
     found, _ = build_distillation(recipe, student)(images[32], teacher_targets(teachers, images))
     torch.testing.assert_close(found, total)
@@ -109,16 +111,16 @@ def test_heads_that_are_not_in_a_pass_get_a_gradient_of_zero(make_recipe):
     teachers = build_teachers(recipe)
     model = build_distillation(recipe, build_student(recipe, teachers).train())
     images = {side: torch.rand(2, 3, side, side) for side in (24, 32)}
-    totals, terms = model(images[32], teacher_targets({"clip": teachers["clip"]}, images))
-    assert set(terms) == {"clip/summary", "clip/features"}
+    totals, losses = model(images[32], teacher_targets({"clip": teachers["clip"]}, images))
+    assert {str(term) for term in losses} == {"clip/summary", "clip/features"}
     totals.sum().backward()
     assert all(not p.grad.any() for p in model.student.adaptors["sam"].parameters())
     assert all(p.grad.any() for p in model.student.adaptors["clip"].parameters())
 
     model.zero_grad()
-    totals, terms = model(images[32], {})
+    totals, losses = model(images[32], {})
     totals.sum().backward()
-    assert not terms and not totals.any()
+    assert not losses and not totals.any()
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()] == []
 
 
@@ -149,7 +151,7 @@ def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
     full = build_student(recipe, build_teachers(recipe))
     first, second = (stage_student(full, recipe, name) for name in recipe.stages)
     assert set(first.adaptors) == {"clip"} and set(second.adaptors) == {"clip", "sam"}
-    # A CLS token for each teacher from the start; a head that has no teacher any more rests.
+    # A CLS token for each teacher from the start; a head whose teacher is absent is frozen.
     assert first.config.num_cls_tokens == second.config.num_cls_tokens == 2
     assert not any(p.requires_grad for p in second.adaptors["clip"].parameters())
     assert all(p.requires_grad for p in second.adaptors["sam"].parameters())
@@ -158,7 +160,8 @@ def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):
             assert torch.equal(parameter, full.get_parameter(name)), name
 
 
-NEW = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
+CHECKPOINT = "helpers.tiny_teachers:PatchTeacher"
+NEW = f"teachers.new={{type: python, checkpoint: '{CHECKPOINT}', image_size: 24, options: {{width: 12}}}}"
 
 
 def saved_student(make_recipe, folder, *overrides):
@@ -227,7 +230,7 @@ def test_a_new_teacher_with_a_summary_gets_a_token_behind_the_others(make_recipe
 
 @contextmanager
 def mask_token(student, token):
-    """Nobody attends to this token."""
+    """No other token attends to this one."""
 
     def masked(module, query, key, value, attention_mask, **kwargs):
         bias = torch.zeros(1, 1, 1, key.shape[2])
@@ -281,7 +284,7 @@ def test_a_token_that_the_summary_left_out_comes_into_it(make_recipe, tmp_path):
     assert student.summary_idxs.tolist() == [0, 1]
 
 
-def test_adaptors_without_a_teacher_stay_and_rest_unless_told_otherwise(make_recipe, tmp_path, caplog):
+def test_adaptors_without_a_teacher_stay_frozen_unless_told_otherwise(make_recipe, tmp_path, caplog):
     first = saved_student(make_recipe, tmp_path)
     path = make_recipe()
     text = path.read_text()
@@ -325,3 +328,29 @@ def test_a_student_names_its_teachers_without_this_machines_folders(make_recipe,
     adaptors = build_student_of_shapes(recipe, shapes).config.adaptors
     assert {name: adaptors[name]["teacher"] for name in teachers} == {name: one[2] for name, one in teachers.items()}
     assert {adaptors[name]["teacher_weights"] for name in teachers} == {"hash of clip", "hash of sam"}
+
+
+def test_a_head_with_a_finer_grid_trains(make_recipe, tmp_path):
+    """An adaptor with an upsample_factor predicts several positions per patch; its own grid is compared."""
+    first = saved_student(make_recipe, tmp_path / "first")
+    adaptors = {name: dict(adaptor) for name, adaptor in first.config.adaptors.items()}
+    adaptors["sam"]["upsample_factor"] = 2
+    config = RadioConfig.from_dict({**first.config.to_dict(), "adaptors": adaptors})
+    RadioModel(config).save_pretrained(tmp_path / "finer")
+    recipe = load_recipe(make_recipe(), [f"student.checkpoint={tmp_path / 'finer'}", "stages.main.steps=30"])
+    teachers = build_teachers(recipe)
+    student = build_student(recipe, teachers).eval()
+    images = {side: torch.rand(2, 3, side, side) for side in (24, 32, 48)}
+    output = student(images[32], adaptors=["sam"])
+    assert output.grid == (4, 4) and output.adaptors["sam"].grid == (8, 8)
+    terms = loss_terms(recipe, "main", student)
+    losses = distillation_losses(output, teacher_targets({"sam": teachers["sam"]}, images), terms, recipe.loss)
+    target = teachers["sam"](images[48]).features.mT.unflatten(2, (6, 6))
+    target = F.interpolate(target, size=(8, 8), mode="bilinear").flatten(2).mT
+    (found,) = losses.values()
+    torch.testing.assert_close(found, match_loss(output.adaptors["sam"].features, target))
+
+    model = RadioModel.from_pretrained(train(recipe).student_dir)
+    assert model.config.adaptors["sam"]["upsample_factor"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["sam/features"] < 0.9 * lines[0]["sam/features"]

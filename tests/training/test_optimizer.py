@@ -16,7 +16,7 @@ def test_tokens_position_table_norms_and_biases_are_not_decayed():
         "vit-ti-16", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, adaptors=adaptors
     )
     student = RadioModel(config)
-    model = Distillation(student, NaiveBalancing({}), LossRecipe())
+    model = Distillation(student, NaiveBalancing([]), LossRecipe())
     recipe = Recipe(optimizer=OptimizerRecipe(weight_decay=0.02))
     optimizer = build_optimizer(model, recipe, StageRecipe(steps=1, resolution=16))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

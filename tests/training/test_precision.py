@@ -11,8 +11,8 @@ from transformers_radio.precision import is_fast, resolve_dtype, resolve_mixed_p
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.plan.tables import print_plan
 from transformers_radio.training.run.folder import find_run
-from transformers_radio.training.run.log import StopSignal
 from transformers_radio.training.run.processes import threads_beside_workers
+from transformers_radio.training.run.signals import StopSignal
 
 CPU = torch.device("cpu")
 AUTO = ["mixed_precision=auto", "teachers.clip.dtype=auto"]
@@ -99,7 +99,7 @@ def test_a_run_records_what_auto_meant_and_keeps_it_elsewhere(machine, make_reci
 
 
 def test_overwriting_continues_an_unfinished_run_of_another_machine(machine, make_recipe, tmp_path, monkeypatch):
-    """Its precision is the recorded one; a damaged record begins anew, in what is good here."""
+    """Its precision is the recorded one; a damaged record starts over, in what is fast here."""
     machine(bf16=False)
     short = [*AUTO, "stages.main.steps=4", "stages.main.warmup_steps=1", "overwrite=true"]
     monkeypatch.setattr(StopSignal, "agreed", lambda self, accelerator: True)

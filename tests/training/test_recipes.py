@@ -48,17 +48,17 @@ def spied(monkeypatch):
     """What a plan counts, (stage, group) -> StepCost, and what it makes of it, stage -> loads."""
     costs, loads = {}, {}
 
-    def run_stage(recipe, stage, *arguments):
-        counted = original[0](recipe, stage, *arguments)
-        costs.update({(stage, group): cost for group, cost in counted.items()})
-        return counted
+    def make_plan(*arguments):
+        made = original[0](*arguments)
+        costs.update({(stage, group): cost for stage, steps in made.steps.items() for group, cost in steps.items()})
+        return made
 
-    def stage_loads(recipe, stage, *arguments):
-        loads[stage] = load = original[1](recipe, stage, *arguments)
+    def stage_loads(plan, stage):
+        loads[stage] = load = original[1](plan, stage)
         return load
 
-    original = plan.run_stage, plan.stage_loads
-    monkeypatch.setattr(plan, "run_stage", run_stage)
+    original = plan.make_plan, plan.stage_loads
+    monkeypatch.setattr(plan, "make_plan", make_plan)
     monkeypatch.setattr(plan, "stage_loads", stage_loads)
     return costs, loads
 
@@ -102,7 +102,7 @@ def check_the_papers_student(counted, text):
         assert counted[key].forward_flops == 2 * (side**2 * 768 * width + layers * layer + heads)
     # Paper, Table 1: 653 M, with a classifier of 1000 that distillation does not have
     assert "651.72 M parameters" in text
-    assert "low 1,024 + high 64 = 1,088 images a step" in text  # the paper says 1,152
+    assert "low 1,024 + high 64 = 1,088 images per step" in text  # the paper says 1,152
     assert "32 x 1 x 32" in text and "2 x 1 x 32" in text  # its layout
     assert "samples seen: 633,600,000" in text  # 600k steps of 1024 are its 614 M; SAM's come on top
     for name, size in (("clip", "632.68"), ("openai_clip", "304.29"), ("dinov2", "1136.49"), ("sam", "637.03")):

@@ -18,7 +18,8 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.recipe import TeacherRecipe
-from transformers_radio.training.run.log import STEPS_PER_AGREEMENT, FiniteCheck
+from transformers_radio.training.run.log import FiniteCheck
+from transformers_radio.training.run.signals import STEPS_PER_AGREEMENT
 from transformers_radio.training.stability.spectral import add_spectral_reparam, power_steps
 from transformers_radio.training.teachers import _place, stack
 
@@ -32,7 +33,7 @@ class Blocks(Teacher):
         network.patches = nn.Conv2d(3, 6, 2, 2)
         network.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
         super().__init__(
-            network, image_size=8, patch_size=2, summary_dim=None, feature_dim=6, mean=(0.5,) * 3, std=(0.5,) * 3
+            network, image_size=8, patch_size=2, summary_dim=None, feature_dim=6, normalization=((0.5,) * 3,) * 2
         )
 
     def encode(self, pixel_values):

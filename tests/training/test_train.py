@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers_radio.cli import app
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import digest_weights
-from transformers_radio.training import load_recipe, train
+from transformers_radio.training import load_recipe, stage, train
 from transformers_radio.training.__main__ import main
 from transformers_radio.training.teachers import load_teacher
 
@@ -49,7 +49,7 @@ def test_a_run_learns_and_leaves_a_model_that_loads(make_recipe, tmp_path):
     assert "sam/summary" not in lines[0]
     spec = load_recipe(make_recipe()).teachers["clip"]
     adaptor = RadioModel.from_pretrained(result.student_dir).config.adaptors["clip"]
-    assert adaptor["teacher"] == "python:tiny_teachers:PatchTeacher"
+    assert adaptor["teacher"] == "python:helpers.tiny_teachers:PatchTeacher"
     assert adaptor["teacher_weights"] == digest_weights(load_teacher("clip", spec))
     assert lines[0]["loss"] == pytest.approx(sum(v for k, v in lines[0].items() if "/" in k), rel=1e-5)
 
@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_alone(finished, make_recipe):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(number, finished, make_recipe, start_training, tmp_path):
+def test_a_signal_saves_and_the_same_command_resumes(number, finished, make_recipe, start_training, tmp_path):
     recipe = make_recipe("stopped")
     process = start_training(recipe)
     _wait_for_step(tmp_path / "stopped", 2, process)
@@ -133,7 +133,7 @@ def test_overwriting_deletes_what_the_run_wrote_and_only_after_all_checks(finish
     recipe = make_recipe("undisturbed")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     for overrides, message in (
-        (["teachers.clip.checkpoint=tiny_teachers:Nobody"], "teachers.clip"),
+        (["teachers.clip.checkpoint=helpers.tiny_teachers:Nobody"], "teachers.clip"),
         (["student.attn_implementation=flash_attention_2"], "stages.main cannot be built: .*[Ff]lash"),
         (["student.spectral_reparam=true", "student.config.initializer_range=1e-9"], "start from larger weights"),
         (["tracker=aim"], "tracker is 'aim', which is not installed"),
@@ -257,12 +257,11 @@ STAGES = [
 ]
 
 
-def test_a_second_stage_goes_on_with_the_images_and_resumes_to_the_bit(make_recipe, tmp_path, monkeypatch):
+def test_a_second_stage_resumes_with_the_images_and_resumes_to_the_bit(make_recipe, tmp_path, monkeypatch):
     """The second stage starts accumulating at an odd number of passes, and its images follow those of the first."""
-    module = importlib.import_module("transformers_radio.training.train")
     seen = []
-    to_device = module.to_device
-    monkeypatch.setattr(module, "to_device", lambda batch, device: seen.extend(batch.keys) or to_device(batch, device))
+    to_device = stage.to_device
+    monkeypatch.setattr(stage, "to_device", lambda batch, device: seen.extend(batch.keys) or to_device(batch, device))
     train(load_recipe(make_recipe("whole"), STAGES))
     assert len(seen) == 32 and len(set(seen[:24])) == 24  # 24 images: none comes twice before all have come once
 
@@ -289,7 +288,8 @@ def test_skipped_images_are_counted_over_stages(make_recipe, image_folder, tmp_p
 
 def test_the_student_of_a_checkpoint_learns_from_a_new_teacher(finished, make_recipe, tmp_path):
     start = f"student.checkpoint={finished / 'student'}"
-    new = "teachers.new={type: python, checkpoint: 'tiny_teachers:PatchTeacher', image_size: 24, options: {width: 12}}"
+    checkpoint = "helpers.tiny_teachers:PatchTeacher"
+    new = f"teachers.new={{type: python, checkpoint: '{checkpoint}', image_size: 24, options: {{width: 12}}}}"
 
     recipe = make_recipe("more")  # without SAM, whose adaptor stays as it is
     text = recipe.read_text()
@@ -327,7 +327,7 @@ def test_the_students_image_processor_gives_what_it_was_trained_on(finished):
     [
         ("stages.main.resolution=33", "multiples of 8 up to 64, the nearest is 32"),
         ("stages.main.resolution=128", "multiples of 8 up to 64, the nearest is 64"),
-        ("teachers.clip.checkpoint=tiny_teachers:Nobody", "teachers.clip .* has no 'Nobody'"),
+        ("teachers.clip.checkpoint=helpers.tiny_teachers:Nobody", "teachers.clip .* has no 'Nobody'"),
         ("teachers.clip.type=clipp", "teachers.clip.type is .clipp."),
         ("teachers.sam.feature_weight=0", "teachers.sam teaches nothing"),
         ("data.path=/nowhere/at/all", "/nowhere/at/all"),

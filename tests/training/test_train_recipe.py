@@ -1,19 +1,19 @@
 """Runs with everything that the recipe offers: they learn, resume to the bit, and leave a plain student."""
 
-import importlib
 import json
 import re
 import resource
 import shutil
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import forked
 from transformers_radio.modeling import RadioModel
-from transformers_radio.training import load_recipe, train
-from transformers_radio.training.distill import TeacherShape, build_distillation, build_student
+from transformers_radio.training import load_recipe, stage, train
+from transformers_radio.training.distill import build_distillation
+from transformers_radio.training.student import TeacherShape, build_student
 from transformers_radio.training.teachers import load_teacher
 
 ALL_AT_ONCE = [
@@ -66,7 +66,7 @@ def test_a_run_with_everything_resumes_to_the_bit(balancing, make_recipe, tmp_pa
 
 
 def test_the_student_of_such_a_run_is_plain_and_speaks_the_teachers_space(make_recipe, tmp_path):
-    """Folded: no parametrisation is left, and its features are those of the trained model, put back in place."""
+    """Folded: no parametrization is left, and its features are those of the trained model, put back in place."""
     options = ["loss.standardization=phi_s", "loss.statistics_images=24", "student.spectral_reparam=true"]
     recipe = load_recipe(make_recipe(), [*options, "stages.main.steps=40", "optimizer.learning_rate=3e-3"])
     model = RadioModel.from_pretrained(train(recipe).student_dir).eval()
@@ -218,20 +218,19 @@ def test_data_that_cannot_be_dealt_out_as_before_is_refused_unless_told(make_rec
 
 
 def train_until_the_disk_is_full(recipe):
-    module = importlib.import_module("transformers_radio.training.train")
-    save = module.save_checkpoint
+    save = stage.save_checkpoint
 
-    def limited(*arguments):
-        if any(isinstance(one, dict) and one.get("step") == 6 for one in arguments):
+    def limited(run, *arguments):
+        if run.state.step == 6:
             # Like a disk that fills up: no file can grow further.
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        return save(*arguments)
+        return save(run, *arguments)
 
-    module.save_checkpoint = limited
+    stage.save_checkpoint = limited
     return forked.train(recipe)
 
 
-def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_goes_on(make_recipe, tmp_path):
+def test_a_disk_that_fills_up_stops_cleanly_and_the_same_command_resumes(make_recipe, tmp_path):
     train(load_recipe(make_recipe("whole")))
     recipe = make_recipe("full")
     stopped = forked.Forked(recipe, target=train_until_the_disk_is_full)

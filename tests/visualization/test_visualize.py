@@ -33,7 +33,7 @@ def test_equals_scikit_learn_signs_included():
     np.testing.assert_allclose(second.reshape(120, 3), expected[80:], atol=1e-5)
 
 
-def test_artefact_patches_do_not_take_over_the_colours():
+def test_artifact_patches_do_not_take_over_the_colors():
     clean = patch_features(400)
     spiked = clean.clone()
     spiked[[3, 77, 200]] += 500 * torch.eye(10)[:3]
@@ -41,7 +41,7 @@ def test_artefact_patches_do_not_take_over_the_colours():
     change[[3, 77, 200]] = 0
     assert change.mean() < 0.05
     naive = [PCA(1).fit(x.numpy()).components_[0] for x in (clean, spiked)]
-    assert abs(naive[0] @ naive[1]) < 0.9  # where plain PCA follows the artefacts
+    assert abs(naive[0] @ naive[1]) < 0.9  # where plain PCA follows the artifacts
 
 
 def test_constant_features_are_black_and_bad_ones_are_named():
@@ -56,8 +56,8 @@ def test_constant_features_are_black_and_bad_ones_are_named():
 
 @pytest.fixture
 def figure_inputs():
-    colours = torch.tensor([[250, 10, 20], [10, 200, 30]], dtype=torch.uint8)
-    images = colours[:, :, None, None].expand(2, 3, 32, 32)
+    colors = torch.tensor([[250, 10, 20], [10, 200, 30]], dtype=torch.uint8)
+    images = colors[:, :, None, None].expand(2, 3, 32, 32)
     halves = torch.zeros(2, 4, 4, 5)  # features that split each image into a left and a right half
     halves[:, :, 2:, 0] = 1
     return images, {
@@ -121,7 +121,7 @@ def panel(path, row, column):
     return pixels[top + 2 : top + 98, left + 2 : left + 98]
 
 
-def test_columns_of_one_basis_have_equal_colours_for_equal_features(tmp_path):
+def test_columns_of_one_basis_have_equal_colors_for_equal_features(tmp_path):
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     first, second = patch_features(32, 0).reshape(2, 16, 10), patch_features(32, 1).reshape(2, 16, 10)
     columns = {"teacher": (first, (4, 4)), "as teacher": (torch.stack([second[0], first[1]]), (4, 4))}

@@ -42,12 +42,12 @@ def student_dir(tmp_path):
 
 
 def text_vectors():
-    return load_text_encoder(CLIP)(PROMPTS).numpy()
+    return load_text_encoder("open_clip", CLIP)(PROMPTS).numpy()
 
 
 def test_student_s_patches_through_its_summary_head(student_dir, images):
     encoder = load_encoder(str(student_dir))
-    found = text_similarity(encoder, images, PROMPTS, load_text_encoder(CLIP))
+    found = text_similarity(encoder, images, PROMPTS, load_text_encoder("open_clip", CLIP))
     assert found.shape == (2, 2, 4, 6) and found.dtype == torch.float32
     model = RadioModel.from_pretrained(student_dir).eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_clip_teacher_s_patches_through_its_own_projection():
     encoder = load_encoder(f"open_clip:{CLIP}")
     side = encoder.image_size
     images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
-    found = text_similarity(encoder, images, PROMPTS, load_text_encoder(CLIP))
+    found = text_similarity(encoder, images, PROMPTS, load_text_encoder("open_clip", CLIP))
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{CLIP}")
     statistics = preprocess.transforms[-1]
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_clip_teacher_s_patches_through_its_own_projection():
 
 
 def test_what_cannot_be_asked_is_refused(student_dir, images):
-    tower = load_text_encoder(CLIP)
+    tower = load_text_encoder("open_clip", CLIP)
     encoder = load_encoder(str(student_dir))
     with pytest.raises(ValueError, match="at least one text"):
         text_similarity(encoder, images, [], tower)
@@ -85,7 +85,7 @@ def test_what_cannot_be_asked_is_refused(student_dir, images):
     with pytest.raises(ValueError, match="no adaptor to a teacher with a text tower"):
         text_similarity(encoder, images, PROMPTS, tower)
     dino = load_encoder(f"transformers:{CLIP.removesuffix('clip')}dinov2")
-    with pytest.raises(ValueError, match="dinov2 is no student and no OpenCLIP teacher"):
+    with pytest.raises(ValueError, match="dinov2 is neither a student nor an OpenCLIP teacher"):
         text_similarity(dino, images, PROMPTS, tower)
 
 

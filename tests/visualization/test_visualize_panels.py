@@ -1,4 +1,4 @@
-"""Layout by pixels, heat by the colour map's ends and by Pillow's resize."""
+"""Layout by pixels, heat by the color map's ends and by Pillow's resize."""
 
 import matplotlib
 import numpy as np
@@ -16,9 +16,9 @@ def read(path):
 
 
 def test_rows_are_as_high_as_their_images_and_titles_stand_beside_them(tmp_path):
-    grey = torch.full((3, 20, 40), 128, dtype=torch.uint8)
+    gray = torch.full((3, 20, 40), 128, dtype=torch.uint8)
     tall = torch.full((3, 40, 40), 60, dtype=torch.uint8)
-    columns = [photographs([grey, tall]), Column("m", "s", [WHITE * 0.2, WHITE * 0.6])]
+    columns = [photographs([gray, tall]), Column("m", "s", [WHITE * 0.2, WHITE * 0.6])]
     path = write_panels(columns, tmp_path / "a.png", row_titles=["wide", "tall"], panel_inches=1.0, dpi=100)
     pixels = read(path)
     # 0.12 margins, 0.26 row titles, 0.26 titles, 0.16 subtitles, 0.06 gaps; rows of 0.5 and 1 inch, columns of 1 inch
@@ -52,13 +52,13 @@ def test_titles_of_any_length_stay_over_their_own_panels(tmp_path):
     assert (header[:, -6:] == 255).all()
 
 
-def test_heat_goes_from_the_darkest_to_the_brightest_colour():
+def test_heat_goes_from_the_darkest_to_the_brightest_color():
     values = torch.tensor([[1.0, 2.0], [3.0, 9.0]])
     dark, middle, bright = (torch.tensor(matplotlib.colormaps["inferno"](x)[:3]) for x in (0.0, 0.5, 1.0))
-    colours = heat(values, 1.0, 3.0)
-    assert colours.shape == (2, 2, 3) and colours.dtype == torch.float32
+    colors = heat(values, 1.0, 3.0)
+    assert colors.shape == (2, 2, 3) and colors.dtype == torch.float32
     for place, expected in (((0, 0), dark), ((0, 1), middle), ((1, 0), bright), ((1, 1), bright)):
-        torch.testing.assert_close(colours[place], expected.float(), atol=1e-2, rtol=0)
+        torch.testing.assert_close(colors[place], expected.float(), atol=1e-2, rtol=0)
     torch.testing.assert_close(heat(values, 4.0, 4.0)[0], dark.float().expand(2, 3), atol=1e-6, rtol=0)
 
 
@@ -68,10 +68,10 @@ def test_heat_over_an_image_fills_each_patch_and_keeps_the_image_visible():
     image[:, :, 16:] = 1
     shown = heat(values, 0.0, 1.0, image)
     patches = np.asarray(Image.fromarray(values.numpy()).resize((32, 32), Image.Resampling.NEAREST))
-    colours = matplotlib.colormaps["inferno"](patches)[..., :3]
-    share = (shown[5, 20] - shown[5, 4]).mean() - (colours[5, 20] - colours[5, 4]).mean()  # of white against black
+    colors = matplotlib.colormaps["inferno"](patches)[..., :3]
+    share = (shown[5, 20] - shown[5, 4]).mean() - (colors[5, 20] - colors[5, 4]).mean()  # of white against black
     assert 0.2 < share < 0.8
-    expected = (1 - 0.35) * colours + 0.35 * image.permute(1, 2, 0).numpy()
+    expected = (1 - 0.35) * colors + 0.35 * image.permute(1, 2, 0).numpy()
     np.testing.assert_allclose(shown, expected, atol=1e-6)
     assert torch.equal(shown, heat(values, 0.0, 1.0, (image * 255).to(torch.uint8)))
 

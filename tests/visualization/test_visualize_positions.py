@@ -34,11 +34,11 @@ def test_similarity_equals_scikit_learn(model):
     assert found.argmax() == 4 * 6 + 1
 
 
-def test_figure_shows_neighbours_brighter_and_one_row_a_model(model, tmp_path):
+def test_figure_shows_neighbors_brighter_and_one_row_a_model(model, tmp_path):
     with torch.no_grad():  # Gaussian bumps: near places are similar, far ones are not
         places = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0))
-        centres = torch.cartesian_prod(torch.linspace(0, 5, 4), torch.linspace(0, 5, 4))
-        model.embeddings.position_embedding.copy_((-torch.cdist(places, centres).square() / 4).exp()[None] + 3)
+        centers = torch.cartesian_prod(torch.linspace(0, 5, 4), torch.linspace(0, 5, 4))
+        model.embeddings.position_embedding.copy_((-torch.cdist(places, centers).square() / 4).exp()[None] + 3)
     path = positions_figure({"one": model, "two": model}, tmp_path / "positions.png")
     pixels = np.asarray(Image.open(path).convert("L")).astype(int)
     side, gap, left, top = 256, 9.6, 60.8, 86.4  # 160 dpi

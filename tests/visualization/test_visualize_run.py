@@ -141,16 +141,15 @@ def test_models_without_a_common_space_are_refused(student, folder, tmp_path):
 @pytest.fixture
 def shown(monkeypatch):
     """The columns of each figure that is written."""
-    from transformers_radio.visualization import attention, heat_map, masks
-    from transformers_radio.visualization import pca as features
+    from transformers_radio.visualization import attention, heat_map, masks, teacher_student
 
-    seen, write = {}, features.write_panels
+    seen, write = {}, teacher_student.write_panels
 
     def write_and_keep(columns, path, *args, **options):
         seen[path.name] = columns
         return write(columns, path, *args, **options)
 
-    for module in (features, attention, heat_map, masks):
+    for module in (teacher_student, attention, heat_map, masks):
         monkeypatch.setattr(module, "write_panels", write_and_keep)
     return seen
 
@@ -188,7 +187,7 @@ def test_what_a_model_or_setting_does_not_allow_is_left_out_aloud_or_refused(stu
         ("faces", [student], [], "no picture 'faces': use one of features, attention"),
         ("features", [], [], "no model to show"),
         ("features", [student], ["basis=model"], "basis is 'model'"),
-        ("features", [student], ["colour=red"], "The settings are data, split"),
+        ("features", [student], ["color=red"], "The settings are data, split"),
         ("features", [student, student], [], "Two models have one name"),
         ("attention", [student], ["heads=true", "token=2"], "class tokens 0 to 1"),
         ("heat-map", [student], [], "no text to look for"),
@@ -206,7 +205,7 @@ def test_masks_take_given_boxes_and_images_of_several_sizes(student, folder, tmp
     assert [tuple(panel.shape) for panel in shown["masks.png"][1].panels] == [(60, 90, 3), (90, 60, 3), (50, 50, 3)]
 
 
-def test_each_model_sees_its_own_size_of_the_centre(student, folder, tmp_path, monkeypatch):
+def test_each_model_sees_its_own_size_of_the_center(student, folder, tmp_path, monkeypatch):
     seen = {}
 
     def record(encoders, images):
@@ -216,8 +215,8 @@ def test_each_model_sees_its_own_size_of_the_centre(student, folder, tmp_path, m
     monkeypatch.setattr(visualize_run, "own_columns", record)
     visualize("features", [DINO, student], str(folder), None, tmp_path, ["image_size=64"])
     assert seen["mine"].shape == (3, 3, 64, 64) and seen["DINOv2"].shape[2] == load_encoder(DINO).image_size
-    centre = Image.fromarray(picture((60, 90), 0)).crop((15, 0, 75, 60)).resize((64, 64), Image.Resampling.BICUBIC)
-    expected = torch.from_numpy(np.array(centre)).permute(2, 0, 1) / 255
+    center = Image.fromarray(picture((60, 90), 0)).crop((15, 0, 75, 60)).resize((64, 64), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(center)).permute(2, 0, 1) / 255
     torch.testing.assert_close(seen["mine"][0].cpu(), expected, atol=0.02, rtol=0)
 
 

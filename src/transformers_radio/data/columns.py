@@ -15,18 +15,18 @@ from .remote import is_url
 if TYPE_CHECKING:
     import pyarrow
 
-# Names that are taken among several columns of images.
+# Names that are preferred among several columns of images.
 USUAL = ("image", "img", *(extension[1:] for extension in EXTENSIONS))
 # How image files begin as base64 text: JPEG, PNG, GIF, WebP, TIFF.
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 
 
 def choose(samples: list[list[str]], images: list[str], config: SourceConfig, where: str, hint: str = "") -> list[str]:
-    """Choose among the columns `images`. Several can only be meant when no sample has two of them (jpg or png).
+    """Chooses among the columns `images`. Several are accepted only if no sample has two of them (jpg or png).
 
     Args:
-        samples: the columns of each sample, of a table of all together.
-        hint: what else there is to say where none is found.
+        samples: the columns of each sample; of a table, one list for all its rows.
+        hint: what the error says if there is none.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(samples)))
     all_columns = ", ".join(columns) or "no columns at all"
@@ -38,15 +38,15 @@ def choose(samples: list[list[str]], images: list[str], config: SourceConfig, wh
         return [config.image_column]
     if len(images) > 1:  # a tar with KEY.jpg and KEY.mask.png: the plain name is the image
         images = [name for name in images if name.lower() in USUAL] or images
-    # of x.001.jpg and y.002.jpg neither column is that of all samples, even if no sample has two of them
+    # with x.001.jpg and y.002.jpg there is no column for all samples, even if no sample has two of them
     stems = {stem(name) for name in images}
     if len(stems) != 1 or max(len(set(images) & set(sample)) for sample in samples) > 1:
         found = f"several ({', '.join(images)})" if images else "none"
         fix = hint or f"Set {where}.image_column."
         if stems - {""}:
             fix += (
-                " A sample's key ends at the first dot of its file name and the rest names the column: if names in the"
-                " tar have dots of their own, such as my.photo.001.jpg, rename these files and write the tar again."
+                " A sample's key ends at the first dot of its file name; what follows names the column. If names in"
+                " the tar have dots of their own, such as my.photo.001.jpg, rename the files and write the tar again."
             )
         raise ColumnError(
             f"{where}.path={config.path!r}: expected one column of images, found {found} among {all_columns}. {fix}"
@@ -69,8 +69,8 @@ def choose_from_table(
     """The column that holds the images of a table.
 
     Args:
-        declared: column -> the type that `datasets` knows it as, e.g. "Image"; may lack columns.
-        first_values: columns -> their first values, of those that have any in the first rows.
+        declared: column -> the type that `datasets` states for it, e.g. "Image"; may lack columns.
+        first_values: columns -> their first values; columns without a value in the first rows are left out.
     """
     given = config.image_column
     if given is not None and given in schema.names:
@@ -91,7 +91,7 @@ def choose_from_table(
 
 
 def is_base64(value: str | bytes) -> bool:
-    """Whether this is an image file in the form of text."""
+    """Whether this is an image file encoded as text."""
     start = value[:200].decode("latin-1") if isinstance(value, bytes) else value[:200]
     if start.startswith("data:image/") or not start.startswith(BASE64_STARTS):
         return start.startswith("data:image/")
@@ -137,7 +137,7 @@ def declared_types(schema: "pyarrow.Schema") -> dict[str, str]:
 def _is_image(kind: "pyarrow.DataType", declared: str | None) -> bool:
     from pyarrow import types
 
-    if declared not in (None, "Value"):  # also of a sound there are bytes with a path
+    if declared not in (None, "Value"):  # sounds, too, are bytes with a path
         return declared == "Image"
     return _is_bytes(kind) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
@@ -157,7 +157,7 @@ def _is_text(kind: "pyarrow.DataType") -> bool:
 
 
 def _is_list(kind: "pyarrow.DataType") -> bool:
-    """Of what may be images."""
+    """Whether these are lists of what may be images."""
     from pyarrow import types
 
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
@@ -165,7 +165,7 @@ def _is_list(kind: "pyarrow.DataType") -> bool:
 
 
 def _holds_image(kind: "pyarrow.DataType") -> bool:
-    """Whether a column of images lies within this one."""
+    """Whether a column of images is nested in this one."""
     from pyarrow import types
 
     return types.is_struct(kind) and not _is_image(kind, None) and any(_is_image(part.type, None) for part in kind)

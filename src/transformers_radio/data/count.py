@@ -10,10 +10,10 @@ from .tars import count_samples
 
 
 def count_images(config: DataConfig) -> int:
-    """The images of all data sets together, usable or not. With progress.
+    """The number of images in all data sets together, usable or not, with a progress bar.
 
-    Of folders and parquet files it is known at once, of local tars only the headers are read. A server's tars are read
-    through.
+    It is known at once for folders and parquet files. Of local tars, only the headers are read; tars on a server are
+    read from beginning to end.
     """
     count = 0
     with tqdm(desc="counting images", unit="image", dynamic_ncols=True) as progress:

@@ -1,27 +1,29 @@
-"""What ends a run: apart, so that the commands can name it before torch is loaded."""
+"""The errors that end a run; in a file of their own, so that commands can name them before torch is loaded."""
 
 import re
 
 
 class SourceError(RuntimeError):
-    """The source cannot be read on, or too many of its images cannot be used; the message says what and the fix."""
+    """The source cannot be read further, or too many of its images cannot be used; the message names the fix."""
 
 
 class FileError(ValueError):
-    """A file is damaged, incomplete or not what its name says; the message is a line with its name and the fix."""
+    """A file is damaged, incomplete or not what its name says; the message is one line with its name and the fix."""
 
 
 class ColumnError(ValueError):
     """There is no column of images, or more than one; the message says what is there and the fix."""
 
 
-# What a user can do something about: the commands print these as one line. All others keep their traceback.
+# Errors that a user can do something about: commands print them as one line. All others keep their traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SourceError)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks: some libraries make a paragraph or nothing of it, fsspec the address
-    alone, and DataLoader a traceback."""
+    """What an error says, without line breaks.
+
+    Some libraries write paragraphs or nothing, fsspec only the address, and DataLoader a traceback.
+    """
     text, name = str(error), type(error).__name__
     if "Original Traceback (most recent call last):" in text:
         text = re.split(rf"^[\w.]*{name}: ", text, flags=re.MULTILINE)[-1]

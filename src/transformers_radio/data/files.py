@@ -1,4 +1,4 @@
-"""Which files `data.path` stands for, on a disk or a server, and what is said about those that are not read."""
+"""Which files `data.path` stands for, on a disk or a server, and notes about those that are not read."""
 
 import glob
 import itertools
@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import Counter
+from typing import NamedTuple
 
 from .images import EXTENSIONS
 from .remote import has_wildcard, is_url, list_folder, match, open_stream, without_query
@@ -19,7 +20,7 @@ MAX_EXPANDED = 10_000_000
 
 
 def kind_of(name: str) -> str | None:
-    """The builder of `datasets` for a file of this name: imagefolder, webdataset or parquet; None: it is not read."""
+    """The builder of `datasets` for a file of this name: imagefolder, webdataset or parquet; None if there is none."""
     lower = without_query(name).lower()
     if lower.endswith(TAR):
         return "webdataset"
@@ -29,7 +30,7 @@ def kind_of(name: str) -> str | None:
 
 
 def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list[str], list[str]]:
-    """Find what `path` stands for.
+    """Finds what `path` stands for.
 
     Args:
         path: as `DataConfig.path`.
@@ -38,47 +39,23 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
 
     Returns:
         (kind of the files, None for a dataset on the Hub; the folder that they are named from; the files, sorted;
-        sentences about what is left out).
+        notes: sentences about what is left out).
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it is not clear which files to read.
         OSError: a server does not answer; see `retry.is_temporary`.
     """
-    given, path = path, local_path(path)
-    root, in_split = None, False
-    exists = not is_url(path) and os.path.exists(path)
-    notes: list[str] = []
-    if (is_url(path) or os.path.isfile(path)) and without_query(path).lower().endswith(".txt"):
-        found, notes = _find_all(_read_list(path, f"{where}.path={given!r}"), f"{where}.path={given!r}")
-    elif not exists and BRACES.search(path):
-        found, notes = _find_all(expand_braces(path), f"{where}.path={given!r}")
-    elif is_url(path) and not has_wildcard(path) and kind_of(path) is None:
-        root, found = list_folder(path)
-        in_split = any(file.startswith(f"{root}{split}/") for file in found)
-    elif exists and os.path.isdir(path):
-        root = os.path.abspath(path)
-        in_split = os.path.isdir(os.path.join(root, split))
-        found, notes = _files_below(os.path.join(root, split) if in_split else root)
-        if not found:
-            nothing = (
-                f"found no images, tar or parquet files, and no others in {os.path.join(root, split * in_split)}."
-            )
-            raise FileNotFoundError(f"{where}.path={given!r}: {nothing} {'; '.join(notes)}".rstrip())
-    elif exists and not os.path.isfile(path):
-        raise ValueError(f"{where}.path={given!r} is a pipe, socket or device; expected a file or a folder.")
-    elif exists or is_url(path) or glob.has_magic(path):
-        found, notes = _find_all([path], f"{where}.path={given!r}", may_be_none=True)
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+    what, path = f"{where}.path={path!r}", local_path(path)
+    listed = _list(path, split, what)
+    if listed is None:
         return None, "", [], []
-    else:
-        raise FileNotFoundError(f"{where}.path={given!r} does not exist.{_about_braces([path])}")
-
+    root, in_split, found, notes = listed
     beside: list[str] = []
     if in_split and is_url(path):
         beside = [file for file in found if not file.startswith(f"{root}{split}/")]
         found = [file for file in found if file.startswith(f"{root}{split}/")]
-    kind, paths, unread = _one_kind(sorted(set(found)), is_folder=root is not None, what=f"{where}.path={given!r}")
+    kind, paths, unread = _one_kind(sorted(set(found)), is_folder=root is not None, what=what)
     notes += unread
     if root is None:
         return kind, _common_folder(paths), paths, notes
@@ -96,13 +73,50 @@ def find_files(path: str, split: str, where: str) -> tuple[str | None, str, list
     return kind, root, paths, notes
 
 
+class _Listed(NamedTuple):
+    """What a path stands for, before anything is chosen from it."""
+
+    root: str | None  # the folder, where the path is one
+    in_split: bool  # whether the folder has a sub-folder of the split's name
+    found: list[str]
+    notes: list[str]
+
+
+def _list(path: str, split: str, what: str) -> _Listed | None:
+    """None for a dataset on the Hub. Raises as `find_files`."""
+    exists = not is_url(path) and os.path.exists(path)
+    if (is_url(path) or os.path.isfile(path)) and without_query(path).lower().endswith(".txt"):
+        return _Listed(None, False, *_find_all(_read_list(path, what), what))
+    if not exists and BRACES.search(path):
+        return _Listed(None, False, *_find_all(expand_braces(path), what))
+    if is_url(path) and not has_wildcard(path) and kind_of(path) is None:
+        root, found = list_folder(path)
+        return _Listed(root, any(file.startswith(f"{root}{split}/") for file in found), found, [])
+    if exists and os.path.isdir(path):
+        root = os.path.abspath(path)
+        in_split = os.path.isdir(os.path.join(root, split))
+        folder = os.path.join(root, split) if in_split else root
+        found, notes = _files_below(folder)
+        if not found:
+            nothing = f"found no images, tar or parquet files, and no others in {folder}."
+            raise FileNotFoundError(f"{what}: {nothing} {'; '.join(notes)}".rstrip())
+        return _Listed(root, in_split, found, notes)
+    if exists and not os.path.isfile(path):
+        raise ValueError(f"{what} is a pipe, socket or device; expected a file or a folder.")
+    if exists or is_url(path) or glob.has_magic(path):
+        return _Listed(None, False, *_find_all([path], what, may_be_none=True))
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        return None
+    raise FileNotFoundError(f"{what} does not exist.{_about_braces([path])}")
+
+
 def _files_below(folder: str) -> tuple[list[str], list[str]]:
     folders, notes = walk(folder)
     return [os.path.join(parent, name) for parent, names in folders for name in names], notes
 
 
 def _splits_read_too(root: str, paths: list[str], split: str, where: str) -> list[str]:
-    """Of a folder without a sub-folder for the split, what is said about those for others."""
+    """Notes about the sub-folders of other splits, in a folder without one for this split."""
     names = [name for name in sorted(os.listdir(root)) if OTHER_SPLITS.match(name.lower())]
     names = [name for name in names if any(file.startswith(os.path.join(root, name, "")) for file in paths)]
     if not names:
@@ -114,7 +128,7 @@ def _splits_read_too(root: str, paths: list[str], split: str, where: str) -> lis
 
 
 def local_path(path: str) -> str:
-    """The path on this machine, with the home folder in place of `~`; of a server, the URL as it is."""
+    """The path on this machine, with the home folder in place of `~`; a URL of a server stays as it is."""
     return os.path.expanduser(re.sub(r"^(file|local):(//(localhost)?)?(?=[/~])", "", path))
 
 
@@ -145,32 +159,32 @@ def _choices(inside: str, path: str) -> list[str]:
 
 
 def _about_braces(paths: list[str]) -> str:
-    """What to say of paths that are not there and have braces left which do not mean anything here."""
+    """What to say about missing paths with braces that mean nothing here."""
     if not any("{" in path or "}" in path for path in paths):
         return ""
     return " Expected braces as in {00000..00999} or {a,b}, without steps, letters or other braces within."
 
 
 def _read_list(path: str, what: str) -> list[str]:
-    """The files, folders and patterns that a text file names; those with no folder of their own are beside it."""
+    """The files, folders and patterns that a text file names; relative paths start from its own folder."""
     with open_stream(path) as file:
         content = file.read()
     if b"\0" in content:
-        raise ValueError(f"{what} is no text; expected a list of files, one in each line.")
+        raise ValueError(f"{what} is not a text file; expected a list of files, one per line.")
     lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines()]
     paths = [local_path(line) for line in lines if line and not line.startswith("#")]
     if not paths:
-        raise FileNotFoundError(f"{what} names no files; expected one in each line.")
+        raise FileNotFoundError(f"{what} names no files; expected one per line.")
     folder = without_query(path).rpartition("/")[0] if is_url(path) else os.path.dirname(os.path.abspath(path))
     paths = [line if is_url(line) or os.path.isabs(line) else f"{folder}/{line}" for line in paths]
     return list(itertools.chain.from_iterable(map(expand_braces, paths)))
 
 
 def _find_all(paths: list[str], what: str, may_be_none: bool = False) -> tuple[list[str], list[str]]:
-    """-> (the files that files, folders and patterns stand for, sentences about what is left out)."""
+    """(The files that these files, folders and patterns stand for; notes about what is left out.)"""
     found: list[str] = []
     notes: list[str] = []
-    names: dict[str, set[str]] = {}  # of local folders: one look at each, and not one at every file
+    names: dict[str, set[str]] = {}  # local folder -> its files: looked at once, not for every file
     missing = []
     for path in paths:
         if is_url(path):
@@ -202,7 +216,7 @@ def _find_all(paths: list[str], what: str, may_be_none: bool = False) -> tuple[l
 
 
 def _one_kind(found: list[str], is_folder: bool, what: str) -> tuple[str, list[str], list[str]]:
-    """-> (their kind, the files of it, sentences about the others)."""
+    """(Their kind, the files of this kind, notes about the others.)"""
     files: dict[str, list[str]] = {}
     unknown = Counter[str]()
     for file in found:
@@ -245,7 +259,7 @@ def _nothing_found(found: list[str], kinds: list[str], what: str) -> str:
 
 
 def _leave_out_tables(files: dict[str, list[str]]) -> list[str]:
-    """Leave out parquet files with the texts of the tar, or of the folder of images, of the same name beside them."""
+    """Leaves out parquet files with the texts of a tar, or of a folder of images, of the same name; returns notes."""
     others = {file.rpartition(".")[0] for file in files.get("webdataset", [])}
     others |= {file.rpartition("/")[0] for file in files.get("imagefolder", [])}
     tables = [file for file in files.get("parquet", []) if others and file.rpartition(".")[0] in others]
@@ -273,7 +287,7 @@ def _beside_url(beside: list[str], root: str, split: str) -> list[str]:
 
 
 def _beside(folder: str, split: str, where: str) -> list[str]:
-    """What lies beside the sub-folder of the split and may have been meant too: all but other splits."""
+    """Notes about what lies beside the split's sub-folder and may have been meant too: all but other splits."""
     real_split = os.path.realpath(os.path.join(folder, split))
     names, loose = [], []
     for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
@@ -304,7 +318,7 @@ def _holds_data(folder: str) -> bool:
 
 
 def _select_split(path: str, paths: list[str], split: str, where: str, by_name: bool) -> tuple[list[str], list[str]]:
-    """-> (files of the split, files that belong to no split and are left out)."""
+    """(Files of the split, files that belong to no split and are left out.)"""
     if by_name:
         own = [file for file in paths if re.match(re.escape(split) + r"([^a-zA-Z0-9]|$)", os.path.basename(file))]
         others = [file for file in paths if not OTHER_SPLITS.match(os.path.basename(file))]

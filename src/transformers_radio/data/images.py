@@ -1,8 +1,8 @@
 """From the bytes of an image file to one random crop at several resolutions.
 
-Whatever the file holds becomes 8-bit RGB, upright: EXIF orientation is applied, greyscale, palette and CMYK are
-converted, 16-bit greyscale is scaled to 8 bit, and transparency is composited on white. Colour profiles are ignored,
-as in the preprocessing of CLIP, DINOv2 and SAM. Of an animation the first frame is used.
+Whatever the file holds becomes upright 8-bit RGB: EXIF orientation is applied; grayscale, palette and CMYK are
+converted; 16-bit grayscale is scaled to 8 bit; transparency is composited on white. Color profiles are ignored, as in
+the preprocessing of CLIP, DINOv2 and SAM. The first frame of an animation is used.
 """
 
 import math
@@ -14,9 +14,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from transformers_radio.modeling.decoding_radio import FORMATS as FORMATS
-from transformers_radio.modeling.decoding_radio import MAX_PIXELS, load_rgb, open_image, orientation_of
 from transformers_radio.modeling.decoding_radio import SkippedImage as SkippedImage
 from transformers_radio.modeling.decoding_radio import decode_rgb as decode_rgb
+from transformers_radio.modeling.decoding_radio import load_rgb, open_image, orientation_of
+
+from .config import DataConfig
 
 # MPO (several JPEGs in one file, as stereo cameras write) is opened by the JPEG plugin.
 EXTENSIONS = tuple(
@@ -36,8 +38,8 @@ def random_crop(
         ratio: smallest and largest width / height.
 
     Returns:
-        (left, top, right, bottom) in whole pixels, inside the image. When no box of the wanted shape fits after ten
-        draws (very long images), the largest centred box within `ratio`.
+        (left, top, right, bottom) in whole pixels, inside the image. If none of ten drawn boxes fits (in a very long
+        image), the largest centered box within `ratio`.
     """
     width, height = size
     for _ in range(10):
@@ -55,16 +57,12 @@ def random_crop(
 
 
 def load_crops(
-    data: bytes,
-    resolutions: list[int],
-    generator: np.random.Generator,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
-    horizontal_flip: bool = False,
-    min_side: int = 1,
-    max_pixels: int = MAX_PIXELS,
+    data: bytes, resolutions: list[int], generator: np.random.Generator, config: DataConfig
 ) -> dict[int, Tensor]:
     """One random crop of an image file, resized from the file's own pixels to every resolution.
+
+    Args:
+        config: its `crop_scale`, `crop_ratio`, `horizontal_flip`, `min_side` and `max_pixels` are used.
 
     Returns:
         resolution r -> uint8 tensor (3, r, r), RGB, channels last in memory. All show the same crop.
@@ -72,12 +70,12 @@ def load_crops(
     Raises:
         SkippedImage: the file cannot be used.
     """
-    image = open_image(data, max_pixels)
+    image = open_image(data, config.max_pixels)
     width, height = image.size
-    if min(width, height) < min_side:
+    if min(width, height) < config.min_side:
         raise SkippedImage("too small")
-    box = random_crop(_upright_size(image), generator, crop_scale, crop_ratio)
-    flip = horizontal_flip and generator.random() < 0.5
+    box = random_crop(_upright_size(image), generator, config.crop_scale, config.crop_ratio)
+    flip = config.horizontal_flip and generator.random() < 0.5
 
     # A JPEG decoder can return 1/2, 1/4 or 1/8 of the size for a fraction of the work (it leaves out high DCT
     # frequencies). Taken only as far as the crop still has at least as many pixels as the largest resolution.

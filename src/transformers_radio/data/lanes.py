@@ -1,4 +1,4 @@
-"""What the worker processes do: read their lanes in order, decode, and hand batches over."""
+"""What the worker processes do: they read their lanes in order, decode, and hand batches over."""
 
 import copy
 import itertools
@@ -9,6 +9,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .errors import SourceError
 from .images import SkippedImage, load_crops
 from .source import Source
 
-# Images that are named in messages and in the state, per lane.
+# Number of images that messages and the state name, per lane.
 MAX_OFFENDERS = 5
 # With fewer shards per lane than this, shards are split so that the lanes' shares of an epoch do not differ by much.
 MIN_SHARDS_PER_LANE = 8
@@ -32,12 +33,12 @@ SHARD_ORDER, WINDOW_ORDER, CROP, MIXTURE = 0, 1, 2, 3
 
 
 def new_position() -> dict[str, Any]:
-    """What a lane has consumed: so many records of its unit-th unit in this epoch. The counters never restart."""
+    """What a lane has consumed: this many records of its unit-th unit in this epoch. Later keys never restart."""
     return {"epoch": 0, "unit": 0, "consumed": 0, "seen": 0, "skipped": {}, "offenders": []}
 
 
 def position_key(name: str, lane: int) -> str:
-    """What a position is kept under: a lane of a data set, which has the name "" when it is the only one."""
+    """The key of a position: a lane of a data set, which has the name "" when it is the only one."""
     return f"{name}/{lane}" if name else str(lane)
 
 
@@ -46,7 +47,7 @@ def slot_bytes(batch_size: int, resolutions: list[int]) -> int:
 
 
 def parts_of_a_shard(shards: int, lanes: int) -> int:
-    """Into how many parts each shard is split: one when there are plenty of shards."""
+    """The number of parts that each shard is split into: one when there are plenty of shards."""
     fits = (n for n in itertools.count(1) if shards * n % lanes == 0 or shards * n >= MIN_SHARDS_PER_LANE * lanes)
     return next(fits)
 
@@ -55,64 +56,66 @@ def reasons_text(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the batches of a stream hold; the same on all ranks.
+
+    Attributes:
+        sources: name -> data set. Each has lanes of its own; a batch is filled from the same lane of all of them.
+        shares: name -> share of the images.
+        resolutions: sides of the crops, in pixels.
+        batch_size: images per batch of a rank.
+        lanes: number of lanes over all ranks.
+    """
+
+    sources: dict[str, Source]
+    shares: dict[str, float]
+    config: DataConfig
+    resolutions: list[int]
+    batch_size: int
+    seed: int
+    lanes: int
+
+
 class LaneBatches(IterableDataset):
     """The batches of one rank from its current position on; in a DataLoader worker, every num_workers-th of them.
 
     Args:
-        sources: name -> data set. Each has lanes of its own; a batch is filled from the same lane of all of them.
-        shares: name -> share of the images.
         positions: `position_key` -> `new_position` or a later one, for the lanes of this rank.
-        lanes: their number over all ranks.
         first, step: the rank makes the batches first, first + step, ... of the run.
     """
 
-    def __init__(
-        self,
-        sources: dict[str, Source],
-        shares: dict[str, float],
-        config: DataConfig,
-        resolutions: list[int],
-        batch_size: int,
-        seed: int,
-        positions: dict[str, dict[str, Any]],
-        lanes: int,
-        first: int,
-        step: int,
-    ):
-        self.sources = sources
-        self.shares = shares
-        self.config = config
-        self.resolutions = resolutions
-        self.batch_size = batch_size
-        self.seed = seed
+    def __init__(self, plan: Plan, positions: dict[str, dict[str, Any]], first: int, step: int):
+        self.plan = plan
         self.positions = positions
-        self.lanes = lanes
         self.first = first
         self.step = step
         # Where the workers hand over pixels: a few slots each, written in turn. New shared memory for every batch
         # would cost a page fault per 4 KiB, together a quarter of the decoding time. PREFETCH + 1 slots are enough:
         # the loader asks a worker for a batch when it has returned the one PREFETCH before, and the one before that
         # is copied.
-        size = slot_bytes(batch_size, resolutions)
-        self.slots = torch.empty(max(1, config.num_workers), PREFETCH + 1, size, dtype=torch.uint8)
-        if config.num_workers:
+        workers = plan.config.num_workers
+        size = slot_bytes(plan.batch_size, plan.resolutions)
+        self.slots = torch.empty(max(1, workers), PREFETCH + 1, size, dtype=torch.uint8)
+        if workers:
             self.slots.share_memory_()
-        self.splits = {name: parts_of_a_shard(len(source.shards), lanes) for name, source in sources.items()}
+        self.splits = {name: parts_of_a_shard(len(one.shards), plan.lanes) for name, one in plan.sources.items()}
 
     def views(self, pixels: Tensor) -> dict[int, Tensor]:
-        """Cut a slot, uint8 (bytes,), into resolution r -> (B, r, r, 3)."""
-        parts = pixels.split([self.batch_size * 3 * r * r for r in self.resolutions])
-        return {r: part.view(self.batch_size, r, r, 3) for r, part in zip(self.resolutions, parts, strict=True)}
+        """Cuts a slot, uint8 (bytes,), into resolution r -> (B, r, r, 3)."""
+        count, resolutions = self.plan.batch_size, self.plan.resolutions
+        parts = pixels.split([count * 3 * r * r for r in resolutions])
+        return {r: part.view(count, r, r, 3) for r, part in zip(resolutions, parts, strict=True)}
 
     def __iter__(self) -> Iterator[tuple[int, int, list[str], list[int], dict[str, dict[str, Any]]]]:
-        """Yield (worker, slot, keys, epochs, positions that have moved) with the pixels in `slots[worker, slot]`."""
+        """Yields (worker, slot, keys, epochs, positions that have moved); the pixels are in `slots[worker, slot]`."""
         worker = get_worker_info()
         worker_id, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # The loader takes from its workers in turn.
         first, step = self.first + worker_id * self.step, self.step * workers
         samples: dict[str, Iterator[tuple[int, str, dict[int, Tensor]]]] = {}
         for number in itertools.count():
-            lane = (first + number * step) % self.lanes
+            lane = (first + number * step) % self.plan.lanes
             names = self.mixture(first + number * step)
             for name in names:
                 if position_key(name, lane) not in samples:
@@ -127,23 +130,23 @@ class LaneBatches(IterableDataset):
 
     def mixture(self, batch: int) -> list[str]:
         """The data set of every image of a batch, drawn by the shares from (seed, batch, place in the batch) alone."""
-        names = list(self.sources)
+        plan, names = self.plan, list(self.plan.sources)
         if len(names) == 1:
-            return names * self.batch_size
-        draws = np.random.default_rng([self.seed, MIXTURE, batch]).random(self.batch_size)
-        bounds = np.cumsum([self.shares[name] for name in names])[:-1]
+            return names * plan.batch_size
+        draws = np.random.default_rng([plan.seed, MIXTURE, batch]).random(plan.batch_size)
+        bounds = np.cumsum([plan.shares[name] for name in names])[:-1]
         return [names[i] for i in np.searchsorted(bounds, draws, side="right")]
 
     def _samples(self, name: str, lane: int) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
-        """Decode the images of a lane from its position on, and keep the position just behind the one yielded."""
-        config, source = self.config, self.sources[name]
+        """Decodes the images of a lane from its position on, and keeps the position just behind the one yielded."""
+        config, source = self.plan.config, self.plan.sources[name]
         position = self.positions[position_key(name, lane)]
-        used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: give it the benefit
+        used_in_epoch = position["unit"] > 0 or position["consumed"] > 0  # resumed midway: assume that there was one
         for key, image, random_key in self._records(name, lane, position):
             if random_key is None:  # the end of an epoch
                 if not used_in_epoch:
                     raise SourceError(
-                        f"Lane {lane} of {self.lanes} found no usable image in a whole pass over its part of"
+                        f"Lane {lane} of {self.plan.lanes} found no usable image in a whole pass over its part of"
                         f" {source.path} (skipped: {reasons_text(position['skipped']) or 'none'}"
                         f" {'; '.join(position['offenders'])}). If the source is small, lower data.num_workers or"
                         " data.lanes."
@@ -152,20 +155,11 @@ class LaneBatches(IterableDataset):
                 continue
             position["consumed"] += 1
             position["seen"] += 1
-            # A group of teachers has a seed of its own; frozen crops are the same for all of them.
+            # Each group of teachers has its own seed; frozen crops are the same for all of them.
             frozen = [0, CROP, 0, *random_key[1:]]
-            generator = np.random.default_rng(frozen if config.frozen_crops else [self.seed, CROP, *random_key])
+            generator = np.random.default_rng(frozen if config.frozen_crops else [self.plan.seed, CROP, *random_key])
             try:
-                crops = load_crops(
-                    source.read(image),
-                    self.resolutions,
-                    generator,
-                    config.crop_scale,
-                    config.crop_ratio,
-                    config.horizontal_flip,
-                    config.min_side,
-                    config.max_pixels,
-                )
+                crops = load_crops(source.read(image), self.plan.resolutions, generator, config)
             except SkippedImage as error:
                 reason = f"{name}/{error.reason}" if name else error.reason
                 position["skipped"][reason] = position["skipped"].get(reason, 0) + 1
@@ -178,18 +172,19 @@ class LaneBatches(IterableDataset):
     def _records(
         self, name: str, lane: int, position: dict[str, Any]
     ) -> Iterator[tuple[str, Any, tuple[int, ...] | None]]:
-        """Yield (key, undecoded image, (epoch, shard, record)) for ever, and ("", None, None) after each epoch.
+        """Yields (key, undecoded image, (epoch, shard, record)) endlessly, and ("", None, None) after each epoch.
 
-        Skips what `position` says is consumed without decoding it, and moves its epoch and unit on.
+        Skips, without decoding, what `position` says is consumed, and advances its epoch and unit.
         """
-        source, split, window_size = self.sources[name], self.splits[name], self.config.shuffle_window
-        # The sets of a mixture draw differently from each other, each as it would beside any other.
+        plan, split, window_size = self.plan, self.splits[name], self.plan.config.shuffle_window
+        source = plan.sources[name]
+        # each set of a mixture draws in its own way, whatever the others are
         own = (zlib.crc32(name.encode()),) if name else ()
         while True:
             epoch = position["epoch"]
-            generator = np.random.default_rng([self.seed, SHARD_ORDER, epoch, *own])
+            generator = np.random.default_rng([plan.seed, SHARD_ORDER, epoch, *own])
             order = generator.permutation(len(source.shards) * split)
-            units = order[lane :: self.lanes].tolist()
+            units = order[lane :: plan.lanes].tolist()
             while position["unit"] < len(units):
                 unit = units[position["unit"]]
                 shard, offset = divmod(unit, split)
@@ -197,7 +192,7 @@ class LaneBatches(IterableDataset):
                 indices = source.part(shard, offset, split)[window * window_size :]
                 records = zip(indices, source.records(shard, indices), strict=False)
                 while samples := list(itertools.islice(records, window_size)):
-                    generator = np.random.default_rng([self.seed, WINDOW_ORDER, epoch, unit, window, *own])
+                    generator = np.random.default_rng([plan.seed, WINDOW_ORDER, epoch, unit, window, *own])
                     for i in generator.permutation(len(samples))[inside:]:
                         index, (key, image) = samples[i]
                         yield key, image, (epoch, shard, index, *own)
@@ -213,8 +208,8 @@ def init_worker(worker_id: int) -> None:
     from fsspec.asyn import reset_lock
 
     torch.set_num_threads(1)  # one core per worker: the workers are the parallelism
-    # Ctrl-C, and the SIGTERM of a cluster that wants the job to end, reach the workers too. They have to live on, for
-    # the main process to finish its step and save. Only the main process itself may terminate them.
+    # Ctrl-C, and the SIGTERM of a cluster that wants the job to end, reach the workers too. They have to stay alive so
+    # that the main process can finish its step and save. Only the main process itself may terminate them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -229,8 +224,8 @@ def init_worker(worker_id: int) -> None:
 def exit_with_parent(worker_id: int = 0) -> None:
     """For a loader's `worker_init_fn`: a worker ends when its main process has been killed.
 
-    Torch's own watch looks at the parent's number, which under "forkserver" (Python's default from 3.14) is that of a
-    server which the workers themselves keep alive.
+    Torch's own watch compares the number of the parent process, which under "forkserver" (Python's default from 3.14)
+    is that of a server that the workers themselves keep alive.
     """
 
     def watch() -> None:
@@ -249,5 +244,5 @@ def _exit_when_terminated_by(parent: int) -> None:
 
 
 def unchanged(item: Any) -> Any:
-    """The loader's own collate function would make tensors of numbers."""
+    """A collate function that changes nothing; the loader's own would turn numbers into tensors."""
     return item

@@ -1,4 +1,4 @@
-"""What each data set of a recipe consists of. A run finds it out once, in one process, and tells the others."""
+"""What each data set of a recipe consists of. A run finds out once, in one process, and tells the others."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from .files import find_files, local_path
 from .remote import is_url
 from .retry import Retry
 
-# How long the Hub is waited for when a dataset is opened for the first time, at most: it may be a mistyped local path.
+# Longest wait for the Hub when a dataset is opened for the first time: its name may be a mistyped local path.
 FIRST_OPENING_SECONDS = 30.0
 Result = TypeVar("Result")
 
@@ -22,11 +22,11 @@ class Found:
 
     Attributes:
         kind: as `files.kind_of`; None for a dataset on the Hub of another form, which `datasets` reads.
-        folder: what their names in keys begin behind.
+        folder: that names in keys are relative to.
         files: paths or URLs.
         notes: sentences about files that are there and not read.
-        is_hub: the path was looked up on the Hub.
-        types: of a dataset on the Hub, column -> type that its page states.
+        is_hub: whether the path was looked up on the Hub.
+        types: column -> type, as the page of a dataset on the Hub states them.
     """
 
     kind: str | None
@@ -39,12 +39,12 @@ class Found:
 
 Key = tuple[str, str, str | None]
 _kept: dict[Key, Found] = {}
-# The ids of datasets that this process has opened before. Every stage of a run opens its data anew.
+# The Hub ids of datasets that this process has opened. Every stage of a run opens its data anew.
 _opened_on_hub: set[str] = set()
 
 
 def list_files(config: DataConfig) -> dict[Key, Found]:
-    """Find the files of all data sets of a recipe, for `keep_files`.
+    """Finds the files of all data sets of a recipe, for `keep_files`.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or it is not clear what to read.
@@ -59,7 +59,7 @@ def list_files(config: DataConfig) -> dict[Key, Found]:
 def keep_files(found: dict[Key, Found]) -> Iterator[None]:
     """Within this, every stream that is opened has these files, and nothing is listed again.
 
-    Files that come later are then not seen by a part of a run only.
+    Otherwise files that are added later would be seen by only a part of the run.
     """
     before = dict(_kept)
     _kept.update(found)
@@ -106,7 +106,7 @@ def where_of(label: str) -> str:
 
 
 def patiently(path: str, seconds: float, attempt: Callable[[], Result]) -> Result:
-    """What `attempt` returns, tried again while a server fails."""
+    """What `attempt` returns; it is repeated while a server fails."""
     retry = Retry(f"Opening {path}", seconds)
     while True:
         try:
@@ -121,7 +121,7 @@ def patiently(path: str, seconds: float, attempt: Callable[[], Result]) -> Resul
 
 @contextlib.contextmanager
 def explained(config: SourceConfig, where: str, how: str) -> Iterator[None]:
-    """Turn errors of libraries into one that names the field of the recipe."""
+    """Turns errors of libraries into one that names the field of the recipe."""
     try:
         yield
     except Exception as error:
@@ -134,7 +134,7 @@ def explained(config: SourceConfig, where: str, how: str) -> Iterator[None]:
 
 
 def _find_on_hub(config: SourceConfig, where: str) -> Found:
-    """The files of the split if they are tars or parquet files, which are then read as those of any other server."""
+    """The files of the split; tars and parquet files are then read like those of any other server."""
     from datasets.packaged_modules.parquet.parquet import Parquet
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -161,8 +161,11 @@ def load_builder(config: SourceConfig) -> Any:
 
 
 def disable_retries_of_datasets() -> None:
-    """`datasets` reads on from the connection that has failed, where some file systems then find the end of the file:
-    the rest of a tar would be lost without a word. Here the file is opened again."""
+    """Turns off the retries of `datasets`, which read further from the failed connection.
+
+    Some file systems then report the end of the file, and the remaining samples of a tar would be lost silently. Here
+    the file is opened again instead.
+    """
     import datasets
 
     for action in ("OPEN", "READ"):

@@ -1,4 +1,4 @@
-"""Images out of parquet files: one column is read, in the type that each file has for it, and no other."""
+"""Images from parquet files: only their column is read, in the type that each file has for it."""
 
 import bisect
 import contextlib
@@ -15,7 +15,7 @@ from .remote import is_url, named, open_local, open_ranges
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-# Files that are looked at for the first one that has rows.
+# Number of files that are searched for the first one with rows.
 FILES_LOOKED_AT = 20
 # Rows that are decoded from a file together.
 BATCH_ROWS = 64
@@ -44,7 +44,7 @@ def find_column(files: list[str], config: SourceConfig, where: str, declared: di
 def read_parquet(
     path: str, column: str, config: SourceConfig, where: str, indices: range, root: str
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (number of the row, image as `read_image` takes it) of these rows. Row groups without any are not read.
+    """Yields (number of the row, image as `read_image` takes it) of these rows. Row groups without any are not read.
 
     Args:
         root: as in `below`.
@@ -73,10 +73,10 @@ def read_parquet(
 
 
 def below(root: str, value: Any) -> Any:
-    """A record of an image; where it names a file on this machine, the path below `root`, or nothing if it is outside.
+    """A record of an image; if it names a file on this machine, the path below `root`, or None if it is outside.
 
     Args:
-        root: a folder. "", or a URL: no file on this machine is meant.
+        root: a folder. With "" or a URL, no file on this machine may be named.
     """
     path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
     if not isinstance(path, str) or (is_url(path) and not LOCAL.search(path)):
@@ -93,7 +93,7 @@ def count_rows(path: str) -> int:
 
 
 def times_read(path: str, parts: int) -> float:
-    """How often a file is read by so many even parts of its rows: a row group is always read whole."""
+    """How often a file is read if its rows are split into this many even parts: a row group is always read whole."""
     with open_parquet(path) as parquet:
         rows, read, first = parquet.metadata.num_rows, 0, 0
         for size in _group_rows(parquet):
@@ -106,7 +106,12 @@ def times_read(path: str, parts: int) -> float:
 
 @contextlib.contextmanager
 def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
-    """Raises FileError: also within, when what is read proves to be damaged. OSError: it cannot be read."""
+    """Opens a parquet file for reading.
+
+    Raises:
+        FileError: also later, within the block, if what is read proves to be damaged.
+        OSError: it cannot be read.
+    """
     import pyarrow.parquet
 
     with named(path), contextlib.ExitStack() as stack:
@@ -118,8 +123,8 @@ def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
                 if isinstance(error, pyarrow.ArrowException):
                     raise
                 raise FileError(
-                    f"{path}: {one_line(error)} Of parquet files parts are read: expected a server that states their"
-                    " size and answers requests for ranges of bytes. Else download them."
+                    f"{path}: {one_line(error)} Parquet files are read in parts: expected a server that states their"
+                    " size and answers requests for ranges of bytes. Otherwise download them."
                 ) from error
         else:
             open_local(path).close()

@@ -1,4 +1,4 @@
-"""Files by URL, through fsspec: http, s3, the Hub and whatever else it knows."""
+"""Files by URL, through fsspec: http, s3, the Hub and everything else that it knows."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from .errors import ColumnError, FileError, one_line
 from .retry import is_temporary
 
-# A web server's "?" starts a query, as in the signed addresses of a store; elsewhere it stands for any letter.
+# On web servers "?" starts a query, as in signed addresses; elsewhere it stands for any letter.
 WEB = ("http://", "https://")
 
 
@@ -30,7 +30,7 @@ def has_wildcard(url: str) -> bool:
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[BinaryIO]:
-    """Open a file that is read from its beginning to its end: with one request, where the server can do that."""
+    """Opens a file that is read from beginning to end: with one request, if the server can do that."""
     if not is_url(path):
         with open_local(path) as file:
             yield file
@@ -43,7 +43,7 @@ def open_stream(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def open_ranges(path: str) -> Iterator[BinaryIO]:
-    """Open a file of which parts are read: each with one request of its own size."""
+    """Opens a file of which parts are read: each with one request of its own size."""
     if not is_url(path):
         with open_local(path) as file:
             yield file
@@ -54,10 +54,10 @@ def open_ranges(path: str) -> Iterator[BinaryIO]:
 
 
 def open_local(path: str) -> BinaryIO:
-    """Open a file for reading. A pipe would be waited for, a device may have no end.
+    """Opens a regular file for reading. Anything else is refused: a pipe would block, a device may have no end.
 
     Raises:
-        OSError: it is missing, cannot be opened, or is no regular file.
+        OSError: it is missing, cannot be opened, or is not a regular file.
     """
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -76,7 +76,7 @@ def open_local(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def named(path: str) -> Iterator[None]:
-    """Turn what libraries raise about the content of a file into a line with its name.
+    """Turns what libraries raise about the content of a file into one line with its name.
 
     Raises:
         FileError: in place of any error but a ColumnError and an OSError that names the file itself.
@@ -95,13 +95,13 @@ def named(path: str) -> Iterator[None]:
 
 
 def size_of(url: str) -> int | None:
-    """In bytes; None if the server does not say."""
+    """The size of a file in bytes; None if the server does not state it."""
     file_system, inner = _file_system(url)
     return file_system.info(inner).get("size")
 
 
 def list_folder(url: str) -> tuple[str, list[str]]:
-    """-> (the folder as fsspec spells it, with "/" at its end; all files in it and below it)."""
+    """(The folder as fsspec spells it, with "/" at its end; all files in it and below it.)"""
     file_system, inner = _file_system(url)
     folder = file_system.unstrip_protocol(inner).rstrip("/") + "/"
     found = file_system.find(folder, on_error="raise") if url.startswith(WEB) else file_system.find(inner)
@@ -111,7 +111,7 @@ def list_folder(url: str) -> tuple[str, list[str]]:
 def match(url: str) -> list[str]:
     """The files that match a pattern."""
     file_system, inner = _file_system(url)
-    # fsspec leaves out folders of a web server that cannot be listed now, unless told not to.
+    # unless told otherwise, fsspec leaves out folders of a web server that cannot be listed at the moment
     options = {"on_error": "raise"} if url.startswith(WEB) else {}
     found = file_system.glob(inner, detail=True, **options)
     return _files(file_system, [path for path, info in found.items() if info.get("type") != "directory"])

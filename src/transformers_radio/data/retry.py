@@ -1,4 +1,4 @@
-"""Patience with servers: which errors are worth another attempt, and how long to wait for it."""
+"""Patience with servers: which errors are worth another attempt, and how long to wait."""
 
 import asyncio
 import concurrent.futures
@@ -15,16 +15,16 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 60.0  # seconds
-# Libraries through which fsspec and the Hub speak to servers. An error is told by the library that defines it, as
-# none of them has to be installed.
+# Libraries through which fsspec and the Hub reach servers. None of them has to be installed, so an error is recognized
+# by the name of the library that defines it.
 NETWORK_LIBRARIES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpcore", "httpcore2"}
 NETWORK_LIBRARIES |= {"httpx", "httpx2", "requests", "urllib3"}
-# Wait and ask again, says the server: request timeout, too early, too many requests.
+# The server asks for another attempt: request timeout, too early, too many requests.
 TEMPORARY_STATUS = (408, 425, 429)
 PERMANENT_ERRORS = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(OfflineModeIsEnabled, ssl.SSLCertVerificationError),
-    *(gzip.BadGzipFile, zlib.error),  # damaged; of a transfer that ended early there is an EOFError
+    *(gzip.BadGzipFile, zlib.error),  # damaged; a transfer that ended early gives an EOFError
 )
 TEMPORARY_ERRORS = (
     *(OSError, asyncio.TimeoutError, concurrent.futures.TimeoutError, http.client.HTTPException),
@@ -37,7 +37,7 @@ class Retry:
 
     Args:
         what: what is attempted, for the log, e.g. "Reading 'a.tar' of https://...".
-        seconds: how long after the first failure there are new attempts.
+        seconds: time after the first failure in which there are new attempts.
     """
 
     def __init__(self, what: str, seconds: float):
@@ -47,11 +47,11 @@ class Retry:
         self.started = 0.0
 
     def succeeded(self) -> None:
-        """The server has answered: the next failure is a first one again."""
+        """The server has answered: the next failure counts as a first one again."""
         self.failures = 0
 
     def wait(self, error: Exception) -> bool:
-        """Sleep until the next attempt: 1, 2, 4, ... seconds. False if none is worth it, or the time is up."""
+        """Sleeps until the next attempt: 1, 2, 4, ... seconds. False if it would be useless, or the time is up."""
         if self.seconds == 0 or not is_temporary(error):
             return False
         if self.failures == 0:
@@ -94,7 +94,7 @@ def _verdict(error: BaseException) -> bool | None:
         return status >= 500 or status in TEMPORARY_STATUS
     if isinstance(error, PERMANENT_ERRORS) or type(error).__name__ == "TooManyRedirects":
         return False
-    if isinstance(error, tarfile.ReadError):  # the transfer has ended early, or this is no tar at all
+    if isinstance(error, tarfile.ReadError):  # the transfer has ended early, or this is not a tar at all
         return "unexpected end of data" in str(error)
     if isinstance(error, TEMPORARY_ERRORS):
         return True

@@ -1,6 +1,6 @@
 """A data set as numbered shards of numbered records: a folder, webdataset tars, parquet files or a Hub dataset.
 
-Of every record the image alone is read, and handed over as it is stored, so that a broken file can be skipped and a
+Only the image of every record is read, and handed over as it is stored, so that a broken file can be skipped and a
 JPEG decoded at a fraction of its size.
 """
 
@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from PIL import Image
+
 from transformers_radio.modeling.decoding_radio import read_file
 
 from .columns import choose_from_table
 from .config import SourceConfig
 from .errors import ColumnError, FileError, SourceError, one_line
 from .files import local_path
-from .images import SkippedImage
+from .images import SkippedImage, decode_rgb
 from .listing import Found, disable_retries_of_datasets, explained, find_source, load_builder, patiently, where_of
 from .parquet import below, count_rows, find_column, read_parquet, times_read
 from .remote import is_url, open_stream, size_of, without_query
@@ -28,13 +30,13 @@ from .tars import find_fields, read_tar
 
 logger = logging.getLogger(__name__)
 
-# Files are dealt out to the shards of a folder one by one like cards, so a shard is a fair mix of all sub-folders.
+# Files of a folder are dealt out to shards one by one like cards, so that each shard is a fair mix of all sub-folders.
 FILES_PER_FOLDER_SHARD = 1000
 EVERY_RECORD = range(sys.maxsize)
-# Longer text is no path of a file.
+# Longer text is not taken for a path.
 LONGEST_PATH = 4096
-# What the system answers where a path leads to no file, beside ENOENT. Files that are there and may not be read, or
-# cannot be for now, stop the run: another start would see other images.
+# What the system answers, besides ENOENT, where a path does not lead to a file. Files that exist but cannot be read
+# end the run: another start might see other images.
 NO_FILE = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -48,12 +50,12 @@ class Source:
 
     Attributes:
         shards: one name per shard.
-        image_columns: the column of the images; of tars, the extensions that the first samples have.
-        fingerprint: changes when shards (of a folder: files) are added, removed or renamed; moving them is fine.
+        image_columns: the column of the images; for tars, the extensions that the first samples have.
+        fingerprint: changes if shards (in a folder: files) are added, removed or renamed, but not if they are moved.
         where: the field of the recipe that describes the set.
         notes: sentences about files that are there and not read.
-        row_ranges: parts of a parquet file are ranges of its rows. False: every n-th row, as positions have it that
-            were saved before there were ranges.
+        row_ranges: whether parts of a parquet file are ranges of its rows. False: every n-th row, as in positions that
+            earlier versions saved.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -114,10 +116,10 @@ class Source:
             return [column]
 
     def part(self, shard: int, part: int, parts: int) -> range:
-        """The numbers of the records that are one of so many even parts of a shard; it may end before they do.
+        """The numbers of the records in one of `parts` even parts of a shard; the shard may end before they do.
 
-        Of parquet files these are ranges, so that each part of a file is read once; of others every n-th record, as
-        how many there are is not known before.
+        In parquet files they are ranges, so that each part of a file is read once; elsewhere every n-th record, as the
+        number of records is not known beforehand.
         """
         if parts == 1 or not self.row_ranges:
             return EVERY_RECORD[part::parts]
@@ -125,12 +127,12 @@ class Source:
         return range(part * rows // parts, (part + 1) * rows // parts)
 
     def records(self, shard: int, indices: range = EVERY_RECORD) -> Iterator[tuple[str, Any]]:
-        """Yield (key, image) of one shard in its stored order; `read` turns the image into bytes.
+        """Yields (key, image) of one shard in its stored order; `read` turns the image into bytes.
 
         The key is the file name relative to the folder, or `shard/key` for tars, or `shard/row` for parquet.
 
         Args:
-            indices: the numbers of the records that are wanted, as from `part`.
+            indices: the numbers of the wanted records, as from `part`.
         """
         name, retry, done = self.shards[shard], self._retry(shard), 0
         prefix = (f"{self.label}/" if self.label else "") + ("" if self.is_folder else f"{name}/")
@@ -146,7 +148,7 @@ class Source:
                     raise _error(f"{name!r} of {self.path}", error, retry, self.is_remote) from error
 
     def _retry(self, shard: int) -> Retry:
-        # Of a local file a second attempt reads no more than the first.
+        # a second attempt at a local file would read no more than the first
         seconds = self.retry_seconds if self.is_remote else 0
         return Retry(f"Reading {self.shards[shard]!r} of {self.path}", seconds)
 
@@ -187,7 +189,7 @@ class Source:
                 yield key, below(self.image_root, batch[self.image_columns[0]][0])
 
     def traffic_note(self, parts: int, lanes: int) -> str | None:
-        """A sentence about how often an epoch reads each file from a server, if that is more than about once."""
+        """A note about how often an epoch reads each file from a server, if that is clearly more than once."""
         if parts == 1 or not self.is_remote or self.is_folder:
             return None
         seconds = self.retry_seconds
@@ -203,7 +205,7 @@ class Source:
         )
 
     def read(self, image: Any) -> bytes:
-        """`read_image` of what `records` yields, tried again while a server fails."""
+        """`read_image` of what `records` yields; repeated while a server fails."""
         path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
         if not isinstance(path, str) or not is_url(path):
             return read_image(image)
@@ -228,9 +230,9 @@ def _error(what: str, error: Exception, retry: Retry, is_remote: bool) -> Source
 
 
 def read_image(value: Any) -> bytes:
-    """The bytes of an image as a table has it: raw, {"bytes", "path"}, a path or URL, or nothing (b"").
+    """The bytes of an image as a table has it: raw bytes, {"bytes", "path"}, a path or a URL; b"" where there is none.
 
-    A path that leads to no file is nothing too, or to something else: a folder, a pipe, a device.
+    A path that does not lead to a file (but to nothing, a folder, a pipe or a device) has no bytes either.
 
     Raises:
         OSError: the file may not be read, or the disk or the server fails.
@@ -239,6 +241,8 @@ def read_image(value: Any) -> bytes:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, SkippedImage):
         raise value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not value:
         return b""
     if not isinstance(value, str):
@@ -258,8 +262,18 @@ def read_image(value: Any) -> bytes:
         raise
 
 
+def read_rgb(value: Any) -> Image.Image:
+    """The upright RGB image of what `read_image` takes: bytes, a table's {"bytes", "path"}, a path or a URL.
+
+    Raises:
+        SkippedImage: there is none, or it cannot be decoded; see `decode_rgb`.
+        OSError: the file may not be read, or the disk or the server fails.
+    """
+    return decode_rgb(read_image(value))
+
+
 def _open_stream_of_datasets(config: SourceConfig, where: str) -> tuple[Any, str]:
-    """-> (a datasets.IterableDataset of the images of a dataset on the Hub, its column of images)."""
+    """(A datasets.IterableDataset of the images of a dataset on the Hub, the name of their column.)"""
     import datasets
 
     dataset = load_builder(config).as_streaming_dataset(split=config.split)

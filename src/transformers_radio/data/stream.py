@@ -2,15 +2,16 @@
 
 The source is dealt out to `lanes`, and batch j of the run (counted over all ranks) comes from lane j mod lanes. Each
 lane reads its own part of every epoch in an order that is a function of (seed, epoch, position) alone. Ranks and
-workers only share out the lanes: neither their number nor their timing changes which images a batch holds. What a lane
-has consumed is a handful of numbers; they travel with each batch, and saving the latest ones saves the stream.
+workers only share the lanes: neither their number nor their timing changes which images a batch holds. A few numbers
+say what a lane has consumed; they travel with each batch, and saving the latest ones saves the stream.
 
-Of a mixture each data set has lanes, epochs and positions of its own. Which set each image of batch j comes from is
-drawn from (seed, j); the batch is filled from lane j mod lanes of those sets.
+In a mixture each data set has its own lanes, epochs and positions. Which set each image of batch j comes from is drawn
+from (seed, j); the batch is filled from lane j mod lanes of those sets.
 """
 
 import atexit
 import copy
+import dataclasses
 import functools
 import itertools
 import logging
@@ -36,6 +37,7 @@ from .lanes import (
     MAX_OFFENDERS,
     PREFETCH,
     LaneBatches,
+    Plan,
     init_worker,
     new_position,
     parts_of_a_shard,
@@ -48,9 +50,9 @@ from .source import Source
 
 logger = logging.getLogger(__name__)
 
-# The share of skipped images says nothing yet about the first few; before this many only the end of an epoch counts.
+# A share of skipped images says little about the first few; before this many, it is checked only after an epoch.
 MIN_SEEN_FOR_SHARE = 200
-# Far more than workers of any run.
+# Far more than any run has workers.
 MAX_LANES = 100_000
 
 
@@ -133,7 +135,7 @@ class ImageStream:
                     _warn_once(f"{source.where}.path={source.path!r}: {note}")
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start the workers at the current position. Only batches that were taken count as consumed."""
+        """Starts the workers at the current position. Only batches that were taken count as consumed."""
         self.close()
         batches = self._iterate()
         self._batches = weakref.ref(batches)
@@ -141,24 +143,17 @@ class ImageStream:
         return batches
 
     def close(self) -> None:
-        """Stop the workers. The position stays, and `iter(stream)` goes on from it."""
+        """Stops the workers. The position stays, and `iter(stream)` continues from it."""
         if self._batches is not None:
             _close(self._batches)
 
+    def _plan(self) -> Plan:
+        return Plan(self.sources, self.shares, self.config, self.resolutions, self.batch_size, self.seed, self.lanes)
+
     def _iterate(self) -> Generator[Batch]:
         self._check_shared_memory()
-        lane_batches = LaneBatches(
-            self.sources,
-            self.shares,
-            self.config,
-            self.resolutions,
-            self.batch_size,
-            self.seed,
-            copy.deepcopy(self._lanes),
-            self.lanes,
-            first=self._next_batch + self.rank,
-            step=self.world_size,
-        )
+        first, step = self._next_batch + self.rank, self.world_size
+        lane_batches = LaneBatches(self._plan(), copy.deepcopy(self._lanes), first, step)
         loader = DataLoader(
             lane_batches,
             batch_size=None,
@@ -183,9 +178,9 @@ class ImageStream:
         except Exception as error:
             if self.config.num_workers == 0:
                 raise
-            # The loader's frames would keep its workers alive for as long as the error is. Nothing is lost with them:
-            # the message holds the traceback of the worker.
-            if isinstance(error, SourceError):  # what it says itself is the last line
+            # The loader's frames would keep its workers alive as long as the error exists. Nothing is lost without
+            # them: the message holds the traceback of the worker.
+            if isinstance(error, SourceError):  # its own message is the last line
                 error.args = (str(error).rstrip().rpartition("\n")[2].rpartition("errors.SourceError: ")[2],)
             raise error.with_traceback(None) from None
 
@@ -200,7 +195,7 @@ class ImageStream:
         return _sum_skipped(list(self._lanes.values()))
 
     def check(self) -> None:
-        """Read a little of the source before long work starts.
+        """Reads a little of the source before long work starts.
 
         Raises:
             ValueError: none of the first images can be decoded, there are too few for one batch of all ranks, or the
@@ -212,6 +207,7 @@ class ImageStream:
 
     def _check_source(self, source: Source, share: float) -> None:
         names, first, generator = [], Counter[str](), np.random.default_rng(0)
+        whole = dataclasses.replace(self.config, crop_scale=(1, 1), crop_ratio=(1, 1), horizontal_flip=False)
         needed = max(math.ceil(share * self.batch_size * self.world_size), self.lanes)
         records = itertools.chain.from_iterable(map(source.records, range(len(source.shards))))
         count, decoded, hint = 0, False, ""
@@ -219,8 +215,7 @@ class ImageStream:
             if not decoded and count <= MIN_SEEN_FOR_SHARE:
                 data = source.read(image)
                 try:
-                    bounds = (self.config.min_side, self.config.max_pixels)
-                    load_crops(data, [8], generator, (1, 1), (1, 1), False, *bounds)
+                    load_crops(data, [8], generator, whole)
                     decoded = True
                 except SkippedImage as error:
                     first[error.reason] += 1
@@ -248,8 +243,10 @@ class ImageStream:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch taken, as plain JSON types. Holds the lanes of this rank only;
-        `merge_states` joins those of all ranks."""
+        """The position after the last batch taken, as plain JSON types.
+
+        It holds only the lanes of this rank; `merge_states` joins those of all ranks.
+        """
         return {
             "order": self._order(),
             "lane_count": self.lanes,
@@ -259,8 +256,10 @@ class ImageStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was saved. Workers, ranks, resolutions and batch size may differ from then; with
-        another batch size (that of the state is `state["batch_size"]`) the images to come are grouped differently.
+        """Continues where `state` was saved.
+
+        Workers, ranks, resolutions and batch size may have changed; with another batch size (that of the state is
+        `state["batch_size"]`) the images to come are grouped differently.
 
         Raises:
             ValueError: the source, the seed or a setting that decides the order is not the same, or the state lacks
@@ -268,7 +267,7 @@ class ImageStream:
         """
         now = self._order()
         for field in set(now) - set(state["order"]):
-            if field.endswith("row_ranges") or field == "max_pixels":  # saved before there were such: goes on without
+            if field.endswith("row_ranges") or field == "max_pixels":  # saved by an earlier version
                 del now[field]
         changed = [
             f"{field}: {state['order'].get(field)!r} when saved, {now.get(field)!r} now"
@@ -324,9 +323,9 @@ class ImageStream:
         if not os.path.isdir("/dev/shm"):
             return
         needed = self.config.num_workers * (PREFETCH + 1) * slot_bytes(self.batch_size, self.resolutions)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, which share its memory
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # those of this machine share its memory
         usage = shutil.disk_usage("/dev/shm")
-        # Once the others have started, what they hold is no longer free and must not be counted twice.
+        # once the others have started, the memory that they hold is not free, and must not be counted twice
         if ranks * needed <= (usage.free if before_start else usage.total) and needed <= usage.free:
             return
         of_all = f" on each of {ranks} ranks of this machine" if ranks > 1 else ""
@@ -363,7 +362,7 @@ class ImageStream:
         }
 
     def _count(self, positions: dict[str, dict[str, Any]]) -> None:
-        """Move on to `positions`, and look at each data set's share of skipped images."""
+        """Advances to `positions`, and checks each data set's share of skipped images."""
         epochs = {name: self._epoch(name) for name in self.sources}
         for key, position in positions.items():
             for offender in position["offenders"][len(self._lanes[key]["offenders"]) :]:
@@ -373,7 +372,7 @@ class ImageStream:
             self._check_skipped(name, epoch_ended=self._epoch(name) > epochs[name])
 
     def _epoch(self, name: str) -> int:
-        """The pass over a data set that is not yet finished by all lanes of this rank."""
+        """The first pass over a data set that not all lanes of this rank have finished."""
         return min(self._lanes[key]["epoch"] for key in self._lanes_of[name])
 
     def _check_skipped(self, name: str, epoch_ended: bool) -> None:
@@ -383,7 +382,7 @@ class ImageStream:
         if seen < MIN_SEEN_FOR_SHARE:
             if not epoch_ended:
                 return
-            counted *= self.world_size  # too few to speak for the other ranks, whose images may all be fine
+            counted *= self.world_size  # too few to judge the other ranks, whose images may all be fine
         if sum(reasons.values()) > self.config.max_skipped_share * counted:
             offenders = [offender for lane in lanes for offender in lane["offenders"]]
             raise SourceError(
@@ -395,7 +394,7 @@ class ImageStream:
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the `state_dict` of every rank into one from which any number of ranks can resume.
+    """Joins the `state_dict`s of all ranks into one from which any number of ranks can resume.
 
     Raises:
         ValueError: the states are not of the same run and step.
@@ -417,7 +416,7 @@ def _sum_skipped(lanes: list[dict[str, Any]]) -> dict[str, int]:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Every stage of a run opens its data anew."""
+    """Once per message, as every stage of a run opens its data anew."""
     logger.warning(message)
 
 

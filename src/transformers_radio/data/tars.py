@@ -1,4 +1,4 @@
-"""Images out of webdataset tars: of each sample the image alone is read, whatever lies beside it."""
+"""Images from webdataset tars: only the image of each sample is read, whatever lies beside it."""
 
 import bz2
 import contextlib
@@ -17,16 +17,16 @@ from .images import EXTENSIONS, SkippedImage
 from .remote import is_url, named, open_stream, size_of
 from .retry import is_temporary
 
-# Samples of a tar, and tars, that are looked at to learn which extension is the image's.
+# Number of samples per tar, and of tars, that are looked at to learn which extension is the image's.
 SAMPLES_LOOKED_AT = 20
 TARS_LOOKED_AT = 20
-# As webdataset splits names: the key ends at the first dot of the file's own name, the field is the rest.
+# Names are split as webdataset splits them: the key ends at the first dot of the file's own name; the field follows.
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-# Bytes that are read at once, so that a header that states more than there is takes no memory.
+# Bytes that are read at once, so that a header that states too large a size takes no memory.
 PIECE = 2**20
 # The largest file that is read into memory. Pillow refuses images of far fewer pixels.
 LARGEST_FILE = 2**31
-# Zeros behind the end of a tar: writers fill up to 10 KiB, the largest records of tapes are below this.
+# Zeros after the end of a tar: writers fill up to 10 KiB; the largest records of tapes are below this.
 LARGEST_PADDING = 2**20
 
 
@@ -60,12 +60,12 @@ def is_image(field: str) -> bool:
 def read_tar(
     path: str, fields: list[str], is_given: bool, indices: range
 ) -> Iterator[tuple[str, bytes | SkippedImage | None]]:
-    """Yield (key, image file or None) of the samples of these numbers.
+    """Yields (key, image file or None) of the samples with these numbers.
 
     Args:
-        fields: from `find_fields`. Of another sample an image of any extension is read that stands at the same place:
-            where these are KEY.jpg, also KEY.PNG but not KEY.mask.png.
-        is_given: the recipe names the field, so that no other is read.
+        fields: from `find_fields`. A sample without them may have its image under another extension at the same place:
+            beside KEY.jpg that is KEY.PNG, but not KEY.mask.png.
+        is_given: whether the recipe names the field, so that no other is read.
     """
     for key, image, _ in read_samples(path, fields, is_given, indices):
         yield key, image
@@ -76,7 +76,7 @@ def read_samples(
 ) -> Iterator[tuple[str, bytes | SkippedImage | None, bytes | None]]:
     """As `read_tar`, with the content of the field `beside` (such as "cls") of each sample, or None.
 
-    In place of an image that is a link there is the error by which it is counted.
+    An image that is a link is replaced by the error that it is counted as.
 
     Raises:
         FileError, OSError: the tar is damaged or incomplete, or cannot be read.
@@ -102,7 +102,7 @@ def read_samples(
 
 
 def count_samples(path: str) -> int:
-    """From the headers alone, where the tar lies on a disk.
+    """The number of samples in a tar; on a disk, only the headers are read.
 
     Raises:
         FileError, OSError: as `read_samples`.
@@ -112,7 +112,7 @@ def count_samples(path: str) -> int:
 
 
 class Header(tarfile.TarInfo):
-    """A damaged header, and the lack of one, are errors. `tarfile` itself takes both for the end of the tar."""
+    """A header that is an error if damaged or missing; `tarfile` itself takes both for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "Header":
@@ -132,11 +132,11 @@ class Header(tarfile.TarInfo):
 
 
 class Forward:
-    """What `tarfile` reads from: a piece at a time, however much a header states, and forward only.
+    """What `tarfile` reads from: piece by piece, whatever size a header states, and only forward.
 
     Args:
-        file: needs nothing but `read`, which may return less than it is asked for.
-        size: of a file on a disk, in bytes, where places can be sought.
+        file: needs only `read`, which may return less than it is asked for.
+        size: in bytes, for a file on a disk, in which positions can be sought.
     """
 
     def __init__(self, file: IO[bytes], size: int | None = None):
@@ -159,7 +159,7 @@ class Forward:
             if piece := self.ahead[:left]:
                 self.ahead = self.ahead[left:]
             elif self.has_ended or not (piece := self.file.read(min(left, PIECE))):
-                self.has_ended = self.size is None  # to read on there is a warning of aiohttp
+                self.has_ended = self.size is None  # aiohttp warns about reading further
                 break
             pieces.append(piece)
             left -= len(piece)
@@ -182,10 +182,10 @@ class Forward:
 
 @contextlib.contextmanager
 def open_tar(path: str) -> Iterator[tarfile.TarFile]:
-    """Open a tar, compressed or not. From a server everything is read once, in order.
+    """Opens a tar, compressed or not. On a server everything is read once, in order.
 
     Raises:
-        FileError: also within, when what is read proves to be damaged or incomplete.
+        FileError: also later, within the block, if what is read proves to be damaged or incomplete.
     """
     with named(path), open_stream(path) as stream:
         stored = Forward(stream, None if is_url(path) else os.fstat(stream.fileno()).st_size)
@@ -198,7 +198,7 @@ def open_tar(path: str) -> Iterator[tarfile.TarFile]:
         except (tarfile.ReadError, EOFError) as error:
             at = f"at byte {file.tell():,}" + (" when decompressed" if file is not stored else "")
             if is_url(path) and is_temporary(error) and stored.tell() == _stated_size(path):
-                # not a transfer that has ended early: a second one would end there too
+                # the transfer has not ended early: a second one would end there too
                 reason = str(error).replace("unexpected end of data", "the file ends too early")
                 raise tarfile.ReadError(f"{reason}, {at}") from None
             raise type(error)(f"{error}, {at}") from None
@@ -223,12 +223,12 @@ def _stated_size(url: str) -> int | None:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInfo, str, str]]:
-    """Yield (number of the sample, member, key of the sample, field). Hidden files belong to none."""
+    """Yields (number of the sample, member, key of the sample, field). Hidden files belong to no sample."""
     file: Any = tar.fileobj
     number, current = -1, ""
     fields: set[str] = set()
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # a tar keeps every header that it has read
+        tar.members = []  # type: ignore[attr-defined]  # TarFile keeps every header that it has read
         if tar.offset < file.tell() or (file.size is not None and tar.offset > file.size):
             there = "" if file.size is None else f" in a file of {file.size:,}"
             raise tarfile.ReadError(
@@ -237,7 +237,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInfo, str, 
         name = NAME.fullmatch(member.name)
         is_file = member.isreg() or member.islnk() or member.issym() or member.isdev()
         if name and is_file and not os.path.basename(member.name).startswith((".", "__")):
-            if name[1] != current or name[2] in fields:  # a name a second time is another sample
+            if name[1] != current or name[2] in fields:  # a repeated name begins another sample
                 number, current, fields = number + 1, name[1], set()
             fields.add(name[2])
             yield number, member, name[1], name[2]
@@ -245,7 +245,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInfo, str, 
 
 
 def _check_end(file: Forward) -> None:
-    """Read what follows the block of zeros at the end of a tar."""
+    """Checks what follows the block of zeros at the end of a tar."""
     padding = 0
     while piece := file.read():
         padding += len(piece)
@@ -266,10 +266,10 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
             f"the header of {member.name!r} states {member.size:,} bytes; expected at most {LARGEST_FILE:,}"
         )
     content = tar.extractfile(member)
-    assert content is not None  # of a regular file
+    assert content is not None  # as the member is a regular file
     return content.read()
 
 
 def _first(found: dict[str, bytes | SkippedImage], fields: list[str]) -> bytes | SkippedImage | None:
-    """A sample with images of several extensions: one that the first samples had, else the first that is there."""
+    """The image of a sample that has several: one with an extension of the first samples, else the first one."""
     return next((found[field] for field in (*fields, *found) if field in found), None)

@@ -1,18 +1,18 @@
-"""Local folders and patterns -> files, links followed once, and what is said about folders that are not read."""
+"""Local folders and patterns -> files, links followed once, and notes about folders that are not read."""
 
 import fnmatch
 import glob
 import os
 
-# Names that a message lists before it goes on with "and ... more".
+# Number of names that a message lists before "and ... more".
 MAX_LISTED = 5
 
 
 def walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """-> (every folder from `root` on with the names of its files, sentences about what was left out).
+    """(Every folder from `root` on with the names of its files, notes about what was left out.)
 
-    Hidden folders are left out. Links to folders are followed, but no folder is read twice: none that a link leads to
-    a second time, and none that holds the root itself.
+    Hidden folders are left out. Links to folders are followed, but no folder is read twice: neither one that a second
+    link leads to, nor one that holds the root itself.
     """
     listed: list[tuple[str, list[str]]] = []
     refused: list[str] = []
@@ -32,7 +32,7 @@ def walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
         while inside:
             parent = inside.pop()
             real_parent = os.path.realpath(parent)
-            if real_parent in read:  # a link to it was met before the link to a folder above it
+            if real_parent in read:  # a link to it came before the link to a folder above it
                 continue
             try:
                 folders, names, others = _look_into(parent)
@@ -62,9 +62,9 @@ def walk(root: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
 
 
 def match_local(pattern: str) -> tuple[list[str], list[str]]:
-    """-> (the files that match, each once by its shortest path; sentences about what was left out).
+    """(The files that match, each once by its shortest path; notes about what was left out.)
 
-    `glob.glob` by itself follows links in circles where it meets `**`, and with two of them for ever.
+    With `**`, `glob.glob` itself follows links in circles; with two of them, endlessly.
     """
     files, notes = _match(pattern)
     real_folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(file) for file in files}}
@@ -97,7 +97,7 @@ def _match(pattern: str) -> tuple[list[str], list[str]]:
 
 
 def _match_in_folders(pattern: str) -> tuple[list[str], list[str]]:
-    """`glob.glob` of a pattern without `**`, but files only, and without asking the disk about each of them."""
+    """`glob.glob` of a pattern without `**`: only files, and without asking the disk about each of them."""
     folder, name = os.path.split(pattern)
     if not glob.has_magic(name):
         return [file for file in glob.glob(pattern) if os.path.isfile(file)], []
@@ -107,7 +107,7 @@ def _match_in_folders(pattern: str) -> tuple[list[str], list[str]]:
         try:
             _, names, others = _look_into(parent)
         except OSError:
-            continue  # as `glob` does with what is no folder, or cannot be opened
+            continue  # as `glob` does with what is not a folder, or cannot be opened
         is_hidden_meant = name.startswith(".")
         for found, places in ((names, files), (others, special)):
             places += [
@@ -119,13 +119,13 @@ def _match_in_folders(pattern: str) -> tuple[list[str], list[str]]:
 
 
 def file_names(folder: str) -> set[str]:
-    """Of the files there. A link counts as one, as to look at each of very many takes long."""
+    """The names of the files in a folder. A link counts as a file: looking at each of very many would take long."""
     with os.scandir(folder) as entries:
         return {entry.name for entry in entries if entry.is_symlink() or entry.is_file(follow_symlinks=False)}
 
 
 def _look_into(folder: str) -> tuple[list[str], list[str], list[str]]:
-    """-> (names of folders; of files and of links to nowhere, which will be missed; of pipes, sockets and devices)."""
+    """(Names of folders; of files, and of links to nowhere, which will be missed; of pipes, sockets and devices.)"""
     folders: list[str] = []
     files: list[str] = []
     special: list[str] = []

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from .classification.zero_shot import openai_imagenet_templates as openai_imagenet_templates
     from .classification.zero_shot import zero_shot_accuracy as zero_shot_accuracy
     from .classification.zero_shot import zero_shot_classifier as zero_shot_classifier
-    from .images.labelled import LabelledImages as LabelledImages
-    from .images.labelled import extract_summaries as extract_summaries
-    from .images.labelled import load_labelled_images as load_labelled_images
+    from .images.labeled import LabelledImages as LabelledImages
+    from .images.labeled import load_labelled_images as load_labelled_images
+    from .images.summaries import extract_summaries as extract_summaries
     from .pca import pca_rgb as pca_rgb
     from .report.table import Row as Row
     from .report.table import Table as Table
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .speed.timing import throughput_conditions as throughput_conditions
 
 _MODULES = {
-    "LabelledImages": "images.labelled",
+    "LabelledImages": "images.labeled",
     "Row": "report.table",
     "Table": "report.table",
-    "extract_summaries": "images.labelled",
+    "extract_summaries": "images.summaries",
     "knn_accuracy": "classification.knn",
-    "load_labelled_images": "images.labelled",
+    "load_labelled_images": "images.labeled",
     "openai_imagenet_templates": "classification.zero_shot",
     "pca_rgb": "pca",
     "throughput": "speed.timing",

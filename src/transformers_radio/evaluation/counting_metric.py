@@ -1,16 +1,20 @@
-"""What the metrics of the `evaluate` library here have in common: they count, and keep nothing that they count."""
+"""What our metrics of the `evaluate` library have in common: they count examples and keep none of them."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import datasets
 import evaluate
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 
 
 class CountingMetric(evaluate.Metric):
     """Examples are counted as they are added, so that a split of any size fits; needs no network.
 
-    A metric has `description`, `inputs` and `schema`, what `evaluate` says of it, and `_reset`, `add` and `_scores`.
+    A subclass sets `description`, `inputs` and `schema`, which `evaluate` shows, and defines `_reset`, `add` and
+    `_scores`.
     """
 
     description = ""
@@ -30,11 +34,11 @@ class CountingMetric(evaluate.Metric):
         )
 
     def _reset(self) -> None:
-        """Forget what was counted."""
+        """Forgets what was counted."""
         raise NotImplementedError
 
     def _scores(self) -> dict[str, Any]:
-        """Of what was counted. ValueError where there is nothing to score."""
+        """The scores of what was counted. ValueError where there is nothing to score."""
         raise NotImplementedError
 
     def add(self, *, prediction: Any, reference: Any) -> None:
@@ -42,7 +46,7 @@ class CountingMetric(evaluate.Metric):
         raise NotImplementedError
 
     def add_batch(self, *, predictions: Iterable[Any], references: Iterable[Any]) -> None:
-        """Counts several.
+        """Counts several examples.
 
         Raises:
             ValueError: another number of predictions than references, or what `add` refuses.
@@ -53,7 +57,7 @@ class CountingMetric(evaluate.Metric):
     def compute(
         self, *, predictions: Iterable[Any] | None = None, references: Iterable[Any] | None = None
     ) -> dict[str, Any]:
-        """Scores of all examples since the last `compute`, those given here included.
+        """The scores of all examples since the last `compute`, those given here included.
 
         Raises:
             ValueError: there is nothing to score.
@@ -63,3 +67,8 @@ class CountingMetric(evaluate.Metric):
         scores = self._scores()
         self._reset()
         return scores
+
+
+def total(counts: torch.Tensor) -> torch.Tensor:
+    """The sum of these counts over all processes of `accelerate launch`, on the CPU; every process has to call it."""
+    return reduce(counts.to(PartialState().device), "sum").cpu()

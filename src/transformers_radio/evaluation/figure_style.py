@@ -1,11 +1,12 @@
 """The style of all pictures: colors, type, axes, and how a figure becomes a file."""
 
-import os
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from transformers_radio.disk import replace_whole
 
 # Okabe and Ito's colors, which stay apart for the color-blind
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -20,7 +21,7 @@ DPI = 200
 
 
 def new_figure(width: float, height: float, dpi: int = DPI, layout: str | None = "constrained") -> Figure:
-    """A white figure of so many inches."""
+    """A white figure of this size in inches."""
     return Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)  # type: ignore[arg-type]
 
 
@@ -38,22 +39,20 @@ def style_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def panel_grid(panels: int) -> tuple[int, int]:
-    """Rows and columns for so many panels: up to three side by side, four as two by two."""
+    """Rows and columns for this number of panels: up to three side by side, four as two by two."""
     columns = 2 if panels == 4 else min(panels, 3)
     return -(-panels // columns), columns
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a PNG, or with the suffix .pdf vectors with their fonts in them; the folder is made.
+    """Writes a PNG, or with the suffix .pdf a vector file that contains its fonts; the folder is made.
 
-    The file is replaced in one step, so that a reader never meets half a file. The same figure gives the same bytes.
+    The file is written whole. The same figure gives the same bytes.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     kind = path.suffix.removeprefix(".")
     metadata = {"CreationDate": None} if kind == "pdf" else None
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: publishers refuse matplotlib's default
+    # fonts as TrueType: publishers refuse matplotlib's default
+    with matplotlib.rc_context({"pdf.fonttype": 42}), replace_whole(path) as temporary:
         figure.savefig(temporary, format=kind, metadata=metadata)
-    os.replace(temporary, path)
     return path

@@ -1,11 +1,11 @@
 """Paths as users write them: what `~` stands for, what results call a path, and what its files are known by."""
 
 import glob
-import hashlib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
+
+from transformers_radio.disk import fingerprint_files
 
 
 def expand_home(path: str) -> str:
@@ -17,8 +17,8 @@ def expand_home(path: str) -> str:
 def path_name(path: str | Path) -> str:
     """What results call a path, a URL or a name on the Hub: its last part.
 
-    Of `.` and `..` it is the name of the folder that is meant; of a pattern such as birds/*.tar the last part before
-    the wildcards.
+    `.` and `..` give the name of the folder that is meant, a pattern such as birds/*.tar the last part before the
+    wildcards.
     """
     text = str(path)
     if "://" not in text and glob.has_magic(text) and not os.path.exists(text):
@@ -26,15 +26,6 @@ def path_name(path: str | Path) -> str:
         text = plain.group() if plain else text
     name = Path(text).name
     return Path(text).resolve().name if name in ("", "..") else name
-
-
-def fingerprint_files(files: Iterable[str], folder: str | Path) -> str:
-    """A hash of the names below `folder`, sizes and dates of local files. Moving the folder does not change it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        status = os.stat(file)
-        digest.update(repr((os.path.relpath(file, folder), status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()
 
 
 def fingerprint_checkpoint(checkpoint: str | None) -> str | None:

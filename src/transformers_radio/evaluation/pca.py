@@ -5,16 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
-# Vision transformers have a few high-norm artefact patches (about 2% in DINOv2-g) that would take over the basis.
+# Vision transformers have a few high-norm artifact patches (about 2% in DINOv2-g) that would take over the basis.
 OUTLIER_SHARE = 0.03
 CLIP_PERCENTILES = (1.0, 99.0)
 
 
 @dataclass
 class PcaBasis:
-    """Three directions and their colour scale, all float64 on the CPU.
+    """Three directions and their color scale, all float64 on the CPU.
 
-    mean: (C,). directions: (C, 3), the strongest first. low, high: (3,), the components that are 0 and 1 as colours.
+    Attributes:
+        mean: (C,).
+        directions: (C, 3), the strongest first.
+        low, high: (3,), the components whose color is 0 and 1.
     """
 
     mean: torch.Tensor
@@ -22,7 +25,7 @@ class PcaBasis:
     low: torch.Tensor
     high: torch.Tensor
 
-    def colours(self, features: torch.Tensor) -> torch.Tensor:
+    def colors(self, features: torch.Tensor) -> torch.Tensor:
         """(patches, C) -> float32 (patches, 3) in [0, 1].
 
         Raises:
@@ -36,7 +39,7 @@ class PcaBasis:
 
 
 def fit_pca(features: Sequence[torch.Tensor]) -> PcaBasis:
-    """The basis and the colour scale of all these patches together, each (patches, C) with C >= 3.
+    """The basis and the color scale of all these patches together, each (patches, C) with C >= 3.
 
     The basis leaves out the 3% of patches farthest from the median, each component's scale is its 1st to 99th
     percentile, and its sign makes its largest loading positive, so that the same features always give the same basis.
@@ -61,9 +64,9 @@ def fit_pca(features: Sequence[torch.Tensor]) -> PcaBasis:
 def pca_rgb(
     features: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]], basis: PcaBasis | None = None
 ) -> list[torch.Tensor]:
-    """Three principal components of the patches of all images as colours: per image float32 (h, w, 3) in [0, 1].
+    """Three principal components of the patches of all images as colors: per image float32 (h, w, 3) in [0, 1].
 
-    One basis and one colour scale serve all the images, so that equal colours mean equal content.
+    One basis and one color scale serve all the images, so that equal colors mean equal content.
 
     Args:
         features: per image (h * w, C), row-major, C >= 3.
@@ -80,6 +83,6 @@ def pca_rgb(
             raise ValueError(f"The features are {tuple(feature.shape)}; expected ({h} * {w}, C) with C >= 3.")
     basis = fit_pca(features) if basis is None else basis
     return [
-        basis.colours(feature).reshape(h, w, 3)  # (h * w, 3) -> (h, w, 3)
+        basis.colors(feature).reshape(h, w, 3)  # (h * w, 3) -> (h, w, 3)
         for feature, (h, w) in zip(features, grids, strict=True)
     ]

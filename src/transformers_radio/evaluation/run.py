@@ -1,35 +1,49 @@
 """`transformers-radio eval TASK`: a task's settings from its recipe and `key=value`, then the task itself."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from transformers_radio.evaluation.models.specs import check_model, split_title
-from transformers_radio.training.recipe import quoted
+from transformers_radio.evaluation.models.specs import ModelSpec, check_model
+from transformers_radio.settings import quoted
 
 from .paths import expand_home
 from .result import Result, slug
 
-# task -> its module and its settings
+if TYPE_CHECKING:
+    from .task import Task
+
+# Task -> "module:subclass of Task". The order is that of the report's columns, which is the paper's Table 1.
 TASKS = {
-    "knn": ("classification.knn_task", "KnnConfig"),
-    "zero-shot": ("classification.zero_shot_task", "ZeroShotConfig"),
-    "segmentation": ("segmentation.task", "SegmentationTaskConfig"),
-    "sam-coco": ("sam_coco.task", "SamCocoTaskConfig"),
-    "llava": ("llava.task", "LlavaConfig"),
-    "throughput": ("speed.task", "ThroughputConfig"),
-    "resolution": ("resolution.task", "ResolutionConfig"),
-    "features": ("features.task", "FeaturesConfig"),
+    "zero-shot": "transformers_radio.evaluation.classification.zero_shot_task:ZeroShot",
+    "knn": "transformers_radio.evaluation.classification.knn_task:Knn",
+    "segmentation": "transformers_radio.evaluation.segmentation.task:Segmentation",
+    "llava": "transformers_radio.evaluation.llava.task:Llava",
+    "sam-coco": "transformers_radio.evaluation.sam_coco.task:SamCoco",
+    "throughput": "transformers_radio.evaluation.speed.task:Throughput",
+    "resolution": "transformers_radio.evaluation.resolution.task:Resolution",
+    "features": "transformers_radio.evaluation.features.task:Features",
 }
-# Their work is not spread over processes: each would do all of it, and write the same files.
-ONE_PROCESS = ("sam-coco", "throughput", "resolution", "features")
 PICTURES = ("features", "attention", "positions", "heat-map", "masks")  # of `transformers-radio visualize`
+
+
+def load_task(name: str) -> "type[Task]":
+    """The class of a task; torch is imported with it.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}: use one of {', '.join(TASKS)}.")
+    module, _, task = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), task)
 
 
 def run_task(
@@ -39,28 +53,26 @@ def run_task(
     recipe: str | Path | None = None,
     output: str | Path = "runs/eval",
     overrides: list[str] | None = None,
-    models_file: str | Path | None = None,
 ) -> list[Result]:
-    """Measure; what is finished in `output` with the same settings is not done again.
+    """Measure; what is finished in `output` with the same settings is not measured again.
 
     Args:
         task: one of `TASKS`.
-        models: see `encoder.load_encoder`.
+        models: see `models.encoder.load_encoder`.
         data: the field `data` of the task's settings.
         recipe: a YAML file of settings, such as those in recipes/evaluation/.
         output: OUTPUT/<model>/<task>.<data>.json holds a result.
-        overrides: `key=value`, over the recipe's.
-        models_file: a YAML file of models by title, such as recipes/evaluation/table1.yaml: `models` may name its
-            titles, and without `models` all of them are measured.
+        overrides: `key=value`, which win over the recipe's.
+
+    Returns:
+        One result per model, in their order.
 
     Raises:
-        FileNotFoundError: there is no `models_file`.
         ValueError: an unknown task or setting, a missing one, two models of one name, more processes than the task
             can use, or what the task itself refuses.
     """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}: use one of {', '.join(TASKS)}.")
-    models = models if models_file is None else named_models(models_file, models)
     if not models:
         raise ValueError("There is no model to evaluate: name at least one with --model.")
     models, output = [expand_home(model) for model in models], Path(expand_home(str(output)))
@@ -69,28 +81,27 @@ def run_task(
         check_model(model)
     import torch  # only now: what is mistyped has been named
 
-    from transformers_radio.evaluation.images.summaries import start_processes
+    from transformers_radio.evaluation.processes import process_state
     from transformers_radio.precision import warn_if_slow
 
-    module_name, config_name = TASKS[task]
-    module = importlib.import_module(f"transformers_radio.evaluation.{module_name}")
-    config = load_config(getattr(module, config_name), data, recipe, overrides)
-    state = start_processes()
-    if task in ONE_PROCESS and state.num_processes > 1:
+    task_class = load_task(task)
+    config = load_config(task_class.config_class, data, recipe, overrides, task_class.passed_over)
+    state = process_state()
+    if state.num_processes > 1 and not task_class.several_processes:
         raise ValueError(
             f"eval {task} runs in one process, but {state.num_processes} were started: run it without accelerate "
             "launch, the models in commands of their own where there are several devices."
         )
-    names = [slug(split_title(model)[0]) for model in models]
+    names = [slug(ModelSpec.parse(model).title) for model in models]
     if len(set(names)) < len(names):  # they would share their files
         raise ValueError(f"Two of {', '.join(models)} have one name: give them titles, as TITLE=MODEL.")
     if state.is_main_process:
         warn_if_slow(asked_precisions(config), torch.device(getattr(config, "device", None) or state.device))
-    return module.run(models, config, output)
+    return task_class(config, output).run(models)
 
 
 def asked_precisions(config: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """Setting -> (the precision that it asks for, what to set where that is slow), settings within settings too."""
+    """Setting -> (the precision that it asks for, what to set if that is slow); "outer.inner" for nested settings."""
     found: dict[str, tuple[str, str]] = {}
     instead = {"dtype": "float32", "mixed_precision": "no"}
     for setting in fields(config):
@@ -127,7 +138,7 @@ def named_models(path: str | Path, chosen: list[str]) -> list[str]:
 
 
 def check_pictures(kind: str, models: list[str], recipe: str | Path | None, overrides: list[str] | None) -> None:
-    """Of `transformers-radio visualize`, before torch is loaded.
+    """Check the arguments of `transformers-radio visualize`, before torch is loaded.
 
     Raises:
         FileNotFoundError, ValueError: an unknown kind or type of model, no model, a file or model that is not there.
@@ -149,9 +160,18 @@ def _check_form(recipe: str | Path | None, overrides: list[str] | None) -> None:
             raise ValueError(f"{override!r} is not of the form key=value, such as k=20.")
 
 
-def load_config(schema: type, data: str | None, recipe: str | Path | None, overrides: list[str] | None) -> Any:
-    """The task's settings, checked against its fields; the overrides win over the recipe, `data` over both. `~` at the
-    beginning of any of them is the home folder.
+def load_config(
+    schema: type,
+    data: str | None,
+    recipe: str | Path | None,
+    overrides: list[str] | None,
+    passed_over: Sequence[str] = (),
+) -> Any:
+    """The settings, checked against the fields of `schema`. Overrides win over the recipe, `data` wins over both. `~`
+    at the beginning of any of them is the home folder.
+
+    Args:
+        passed_over: fields that the recipe may hold although `schema` does not have them.
 
     Raises:
         FileNotFoundError: no such recipe.
@@ -161,7 +181,10 @@ def load_config(schema: type, data: str | None, recipe: str | Path | None, overr
     try:
         parts = [OmegaConf.structured(schema)]
         if recipe is not None:
-            parts.append(OmegaConf.load(expand_home(str(recipe))))
+            written = OmegaConf.load(expand_home(str(recipe)))
+            if isinstance(written, DictConfig):
+                written = OmegaConf.masked_copy(written, [str(key) for key in written if key not in passed_over])
+            parts.append(written)
         parts.append(OmegaConf.from_dotlist([quoted(schema, override) for override in overrides or []]))
         if data is not None:
             nested = OmegaConf.is_config(parts[0].data) if not OmegaConf.is_missing(parts[0], "data") else False
@@ -180,7 +203,7 @@ def load_config(schema: type, data: str | None, recipe: str | Path | None, overr
 
 
 def _expanded(value: Any) -> Any:
-    """The settings with the home folder in the place of `~`."""
+    """The settings with the home folder in place of `~`."""
     if isinstance(value, str):
         return expand_home(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The model family: needs torch and transformers alone; its files are the remote code of a Hub repository."""
+"""The model family: needs only torch and transformers; its files are the remote code of a Hub repository."""
 
 from importlib import import_module
 

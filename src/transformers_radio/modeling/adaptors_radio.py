@@ -13,7 +13,7 @@ from .inputs_radio import returns_tensors_only
 
 @dataclass
 class AdaptorOutput(ModelOutput):
-    """What the student says in one teacher's space; float32.
+    """What the student predicts of one teacher: its summary and features, in float32.
 
     Args:
         summary (`torch.Tensor` of shape `(batch, summary_dim)`): `None` for a teacher without a summary (SAM).

@@ -199,7 +199,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         """Configuration of a named size, e.g. `RadioConfig.from_size("vit-b-16", num_cls_tokens=1)`.
 
         Raises:
-            ValueError: `size` is not one of `RadioConfig.sizes()`, or an override is no field of the configuration.
+            ValueError: `size` is not one of `RadioConfig.sizes()`, or an override is not a field of the configuration.
         """
         sizes = cls.sizes()
         if size not in sizes:
@@ -217,14 +217,15 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         """Configuration of a student that is trained from scratch.
 
         Args:
-            size: one of `RadioConfig.sizes()`.
-            adaptors: one entry per teacher, as in the configuration; `summary_token` is chosen here.
-            summary: `"cls_per_teacher"`, one CLS token per summary head; `"cls"`, one for all of them; or `"mean"`,
-                the average of the features (Table 5).
-            fields: further fields of the configuration, or other values than those of the size.
+            size (`str`): One of `RadioConfig.sizes()`.
+            adaptors (`dict[str, dict]`): One entry per teacher, as in the configuration; `summary_token` is chosen
+                here.
+            summary (`str`): `"cls_per_teacher"`, one CLS token per summary head; `"cls"`, one for all of them; or
+                `"mean"`, the average of the features (Table 5).
+            fields: Other fields of the configuration; they replace values of the size.
 
         Raises:
-            ValueError: an unknown size, summary or field, or a value out of range.
+            ValueError: An unknown size, summary or field, or a value out of range.
         """
         if summary not in ("cls_per_teacher", "cls", "mean"):
             raise ValueError(f'summary is {shown(summary)}, expected "cls_per_teacher", "cls" or "mean".')

@@ -1,28 +1,31 @@
 """Configuration of a RADIO backbone inside a transformers detector or segmenter."""
 
+from typing import Any
+
 from transformers import AutoConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_radio import RadioConfig
 from .errors_radio import shown
+from .fields_radio import PartConfigMixin
 
 
-class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):  # type: ignore[misc]
+class RadioBackboneConfig(BackboneConfigMixin, PartConfigMixin, RadioConfig):  # type: ignore[misc]
     """A RADIO configuration plus the choice of feature maps, for `backbone_config=` of transformers' dense models.
 
     It is a type of its own because transformers knows type "radio" without a backbone class. It reads the folder of a
     RADIO student of ours: `RadioBackboneConfig.from_pretrained(folder, out_indices=[3, 6, 9, 12])`. A model that is
-    built from it has random weights; `load_student(model, folder)` puts the student's in.
+    built from it has random weights; `load_student(model, folder)` replaces them by the student's.
 
     Args:
-        out_features: names of the feature maps out of `stage_names`: "stem" (the embeddings), "stage1" to
+        out_features: names of the feature maps, from `stage_names`: "stem" (the embeddings), "stage1" to
             "stage<num_hidden_layers>" (after each block). The last one when neither this nor `out_indices` is given.
         out_indices: the same as indices into `stage_names`.
         reshape_hidden_states: True for maps (batch_size, hidden_size, h, w). False for sequences (batch_size,
             1 + h * w, hidden_size), one summary token and the patches, as DPT and Depth Anything expect them.
 
     Raises:
-        ValueError: for names or indices that do not exist, repeat, or are out of order.
+        ValueError: Names or indices that do not exist, repeat, or are out of order.
     """
 
     model_type = "radio_backbone"
@@ -62,19 +65,12 @@ class RadioBackboneConfig(BackboneConfigMixin, RadioConfig):  # type: ignore[mis
         return ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == RadioConfig.model_type:
-            config_dict["model_type"] = cls.model_type  # the same fields, so no warning about another type
-            config_dict.pop("auto_map", None)  # names the classes of the student
-        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
-        return config_dict, kwargs
-
-    def to_dict(self):
-        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
-        output = super().to_dict()
-        output.pop("_name_or_path", None)
-        return output
+    def _from_student(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        # the same fields but for the auto_map, which names the classes of the student
+        return {
+            **{key: value for key, value in config_dict.items() if key != "auto_map"},
+            "model_type": cls.model_type,
+        }
 
 
 RadioBackboneConfig.register_for_auto_class()

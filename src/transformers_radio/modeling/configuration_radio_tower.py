@@ -6,21 +6,21 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_radio import RadioConfig
-from .fields_radio import CheckedConfigMixin
+from .fields_radio import CheckedConfigMixin, PartConfigMixin
 
 
-class RadioVisionTowerConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
+class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     """A RADIO configuration as the `vision_config` of `transformers.LlavaConfig`.
 
     It also reads the folder of a RADIO student: `RadioVisionTowerConfig.from_pretrained(folder)`. A LLaVA that is
-    built from it has a tower with random weights; `load_student(llava, folder)` puts the student's in.
+    built from it has a tower with random weights; `load_student(llava, folder)` replaces them by the student's.
 
     Args:
         radio_config: the student's [`RadioConfig`], or its fields as a dict. The tower has no adaptors.
         image_size: nominal side of the input in pixels; the student's `preferred_resolution` when missing.
 
     Raises:
-        ValueError: when `image_size` is no multiple of the patch size.
+        ValueError: `image_size` is not a multiple of the patch size.
     """
 
     model_type = "radio_vision_tower"
@@ -53,21 +53,16 @@ class RadioVisionTowerConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ign
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == RadioConfig.model_type:
-            config_dict = {"model_type": cls.model_type, "radio_config": config_dict}
-        elif "model_type" not in config_dict:
+        if "model_type" not in config_dict:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: model_type is missing, expected {RadioConfig.model_type!r} or "
                 f"{cls.model_type!r}."
             )
-        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs
 
-    def to_dict(self):
-        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
-        output = super().to_dict()
-        output.pop("_name_or_path", None)
-        return output
+    @classmethod
+    def _from_student(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        return {"model_type": cls.model_type, "radio_config": config_dict}
 
     @classmethod
     def adopt(cls, config: PreTrainedConfig) -> Any:

@@ -1,4 +1,4 @@
-"""From an image file to upright 8-bit RGB: what the training reads and what the image processor reads are the same."""
+"""From an image file to upright 8-bit RGB: training and the image processor read the same pixels."""
 
 import io
 import os
@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, ImageFile
 
 Image.init()
-# Raster formats only: the others that Pillow knows include ones that start programs (EPS) or are no photographs.
+# Raster formats only: the others that Pillow knows include formats that start programs (EPS) or hold no photographs.
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 )
-# Width x height of the largest image that is decoded: room for the cameras of phones, and up to 3 GB to read one.
+# Width x height of the largest image that is decoded: phone cameras make smaller ones; decoding takes up to 3 GB.
 MAX_PIXELS = 120_000_000
-# No image of so many pixels is a larger file.
+# The file of an image with that many pixels is smaller.
 MAX_BYTES = 2**31
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG besides the critical ones that say something about its pixels.
@@ -25,7 +25,7 @@ PNG_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 # Chunks that may be damaged: they say nothing about the pixels. A damaged name is not among them.
 PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tIME")
 EXIF_ORIENTATION = 0x0112
-# EXIF orientation -> what brings the stored pixels upright (1, or anything else: nothing).
+# EXIF orientation -> what turns the stored pixels upright; with any other value they are upright already.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,7 +38,7 @@ UPRIGHT = {
 
 
 class SkippedImage(Exception):
-    """An image that cannot be used. `reason` is what the skip counters are kept by; the text says more."""
+    """An image that cannot be used. Skipped images are counted by `reason`; the message says more."""
 
     def __init__(self, reason: str, detail: object = ""):
         super().__init__(" ".join(str(detail).split()) or reason)
@@ -49,13 +49,13 @@ def read_file(path: str | os.PathLike) -> bytes:
     """The content of an image file on a disk.
 
     Raises:
-        OSError: there is none, or something else: a folder, or a pipe or device, which may have no end.
+        OSError: there is no such file, or it is a folder, a pipe or a device, which may have no end.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise FileNotFoundError("a folder, pipe or device, where a file is expected")
     if status.st_size > MAX_BYTES:
-        raise FileNotFoundError(f"a file of {status.st_size / 1e9:.1f} GB, which is no image")
+        raise FileNotFoundError(f"a file of {status.st_size / 1e9:.1f} GB, which is not an image")
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -73,7 +73,7 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read the header only, of a PNG all of it: what Pillow refuses may lie behind the pixels.
+    """Read the header only, but all of a PNG: what Pillow refuses may lie behind the pixels.
 
     Raises:
         SkippedImage: the file cannot be used.
@@ -84,7 +84,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = _open(data, max_pixels)
             load_pixels(image)
             return image
-        except SkippedImage as error:  # Pillow gives up over long comments and profiles, or a damaged one
+        except SkippedImage as error:  # Pillow refuses comments and profiles that are long or damaged
             if error.reason == "too large":
                 raise
             data = _only_pixels(data)
@@ -104,17 +104,17 @@ def load_rgb(image: Image.Image) -> Image.Image:
         image = _to_rgb(image)
     except SkippedImage:
         raise
-    except Exception as error:  # conversions that Pillow lacks, or palettes that are damaged
+    except Exception as error:  # conversions that Pillow lacks, or damaged palettes
         raise SkippedImage(f"unsupported mode {mode}", error) from None
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
-        image.info = {}  # holds the orientation as EXIF or XMP: whoever reads it would turn the image again
+        image.info = {}  # holds the orientation as EXIF or XMP: a reader would turn the image again
     return image
 
 
 def load_pixels(image: Image.Image) -> None:
-    """Decode what is open."""
-    # Other libraries set this switch of Pillow's for the whole process; half a picture is no training image.
+    """Decode the pixels of an open image, in place."""
+    # Other libraries set this switch of Pillow for the whole process; half a picture must not be trained on.
     allow_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         image.load()
@@ -125,12 +125,12 @@ def load_pixels(image: Image.Image) -> None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """As in EXIF, 1 to 8."""
+    """The orientation of the stored pixels as in EXIF, 1 to 8; 1 is upright."""
     if image.format not in ("JPEG", "MPO"):
         load_pixels(image)  # other formats may keep EXIF behind the pixels
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block says nothing against the pixels
+    except Exception:  # the pixels may be sound although the EXIF block is damaged
         return 1
 
 
@@ -143,7 +143,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             )
         levels = (levels.astype(np.uint16, copy=False) // 257).astype(np.uint8)
         return Image.fromarray(levels).convert("RGB")
-    if image.mode == "F":  # the range of floating-point pixels is anybody's guess
+    if image.mode == "F":  # the range of floating-point pixels is unknown
         raise SkippedImage("unsupported mode F", "mode 'F' has no defined range")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -171,7 +171,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _check_png(png: bytes) -> None:
-    """Pillow passes over the checksums of the pixels, and makes other pixels of damaged ones without a word."""
+    """Checks the checksums of the pixels. Pillow does not, and silently decodes damaged data to other pixels."""
     for name, chunk in _chunks(png):
         if name == b"IEND":
             return
@@ -194,7 +194,7 @@ def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _only_pixels(png: bytes) -> bytes:
-    """The file without texts, colour profiles and the like."""
-    # upper case: a reader has to understand it
+    """The file without texts, color profiles and the like."""
+    # upper case: a chunk that every reader has to understand
     kept = [chunk for name, chunk in _chunks(png) if name[:1].isupper() or name in PNG_CHUNKS]
     return b"".join([PNG_SIGNATURE, *kept])

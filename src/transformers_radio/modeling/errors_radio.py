@@ -1,4 +1,4 @@
-"""Errors in one line: of values, and of the files that a checkpoint consists of."""
+"""Errors in one line, for wrong values and for the files of a checkpoint."""
 
 import contextlib
 import json
@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 _LONGEST_VALUE = 100
 _LONGEST_MESSAGE = 1000
-# what readers of JSON, safetensors, pickles and ZIP archives raise at a file that is damaged or holds something else
+# what readers of JSON, safetensors, pickles and ZIP archives raise if a file is damaged or holds something else
 OF_DAMAGED_FILES = (
     SafetensorError,
-    StrictDataclassError,  # of the configurations of transformers
+    StrictDataclassError,  # raised by transformers' configurations
     pickle.UnpicklingError,
     EOFError,
     StopIteration,
@@ -31,7 +31,7 @@ OF_DAMAGED_FILES = (
 
 
 def shown(value: Any) -> str:
-    """`value` for a message: in one line, and not all of it where it is long."""
+    """`value` for a message: in one line, cut where it is long."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}" if not value.is_nested else "a nested tensor"
     text = " ".join(repr(value).split())
@@ -39,7 +39,7 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line, or its type where it says nothing."""
+    """The message of an error in one line, or the error's type if the message is empty."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyError):
         text = f"there is no {text}"
@@ -48,11 +48,16 @@ def one_line(error: BaseException) -> str:
 
 
 def check_source(owner: str, source: Any):
-    """A folder, a file or a Hub id, as text or path."""
+    """Raises unless `source` is a folder, a file or a Hub id, as text or path.
+
+    Raises:
+        ValueError: Neither text nor a path, or empty.
+        FileNotFoundError: A path, and nothing is there.
+    """
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"{owner}: the checkpoint is {shown(source)}, expected the path of a folder or a Hub id.")
     name = os.fspath(source)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # and no Hub id
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1  # not a Hub id
     if is_path and not os.path.exists(name):
         raise FileNotFoundError(
             f"{owner}: there is no folder {name}; give an existing one, or a Hub id such as owner/name."
@@ -61,9 +66,10 @@ def check_source(owner: str, source: Any):
 
 @contextlib.contextmanager
 def naming_checkpoint(source: Any) -> Iterator[None]:
-    """What goes wrong inside becomes a ValueError (an OSError stays one) in one line that names the checkpoint.
+    """Turns errors inside into a ValueError (an OSError stays one) in one line that names the checkpoint.
 
-    Running out of memory and unknown keyword arguments are no faults of the checkpoint, and stay what they are.
+    Running out of memory and unknown keyword arguments are not faults of the checkpoint; these errors stay as they
+    are.
     """
     try:
         yield
@@ -73,7 +79,7 @@ def naming_checkpoint(source: Any) -> Iterator[None]:
         ) from error
     except (OSError, ValueError) as error:
         message = str(error)
-        if str(source).rpartition(":")[2] in message and "\n" not in message:  # of NAME:FILE the file
+        if str(source).rpartition(":")[2] in message and "\n" not in message:  # the file, if the source is NAME:FILE
             raise
         kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
         raise kind(f"{source}: {one_line(error)}.") from error
@@ -81,13 +87,13 @@ def naming_checkpoint(source: Any) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "keyword argument" in str(error):
             raise
         raise ValueError(
-            f"{damaged_file(source)} cannot be read ({one_line(error)}): it is damaged, incomplete or no checkpoint "
-            "of this kind. Get or save it again."
+            f"{damaged_file(source)} cannot be read ({one_line(error)}): it is damaged, incomplete or not a "
+            "checkpoint of this kind. Get or save it again."
         ) from error
 
 
 def damaged_file(source: Any) -> Any:
-    """The first safetensors file of a folder whose header cannot be read; else `source` itself."""
+    """The first safetensors file in the folder `source` whose header cannot be read; otherwise `source` itself."""
     for path in sorted(Path(str(source)).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):

@@ -12,14 +12,14 @@ from transformers.activations import ACT2FN
 
 from .errors_radio import check_source, naming_checkpoint, one_line, shown
 
-_LARGEST = 65536  # of a width or side: a mistyped one must not take all memory
+_LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
 _MODEL_TYPES = ("radio", "radio_backbone", "radio_vision_tower", "eradio")
 _Check = tuple[Callable[[Any], bool], str]
 
 
 def is_integer(value: Any, smallest: int = 0, largest: int = _LARGEST) -> bool:
-    """Neither a boolean, which Python counts among the integers, nor a whole float."""
+    """Whether `value` is an integer in this range; not a boolean, which Python counts among the integers."""
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 
@@ -125,7 +125,7 @@ FIELDS: dict[str, _Check] = {
         lambda value: isinstance(value, dict) and all(isinstance(adaptor, dict) for adaptor in value.values()),
         "a dict of adaptors by name, each a dict",
     ),
-    # of transformers' configurations in general, which does not check them
+    # fields of every configuration of transformers, which does not check them
     "id2label": _optional((_is_label_map, "a dict of names by number")),
     "label2id": _optional((lambda value: isinstance(value, dict), "a dict of numbers by name")),
     "problem_type": _optional(_choice("regression", "single_label_classification", "multi_label_classification")),
@@ -218,13 +218,13 @@ def _check_adaptor(where: str, name: str, adaptor: dict[str, Any], tokens: int):
 
 
 class CheckedConfigMixin:
-    """First base of a configuration: a field of another type or out of its range is a ValueError where it is set.
+    """First base of a configuration: setting a field to a wrong type or out of its range raises a ValueError.
 
-    `@strict`, with which transformers' own classes check types, raises an error of two lines that is no ValueError.
+    `@strict`, with which transformers' own classes check types, raises an error of two lines, not a ValueError.
     """
 
     def __setattr__(self, name: str, value: Any):
-        public = name.removeprefix("_")  # those of a backbone are kept as _out_features and _out_indices
+        public = name.removeprefix("_")  # a backbone keeps its stages as _out_features and _out_indices
         is_right, expected = FIELDS.get(public, (None, ""))
         if is_right is not None and not is_right(value):
             raise ValueError(f"{type(self).__name__}: {public} is {shown(value)}, expected {expected}.")
@@ -244,7 +244,7 @@ class CheckedConfigMixin:
             raise ValueError(f"{type(self).__name__}: {name} follows from other fields; leave it out.") from error
 
     def validate(self):
-        """Check what concerns several fields; models do it before they are built, and saving does."""
+        """Check what concerns several fields; building a model and saving call this."""
         try:
             super().validate()  # type: ignore[misc]
         except StrictDataclassError as error:
@@ -255,7 +255,7 @@ class CheckedConfigMixin:
         """As in transformers.
 
         Raises:
-            ValueError: `config_dict` is no dict of fields, or a field is out of range.
+            ValueError: `config_dict` is not a dict of fields, or a field is out of range.
         """
         if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
             raise ValueError(f"{cls.__name__}: the configuration is {shown(config_dict)}, expected a dict of fields.")
@@ -266,7 +266,7 @@ class CheckedConfigMixin:
             )
         try:
             made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        except (AttributeError, TypeError, KeyError) as error:  # e.g. of fields that transformers reads itself
+        except (AttributeError, TypeError, KeyError) as error:  # e.g. about fields that transformers reads itself
             raise ValueError(f"{cls.__name__}: the configuration cannot be read ({one_line(error)}).") from error
         (made[0] if isinstance(made, tuple) else made).validate()  # keyword arguments were set after construction
         return made
@@ -276,8 +276,8 @@ class CheckedConfigMixin:
         """As in transformers.
 
         Raises:
-            OSError: no configuration there, or no JSON.
-            ValueError: the configuration of another kind of model, or a field is out of range.
+            OSError: There is no configuration, or it is not JSON.
+            ValueError: The configuration of another kind of model, or a field is out of range.
         """
         check_source(cls.__name__, pretrained_model_name_or_path)
         with naming_checkpoint(pretrained_model_name_or_path):
@@ -286,8 +286,31 @@ class CheckedConfigMixin:
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if not config_dict:  # transformers takes the defaults, which are another model's
+        if not config_dict:  # transformers would take its defaults, which describe another model
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
             )
         return config_dict, kwargs
+
+
+class PartConfigMixin:
+    """Base of a backbone's or tower's configuration: reads a student's folder, and remembers it until it is saved."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if config_dict.get("model_type") == _MODEL_TYPES[0]:
+            config_dict = cls._from_student(config_dict)
+        config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
+        return config_dict, kwargs
+
+    @classmethod
+    def _from_student(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The fields of this configuration for the student with the fields `config_dict`."""
+        raise NotImplementedError
+
+    def to_dict(self):
+        """As in transformers, without the folder that it was read from: a saved model has weights of its own."""
+        output = super().to_dict()  # type: ignore[misc]
+        output.pop("_name_or_path", None)
+        return output

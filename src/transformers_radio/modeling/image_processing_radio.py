@@ -22,7 +22,7 @@ from .errors_radio import naming_checkpoint
 
 
 class RadioImageProcessorKwargs(ImagesKwargs, total=False):
-    """Adds the multiple that output sides are of, and what tells the padding from the images."""
+    """Options beyond those of transformers; see [`RadioImageProcessor`]."""
 
     size_divisor: int | None
     return_pixel_mask: bool | None
@@ -49,10 +49,10 @@ def _unreadable(name: str, error: Exception) -> ValueError:
 class RadioImageProcessor(TorchvisionBackend):
     """Turns images into `pixel_values` (batch_size, 3, height, width), float32 in [0, 1], at a supported resolution.
 
-    Takes one image or a batch, as paths, PIL images, numpy arrays or torch tensors, grey, RGB or RGBA (laid over
+    Takes one image or a batch, as paths, PIL images, numpy arrays or torch tensors, gray, RGB or RGBA (laid over
     white). Integer arrays hold 0..255 and are divided by 255; float ones must already be in [0, 1] and keep their
     values; boolean ones are black and white. Files (by path, URL or as base64 text) and PIL images are read as in
-    training: upright, as their EXIF orientation says, 16-bit grey scaled to 8 bits, the first frame of several. Files
+    training: upright, as their EXIF orientation says, 16-bit gray scaled to 8 bits, the first frame of several. Files
     of more than 120 million pixels are refused; reading one takes up to 25 bytes of memory per pixel.
 
     `size` selects how an image is resized (bicubic with antialiasing by default):
@@ -66,7 +66,7 @@ class RadioImageProcessor(TorchvisionBackend):
       padding. A RADIO student takes it, `model(**inputs)`, and then computes each image as if it were alone in the
       batch; without the mask it attends to the padding like to any other patch.
 
-    Sides named in `size` that are no multiple of `size_divisor` are rounded to the nearest one (at least one step).
+    Sides named in `size` that are not multiples of `size_divisor` are rounded to the nearest (at least one step).
 
     Args:
         size_divisor (int, defaults to 16): multiple that both sides must be of; the model's `min_resolution_step`.
@@ -104,7 +104,7 @@ class RadioImageProcessor(TorchvisionBackend):
         try:
             kwargs = super()._standardize_kwargs(*args, **kwargs)
             size = dict(kwargs["size"])
-        except Exception as error:  # of whatever type that the arithmetic with wrong types leads to
+        except Exception as error:  # arithmetic with wrong types may raise anything
             raise ValueError(f"{given or 'size=None'} is not supported; give {_SIZES}") from error
         for name in ("do_resize", "do_rescale", "do_convert_rgb", "return_pixel_mask", "return_image_sizes"):
             if kwargs[name] not in (True, False):
@@ -125,8 +125,8 @@ class RadioImageProcessor(TorchvisionBackend):
         if kwargs.get("device") is not None:
             try:
                 torch.empty(0, device=kwargs["device"])
-            except Exception as error:  # torch has a type for each: unknown, malformed, without a driver
-                raise ValueError(f"device={kwargs['device']!r} is no device of this machine; use 'cpu'") from error
+            except Exception as error:  # torch raises different types for unknown, malformed and unavailable devices
+                raise ValueError(f"device={kwargs['device']!r} is not a device of this machine; use 'cpu'") from error
         if not _is_positive(kwargs["size_divisor"]):
             raise ValueError(
                 f"size_divisor={kwargs['size_divisor']!r} must be a positive integer; use the model's "
@@ -138,7 +138,7 @@ class RadioImageProcessor(TorchvisionBackend):
         return kwargs
 
     def _prepare_images_structure(self, images, *args, **kwargs):
-        # transformers takes arrays of three dimensions only; a grey one may come as (height, width)
+        # transformers takes arrays of three dimensions only; a gray image may come as (height, width)
         images = self.fetch_images(images)
         batch = images if isinstance(images, (list, tuple)) else [images]
         batch = [image[None] if getattr(image, "ndim", 3) == 2 else image for image in batch]
@@ -168,11 +168,11 @@ class RadioImageProcessor(TorchvisionBackend):
         try:
             if is_file:
                 return decode_rgb(read_file(source))
-            if is_url:  # as transformers does it, which then drops transparency and waits without an end
+            if is_url:  # as in transformers, but with a timeout, and transparency is kept
                 answer = image_utils.httpx.get(name, timeout=60, follow_redirects=True)
                 return decode_rgb(answer.raise_for_status().content)
             return decode_rgb(base64.decodebytes(name.rpartition(",")[2].encode()))
-        except Exception as error:  # also what clients of servers raise
+        except Exception as error:  # also errors of the HTTP client
             if is_file or is_url:
                 raise _unreadable(name, error) from error
             raise ValueError(
@@ -193,10 +193,10 @@ class RadioImageProcessor(TorchvisionBackend):
             dtype = str(image.dtype).removeprefix("torch.")
             if dtype == "bool":
                 image = 255 * image
-            elif dtype in ("uint16", "uint32", "uint64"):  # torch hardly computes with these
+            elif dtype in ("uint16", "uint32", "uint64"):  # torch supports few operations on these
                 image = torch.as_tensor(image).long()
             if image.ndim == 3 and image.shape[-1] == 4 and image.shape[0] not in (1, 3, 4):
-                kwargs["input_data_format"] = "channels_last"  # transformers 5.20 would not know
+                kwargs["input_data_format"] = "channels_last"  # transformers 5.20 does not infer it
         image = super().process_image(image, *args, **kwargs)
         if image.shape[0] == 4:  # transformers 5.20 leaves arrays of one and four channels as they are
             scale = 1 if image.is_floating_point() else 255
@@ -219,7 +219,7 @@ class RadioImageProcessor(TorchvisionBackend):
         return max(divisor, round(side / divisor) * divisor)
 
     def _output_size(self, height: int, width: int, size, divisor: int) -> tuple[int, int]:
-        """Size that an image is resized to; with `longest_edge` the shorter side is the one before padding."""
+        """`(height, width)` that an image is resized to, before any padding."""
         if size.height:
             return self._nearest_multiple(size.height, divisor), self._nearest_multiple(size.width, divisor)
         if size.shortest_edge:
@@ -296,13 +296,14 @@ class RadioImageProcessor(TorchvisionBackend):
             outputs: output of `RadioForSemanticSegmentation`, or anything with such `logits`.
             target_sizes: (height, width) of each map, usually the original image's; the logits are resized to it
                 bilinearly. Without it each map keeps the size of the logits.
-            pixel_mask (batch_size, height, width): of a padded batch; the padding is cut off before resizing.
+            pixel_mask (batch_size, height, width): marks the images of a padded batch; the padding is cut off before
+                resizing.
 
         Returns:
             One int64 tensor (height, width) of class indices per image.
 
         Raises:
-            ValueError: when the number of target sizes is not the batch size, or `pixel_mask` comes without them.
+            ValueError: another number of target sizes than of images, or a `pixel_mask` without target sizes.
         """
         logits = outputs.logits
         if target_sizes is None:

@@ -19,7 +19,7 @@ def check_images(pixel_values: torch.Tensor, num_channels: int, step: int, weigh
     if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {num_channels}, height, width); "
-            "add a batch axis, move the channels first, convert grey or RGBA images to RGB."
+            "add a batch axis, move the channels first, convert gray or RGBA images to RGB."
         )
     if pixel_values.shape[0] == 0:
         raise ValueError("pixel_values hold no image (batch size 0); leave empty batches out.")
@@ -46,7 +46,7 @@ def check_packed(
     if image_grid_hw.shape[0] == 0:
         raise ValueError("image_grid_hw holds no image; leave empty batches out.")
     if image_grid_hw.device.type == "meta":
-        raise ValueError("image_grid_hw is on the meta device, which holds no values; make it on the CPU.")
+        raise ValueError("image_grid_hw is on the meta device, which holds no values; create it on the CPU.")
     grids = [(rows, cols) for rows, cols in image_grid_hw.tolist()]
     total = sum(rows * cols for rows, cols in grids)
     if tuple(pixel_values.shape) != (total, patch_dim) or any(side < 1 for grid in grids for side in grid):
@@ -58,7 +58,7 @@ def check_packed(
 
 
 def check_tensor(name: str, tensor: Any, expected: str):
-    """A dense tensor; `expected` says of what."""
+    """A dense tensor; `expected` says what it should hold."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(
             f"{name} is a {type(tensor).__name__}, expected a torch.Tensor of {expected}; pass "
@@ -70,7 +70,7 @@ def check_tensor(name: str, tensor: Any, expected: str):
 
 
 def check_floats(pixel_values: torch.Tensor, weight: torch.Tensor):
-    """A dense tensor of floats, with values if the model's `weight` has some."""
+    """A dense tensor of floats, not on the meta device unless the model's `weight` is."""
     check_tensor("pixel_values", pixel_values, "floats in [0, 1]")
     if pixel_values.dtype not in _FLOATS:
         raise ValueError(
@@ -78,11 +78,13 @@ def check_floats(pixel_values: torch.Tensor, weight: torch.Tensor):
             "integers in [0, 255] divide by 255 (pixel_values / 255)."
         )
     if pixel_values.device.type == "meta" and weight.device.type != "meta":
-        raise ValueError("pixel_values are on the meta device, which holds no values; make them on the model's.")
+        raise ValueError(
+            "pixel_values are on the meta device, which holds no values; create them on the model's device."
+        )
 
 
 def check_outputs(output_hidden_states: Any, output_attentions: Any):
-    """Flags; layers may be chosen instead of a flag for hidden states, by number."""
+    """Both are flags; for hidden states, numbers of layers may be given instead."""
     layers = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
     if not all(layer is None or isinstance(layer, (bool, int)) for layer in layers):
         raise ValueError(
@@ -94,7 +96,7 @@ def check_outputs(output_hidden_states: Any, output_attentions: Any):
 
 
 def check_layers(output_hidden_states: Any, count: int) -> set[int]:
-    """The chosen ones of `count` hidden states: all for True; negative numbers count from the end."""
+    """Numbers of the chosen hidden states out of `count`: all for True; negative numbers count from the end."""
     if output_hidden_states is None or output_hidden_states is False:
         return set()
     if output_hidden_states is True:
@@ -134,7 +136,7 @@ def check_adaptors(adaptors: list[str] | None, available: list[str]) -> list[str
 
 
 def check_mask(pixel_mask: Any, expected: tuple[int, ...]):
-    """A dense tensor of real numbers or booleans with values, one for each pixel."""
+    """A dense tensor of real numbers or booleans, one for each pixel, not on the meta device."""
     check_tensor("pixel_mask", pixel_mask, "ones and zeros (batch, height, width)")
     if pixel_mask.shape != expected or pixel_mask.dtype not in (torch.bool, *_INTEGERS, *_FLOATS):
         raise ValueError(
@@ -142,10 +144,11 @@ def check_mask(pixel_mask: Any, expected: tuple[int, ...]):
             f"{expected}: one value for each pixel of the images."
         )
     if pixel_mask.device.type == "meta":
-        raise ValueError("pixel_mask is on the meta device, which holds no values; make it on that of the images.")
+        raise ValueError("pixel_mask is on the meta device, which holds no values; create it on that of the images.")
 
 
 def check_size(height: Any, width: Any):
+    """Two positive integers: sides in pixels."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes are symbols there
         return
     if any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in (height, width)):
@@ -156,10 +159,10 @@ def check_size(height: Any, width: Any):
 
 
 def check_labels(labels: Any, expected: str, weight: torch.Tensor):
-    """A dense tensor of real numbers, with values if the model's `weight` has some; `expected` says which."""
+    """A dense tensor of real numbers, not on the meta device unless the model's `weight` is."""
     check_tensor("labels", labels, expected)
     if labels.device.type == "meta" and weight.device.type != "meta":
-        raise ValueError("labels are on the meta device, which holds no values; make them on the model's.")
+        raise ValueError("labels are on the meta device, which holds no values; create them on the model's device.")
     if labels.dtype not in (*_INTEGERS, *_FLOATS, torch.bool):
         raise ValueError(f"labels are {labels.dtype}, expected {expected}; convert them, e.g. labels.long().")
 
@@ -171,7 +174,7 @@ def check_classes(labels: torch.Tensor, num_labels: int, ignore_index: int):
         found = labels[wrong].unique().tolist()
         raise ValueError(
             f"labels hold {', '.join(map(str, found[:5]))}{', ...' if len(found) > 5 else ''}, but num_labels is "
-            f"{num_labels}: classes are 0 to {num_labels - 1}, and {ignore_index} is ignored. Map what is no class to "
+            f"{num_labels}: classes are 0 to {num_labels - 1}, and {ignore_index} is ignored. Map everything else to "
             f"{ignore_index}, or load the model with more num_labels."
         )
 
@@ -182,12 +185,12 @@ def in_function_transform() -> bool:
 
 
 def returns_tensors_only() -> bool:
-    """Whether the caller takes nothing else in an output: `torch.jit.trace`, and the transforms of `torch.func`."""
+    """Whether an output must not hold anything else: in `torch.jit.trace` and in transforms of `torch.func`."""
     return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or in_function_transform())
 
 
 def can_read_values(tensor: torch.Tensor) -> bool:
-    """Whether there are values to look at: not while compiling, tracing or in `torch.func`, not on the meta device."""
+    """Whether values can be read: not while compiling or tracing, in `torch.func`, or on the meta device."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -199,12 +202,12 @@ def can_read_values(tensor: torch.Tensor) -> bool:
 
 
 def describe_range_error(pixel_values: torch.Tensor) -> str | None:
-    """A sentence if values are plainly outside [0, 1]; resizing may overshoot a little, so there is a margin."""
+    """A warning if values are clearly outside [0, 1], with a margin, as resizing may overshoot; otherwise None."""
     low, high = (bound.item() for bound in pixel_values.detach().aminmax())
     if -0.5 <= low and high <= 1.5:
         return None
     if not (math.isfinite(low) and math.isfinite(high)):
-        return "pixel_values hold NaN or infinite values but the model expects [0, 1]; look at how they were made."
+        return "pixel_values hold NaN or infinite values but the model expects [0, 1]; check how they were computed."
     guess = (
         "they look like [0, 255]: divide by 255"
         if low >= 0

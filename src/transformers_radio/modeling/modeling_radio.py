@@ -38,7 +38,7 @@ _MAX_CACHED_TABLES = 16
 
 
 class RadioPatchEmbeddings(nn.Module):
-    """Patches and their positions, with the CLS and register tokens (no position) in front.
+    """Patches with their positions, behind the CLS and register tokens, which have no position.
 
     Cropped position embedding (paper Sec. 4): while training, each image sees a random crop of the learned table,
     resampled to its grid; otherwise the table is resized to a square of the longer side and the top left is used.
@@ -98,7 +98,7 @@ class RadioPatchEmbeddings(nn.Module):
             self._cache.clear()
             self._cached_state = (*state, table.data)
         key = (rows, cols, dtype, torch.is_inference_mode_enabled())
-        cached = self._cache.get(key)  # once: other threads may clear the cache
+        cached = self._cache.get(key)  # only once: other threads may clear the cache
         if cached is None:
             cached = self._cache[key] = self._resize_positions(rows, cols).to(dtype)
         return cached
@@ -115,7 +115,7 @@ class RadioPatchEmbeddings(nn.Module):
         )
 
     def train(self, mode: bool = True):
-        # writes through `.data` leave no trace in the version: a change of mode starts afresh
+        # writes through `.data` do not change the version, so a change of mode clears the cache
         self._forget_positions()
         return super().train(mode)
 
@@ -134,7 +134,7 @@ class RadioPatchEmbeddings(nn.Module):
     def _resize_positions(self, rows: int, cols: int) -> torch.Tensor:
         side = max(rows, cols)
         table = F.interpolate(self._table(), size=(side, side), mode="bilinear", align_corners=False)
-        # by indices: slices branch on whether they are the whole side, which would fix the aspect of an exported model
+        # by indices: slices branch on whether they cover the side, which would fix the aspect of an exported model
         top, left = (torch.arange(length, device=table.device) for length in (rows, cols))
         # (1, D, side, side) -> (1, side, side, D) -> (1, rows, cols, D) -> (1, rows*cols, D)
         return table.permute(0, 2, 3, 1).index_select(1, top).index_select(2, left).flatten(1, 2)
@@ -179,8 +179,8 @@ def cpe_training_grid(
 class RadioWindows:
     """Windows of `size` x `size` patches (paper, appendix on ViTDet), for one forward pass.
 
-    Patches are sorted window by window ONCE, so that going in and out of windows is a reshape; blocks with global
-    attention do not care about the order. CLS and register tokens bypass windowed blocks unchanged, or (`average`)
+    Patches are sorted window by window ONCE, so that going in and out of windows is a reshape; to blocks with global
+    attention the order does not matter. CLS and register tokens bypass windowed blocks unchanged, or (`average`)
     are copied into every window and averaged when the windows are joined.
 
     Args:
@@ -208,7 +208,7 @@ class RadioWindows:
         return tokens.index_select(1, self._places_when_sorted(tokens.device))
 
     def unsort_attention(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights of a global block, `(B, heads, L, L)`, in the order of the image; of a windowed block unchanged."""
+        """A global block's weights, `(B, heads, L, L)`, in the order of the image; a windowed block's as they are."""
         if self.is_split:
             return weights
         places = self._places_when_sorted(weights.device)
@@ -288,7 +288,7 @@ class RadioAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, lengths: list[int] | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`lengths`: of the images packed into one sequence; tokens attend within their image."""
+        """`lengths`: tokens of each image in a packed sequence; tokens attend within their image."""
         # (B, L, D) -> (B, L, heads, D/heads) -> (B, heads, L, D/heads)
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -374,7 +374,8 @@ class RadioLayer(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
-def is_checkpointed_reentrantly(layer: Any) -> bool:
+def _is_checkpointed_reentrantly(layer: Any) -> bool:
+    """Whether `layer` is computed again in the backward pass by torch's reentrant implementation."""
     options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
     return layer.gradient_checkpointing and options.get("use_reentrant", False) and torch.is_grad_enabled()
 
@@ -399,8 +400,8 @@ class RadioEncoder(nn.Module):
         for index, layer in enumerate(self.layer):
             if windows is not None:
                 hidden_states = windows.arrange(hidden_states, windowed=index not in self.global_blocks)
-            if self.training and is_checkpointed_reentrantly(layer) and not hidden_states.requires_grad:
-                # such a layer gets no gradients unless its input needs them: below frozen embeddings none would train
+            if self.training and _is_checkpointed_reentrantly(layer) and not hidden_states.requires_grad:
+                # such a layer gets no gradients unless its input needs them: above frozen embeddings none would train
                 hidden_states.requires_grad_(any(weight.requires_grad for weight in self.parameters()))
             hidden_states, weights = layer(hidden_states, lengths, output_attentions)
             if output_hidden_states:
@@ -494,13 +495,27 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
 
     @property
     def summary_dim(self) -> int:
-        """Width of `RadioModelOutput.summary`: of all the CLS tokens `config.summary_idxs`, or of the average."""
+        """Width of `RadioModelOutput.summary`: the CLS tokens of `config.summary_idxs` together, or the average."""
         return self.config.summary_dim
 
     def check_images(self, pixel_values: torch.Tensor):
         """Raises ValueError unless these are images that `forward` takes (packed ones aside)."""
         config, weight = self.config, self.embeddings.cls_register_token
         check_images(pixel_values, config.num_channels, config.patch_size, weight)
+
+    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
+
+        Models that know one class token expect this. The summary token is the first selected CLS token, or the
+        average of the patches with average pooling.
+        """
+        patches = tokens[:, self.config.num_summary_tokens :]
+        if self.config.summary_type == "mean":
+            summary = patches.mean(dim=1, keepdim=True)
+        else:
+            index = self.config.summary_idxs[0]
+            summary = tokens[:, index : index + 1]
+        return torch.cat([summary, patches], dim=1)
 
     @can_return_tuple
     def forward(
@@ -644,7 +659,7 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
         return self.embeddings.cls_register_token.dtype  # quantization leaves it alone, unlike the weights of Linears
 
     def _which_outputs(self, output_hidden_states: Any, output_attentions: Any) -> dict[str, bool]:
-        """Both flags as booleans; those of the configuration where a call has none."""
+        """Both flags as booleans; where a call leaves one out, the configuration decides."""
         check_outputs(output_hidden_states, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

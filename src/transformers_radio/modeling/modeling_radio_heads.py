@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,28 +14,23 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_radio import RadioConfig
 from .configuration_radio_backbone import RadioBackboneConfig
-from .inputs_radio import can_read_values, check_classes, check_labels, check_layers
-from .loading_radio import warn_if_random, weight_state
-from .modeling_radio import RadioModel, RadioPreTrainedModel
+from .inputs_radio import can_read_values, check_classes, check_labels
+from .modeling_radio import RadioModel
+from .parts_radio import RadioInnerModel, RadioPart, weight_state
 from .weights_radio import HEADS
 
 _IGNORED_CLASS = -100  # by cross-entropy, in torch and transformers
 
 
-class RadioHeadModel(RadioPreTrainedModel):
-    """A RADIO student without adaptors at `self.model`, below the head that a subclass adds.
-
-    Adaptors are neither built nor saved (`config.adaptors` is empty), and those of a loaded checkpoint are left out
-    without a word. A student that is frozen as a whole (`model.model.requires_grad_(False)`) stays in eval mode
-    while the head trains: its features must not vary with the random position crops of training.
-    """
+class RadioHeadModel(RadioInnerModel):
+    """A student below a task head, which a subclass adds; adaptors are neither built nor saved."""
 
     accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
+    output_class: type[ModelOutput]
     _labels_checked = False
 
     def __init__(self, config):
@@ -48,13 +44,55 @@ class RadioHeadModel(RadioPreTrainedModel):
         """As [`RadioModel.from_pretrained`]; only the head may be missing, and transformers then reports it as new."""
         return super().from_pretrained(*args, allow_missing=allow_missing, **kwargs)
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.model.eval()
-        return self
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """
+        Args:
+            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
+            labels: what the images show, as the class describes it.
+            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`].
 
-    def check_classes(self, labels: torch.Tensor, ignore_index: int):
+        Returns:
+            `logits` and, with labels, their mean `loss`, as the class describes them.
+
+        Raises:
+            ValueError: Images that the student does not take, or labels of another kind or shape or of no class.
+        """
+        if labels is not None:
+            self.model.check_images(pixel_values)
+            labels = self._checked_labels(labels, len(pixel_values))
+        outputs = self.model(
+            pixel_values,
+            adaptors=[],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            pixel_mask=pixel_mask,
+        )
+        logits = self._logits(outputs, *pixel_values.shape[-2:])
+        return self.output_class(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _logits(self, outputs: Any, height: int, width: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _check_classes(self, labels: torch.Tensor, ignore_index: int):
         """Raises ValueError for a label that is neither a class nor ignored.
 
         Looking makes an accelerator wait. So on CUDA, whose own kernels stop (without a name) at such a label, only
@@ -68,61 +106,28 @@ class RadioHeadModel(RadioPreTrainedModel):
 class RadioForImageClassification(RadioHeadModel):
     """LayerNorm and a linear layer on the summary; the norm because RADIO has none and its scale is arbitrary.
 
-    Trains with `transformers.Trainer`. The loss follows `config.problem_type`, or what `config.num_labels` and the
-    type of the labels say, as in all of transformers.
+    Trains with `transformers.Trainer`. `logits` are `(batch_size, num_labels)`. The loss follows
+    `config.problem_type`, or what `config.num_labels` and the type of the labels say, as in all of transformers:
+    labels are class indices `(batch_size,)`, where -100 is ignored; float targets `(batch_size, num_labels)` for
+    several labels per image; or float targets `(batch_size,)` or `(batch_size, num_labels)` for a regression.
     """
+
+    output_class = ImageClassifierOutput
 
     def __init__(self, config):
         super().__init__(config)
         config = self.config
-        self.summary_norm = nn.LayerNorm(config.summary_dim, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.summary_dim, config.num_labels)
+        self.summary_norm = nn.LayerNorm(self.model.summary_dim, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(self.model.summary_dim, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        pixel_mask: torch.Tensor | None = None,
-    ) -> ImageClassifierOutput:
-        """
-        Args:
-            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
-            labels: class indices (batch_size,), where -100 is ignored; or float targets (batch_size, num_labels) for
-                several labels per image; or float targets (batch_size,) or (batch_size, num_labels) for a regression.
-            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`].
+    def _logits(self, outputs: Any, height: int, width: int) -> torch.Tensor:
+        return self.classifier(self.summary_norm(outputs.summary))
 
-        Returns:
-            `logits` (batch_size, num_labels) and, with labels, their mean `loss`.
-
-        Raises:
-            ValueError: a class index that is no class; another number of labels than of images.
-        """
-        if labels is not None:
-            self.model.check_images(pixel_values)
-            labels = self._checked_labels(labels, len(pixel_values))
-        outputs = self.model(
-            pixel_values,
-            adaptors=[],
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            pixel_mask=pixel_mask,
-        )
-        logits = self.classifier(self.summary_norm(outputs.summary))
-        loss = None
-        if labels is not None:
-            # at least 1: a batch without any class has loss 0, not NaN
-            count = (labels != _IGNORED_CLASS).sum().clamp(min=1)
-            loss = self.loss_function(labels, logits, self.config, num_items_in_batch=count)
-        return ImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # at least 1: a batch without any class has loss 0, not NaN
+        count = (labels != _IGNORED_CLASS).sum().clamp(min=1)
+        return self.loss_function(labels, logits, self.config, num_items_in_batch=count)
 
     def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
         check_labels(labels, "one class index per image, or float targets", self.model.embeddings.cls_register_token)
@@ -142,7 +147,7 @@ class RadioForImageClassification(RadioHeadModel):
                     f"image, ({num_images},) int64. For several labels per image pass float targets ({num_images}, "
                     f"{num_labels})"
                 )
-            self.check_classes(labels, _IGNORED_CLASS)
+            self._check_classes(labels, _IGNORED_CLASS)
         else:
             is_regression = problem == "regression" or (problem is None and num_labels == 1)
             shapes = [(num_images, num_labels)] + [(num_images,)] * (num_labels == 1)
@@ -157,85 +162,52 @@ class RadioForImageClassification(RadioHeadModel):
 class RadioForSemanticSegmentation(RadioHeadModel):
     """The paper's linear probe: batch norm and a 1x1 convolution on the features (AM-RADIO, section 5.3).
 
-    The paper freezes the student: `model.model.requires_grad_(False)`. Labels of `config.semantic_loss_ignore_index`
-    (255 unless set) do not count.
+    The paper freezes the student: `model.model.requires_grad_(False)`. `logits` are `(batch_size, num_labels, h, w)`
+    on the grid of the features; where the input is padding they mean nothing, as features are zero there. Labels are
+    integers `(batch_size, label_height, label_width)`, the class of each pixel, at any size; those of
+    `config.semantic_loss_ignore_index` (255 unless set) do not count. The loss is the mean cross-entropy of the
+    logits, resized bilinearly to the labels.
     """
+
+    output_class = SemanticSegmenterOutput
 
     def __init__(self, config):
         super().__init__(config)
-        config = self.config
-        self.batch_norm = nn.BatchNorm2d(config.hidden_size)
-        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.batch_norm = nn.BatchNorm2d(self.model.feature_dim)
+        self.classifier = nn.Conv2d(self.model.feature_dim, self.config.num_labels, kernel_size=1)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        pixel_mask: torch.Tensor | None = None,
-    ) -> SemanticSegmenterOutput:
-        """
-        Args:
-            pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
-            labels (batch_size, label_height, label_width): class of each pixel, integers, at any size.
-            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`]. The features of
-                the padding are zero, so its logits say nothing.
+    @property
+    def _ignored_class(self) -> int:
+        return getattr(self.config, "semantic_loss_ignore_index", 255)
 
-        Returns:
-            `logits` (batch_size, num_labels, height / patch_size, width / patch_size) and, with labels, the mean
-            cross-entropy `loss` of the logits resized bilinearly to the labels.
+    def _logits(self, outputs: Any, height: int, width: int) -> torch.Tensor:
+        features = self.model.features_to_grid(outputs.features, height, width)  # (B, hidden, h, w)
+        return self.classifier(self.batch_norm(features))
 
-        Raises:
-            ValueError: a label that is neither a class nor the ignored one; maps of another shape.
-        """
-        ignore_index = getattr(self.config, "semantic_loss_ignore_index", 255)
-        if labels is not None:
-            self.model.check_images(pixel_values)
-            check_labels(labels, "a map of class indices per image", self.model.embeddings.cls_register_token)
-            if (
-                labels.ndim != 3
-                or len(labels) != len(pixel_values)
-                or labels.is_floating_point()
-                or not labels.numel()
-            ):
-                raise ValueError(
-                    f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers "
-                    f"per image: ({len(pixel_values)}, label_height, label_width)"
-                )
-            labels = labels.long()  # all that cross_entropy takes
-            self.check_classes(labels, ignore_index)
-        outputs = self.model(
-            pixel_values,
-            adaptors=[],
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            pixel_mask=pixel_mask,
-        )
-        features = self.model.features_to_grid(outputs.features, *pixel_values.shape[-2:])  # (B, hidden, h, w)
-        logits = self.classifier(self.batch_norm(features))
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(scores, labels, ignore_index=self._ignored_class, reduction="sum")
+        return loss / (labels != self._ignored_class).sum().clamp(min=1)  # a batch without any label: 0, not NaN
 
-        loss = None
-        if labels is not None:
-            scores = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="sum")
-            loss = loss / (labels != ignore_index).sum().clamp(min=1)  # a batch without any label has loss 0, not NaN
-        return SemanticSegmenterOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
+        check_labels(labels, "a map of class indices per image", self.model.embeddings.cls_register_token)
+        if labels.ndim != 3 or len(labels) != num_images or labels.is_floating_point() or not labels.numel():
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers "
+                f"per image: ({num_images}, label_height, label_width)"
+            )
+        labels = labels.long()  # all that cross_entropy takes
+        self._check_classes(labels, self._ignored_class)
+        return labels
 
 
-class RadioBackbone(BackboneMixin, RadioHeadModel):
+class RadioBackbone(BackboneMixin, RadioPart):
     """Feature maps for transformers' detectors and segmenters, by `backbone_config=RadioBackboneConfig(...)`.
 
     All maps have the stride of the patches. The input is in [0, 1], not normalized, with sides that are multiples of
-    `min_resolution_step`: use [`RadioImageProcessor`]. Blocks after the last map are not built: they would run for
-    nothing, and be parameters without gradients.
+    `min_resolution_step`: use [`RadioImageProcessor`]. Blocks after the last map are not built: their output would
+    be unused, and their weights would get no gradients.
 
     Args:
         config: a [`RadioBackboneConfig`], or a student's configuration.
@@ -245,12 +217,12 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
     config_class = RadioBackboneConfig
 
     def __init__(self, config, out_features: list[str] | None = None, out_indices: list[int] | None = None):
-        config = RadioBackboneConfig.adopt(config)
+        config = copy.deepcopy(RadioBackboneConfig.adopt(config))
+        config.adaptors = {}
         if out_features is not None or out_indices is not None:
-            config = copy.deepcopy(config)
             config.set_output_features_output_indices(out_features, out_indices)
         super().__init__(config)
-        config = self.config
+        self.model = RadioModel(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         built = self.stage_names.index(self.out_features[-1])  # stage n is after block n
         del self.model.encoder.layer[built:]
@@ -282,23 +254,13 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
             ValueError: `out_features` were changed to a stage after the last block that was built; hidden states that
                 there are not.
         """
-        warn_if_random(self)
-        stages = self.stage_names[: 1 + len(self.model.encoder.layer)]
+        stages = self.stage_names[: 1 + len(self.model.blocks)]
         if self.out_features[-1] not in stages:
             raise ValueError(
                 f"out_features are {self.out_features}, but this backbone was built up to {stages[-1]!r}; build or "
                 "load it with these out_features."
             )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        wanted = check_layers(output_hidden_states, len(stages))
-        outputs = self.model(
-            pixel_values,
-            adaptors=[],
-            output_hidden_states=True,
-            output_attentions=output_attentions,
-            pixel_mask=pixel_mask,
-        )
+        outputs, wanted = self.run_student(pixel_values, output_hidden_states, output_attentions, pixel_mask)
         height, width = pixel_values.shape[-2:]
         feature_maps = []
         for stage, tokens in zip(stages, outputs.hidden_states, strict=True):
@@ -316,14 +278,14 @@ class RadioBackbone(BackboneMixin, RadioHeadModel):
                 tokens if layer in wanted else None for layer, tokens in enumerate(outputs.hidden_states)
             )
         return BackboneOutput(
-            feature_maps=tuple(feature_maps),
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
             hidden_states=hidden_states,  # type: ignore[arg-type]
             attentions=outputs.attentions,
         )
 
 
 class RadioStudentBackbone(RadioBackbone):
-    """Lets `AutoBackbone.from_pretrained` open a student's repository, for which it wants the student's own type."""
+    """Lets `AutoBackbone` open a student's repository, for which it expects a class with the student's config."""
 
     config_class = RadioConfig  # type: ignore[assignment]
 
@@ -336,7 +298,7 @@ RadioForImageClassification.register_for_auto_class("AutoModelForImageClassifica
 RadioForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 RadioBackbone.register_for_auto_class("AutoBackbone")
 AutoBackbone.register(RadioBackboneConfig, RadioBackbone, exist_ok=True)
-# transformers' pipelines look classes up by name in these tables; the keys are not types of models, so nothing else is
-# changed
+# transformers' pipelines look classes up by name in these tables; the keys are not types of models, so nothing else
+# changes
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["radio_image_classification"] = RadioForImageClassification.__name__
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["radio_semantic_segmentation"] = RadioForSemanticSegmentation.__name__

@@ -7,13 +7,12 @@ from transformers.utils import can_return_tuple
 
 from .configuration_radio_tower import RadioVisionTowerConfig
 from .errors_radio import shown
-from .inputs_radio import check_layers
-from .loading_radio import warn_if_random, weight_state
-from .modeling_radio import RadioModel, RadioPreTrainedModel
+from .modeling_radio import RadioModel
 from .padding_radio import top_left
+from .parts_radio import RadioPart, weight_state
 
 
-class RadioVisionTower(RadioPreTrainedModel):
+class RadioVisionTower(RadioPart):
     """A RADIO student as the vision tower of `transformers.LlavaForConditionalGeneration`.
 
     LLaVA picks `hidden_states[vision_feature_layer]` and, with the strategy "default", drops exactly one token in
@@ -21,9 +20,9 @@ class RadioVisionTower(RadioPreTrainedModel):
     the patches: "default" is the patches alone (what the paper feeds, section 5.4), "full" the summary token as well.
     The summary token is the first selected CLS token, or the average of the patches with average pooling.
 
-    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. A LLaVA that is built with
-    `vision_config=RadioVisionTowerConfig.from_pretrained(folder)` gets the student's weights by
-    `load_student(llava, folder)`.
+    `from_pretrained` also takes the folder of a student, `from_radio` a student in memory. For a LLaVA that is built
+    with `vision_config=RadioVisionTowerConfig.from_pretrained(folder)`, `load_student(llava, folder)` loads the
+    student's weights.
 
     The number of patches follows each image, height / patch_size * width / patch_size, square or not.
     [`RadioLlavaProcessor`] puts as many image tokens into the text and returns the `image_sizes`, so that no image
@@ -31,7 +30,6 @@ class RadioVisionTower(RadioPreTrainedModel):
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
 
     def __init__(self, config: RadioVisionTowerConfig):
         super().__init__(config)
@@ -43,20 +41,13 @@ class RadioVisionTower(RadioPreTrainedModel):
     def from_radio(cls, model: RadioModel, image_size: int | None = None) -> "RadioVisionTower":
         """The tower of a student: a copy of its backbone, without the adaptors, on the same device."""
         tower = cls(RadioVisionTowerConfig(radio_config=model.config, image_size=image_size))
-        weights = {key: value for key, value in model.state_dict().items() if not key.startswith("adaptors.")}
-        tower.model.load_state_dict(weights)
+        tower.model.load_state_dict(model.with_adaptors([]).state_dict())
         tower.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
         return tower.train(model.training)
 
     @property
     def patch_size(self) -> int:
         return self.config.patch_size
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.model.eval()  # frozen: its features must not vary with the random position crops of training
-        return self
 
     @can_return_tuple
     def forward(
@@ -85,20 +76,10 @@ class RadioVisionTower(RadioPreTrainedModel):
         Raises:
             ValueError: `image_sizes` that do not fit the images.
         """
-        warn_if_random(self)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        wanted = check_layers(output_hidden_states, 1 + len(self.model.encoder.layer))
         inside, pixel_mask = None, None
         if image_sizes is not None:
             inside, pixel_mask = self._check_sizes(image_sizes, pixel_values)
-        outputs = self.model(
-            pixel_values,
-            adaptors=[],
-            output_hidden_states=True,
-            output_attentions=output_attentions,
-            pixel_mask=pixel_mask,
-        )
+        outputs, wanted = self.run_student(pixel_values, output_hidden_states, output_attentions, pixel_mask)
 
         def summary_and_patches(tokens: torch.Tensor) -> torch.Tensor:
             return self.model.summary_and_patches(tokens) if inside is None else self._pack(tokens, inside)
@@ -122,7 +103,7 @@ class RadioVisionTower(RadioPreTrainedModel):
         step, (height, width) = self.model.min_resolution_step, pixel_values.shape[-2:]
         try:
             sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
-        except (TypeError, ValueError, RuntimeError):  # no tensor can be made of it
+        except (TypeError, ValueError, RuntimeError):  # not convertible to a tensor
             sizes = torch.empty(0)
         wrong = sizes.shape != (len(pixel_values), 2) or sizes.is_floating_point() or sizes.is_complex()
         wrong = wrong or sizes.layout != torch.strided

@@ -1,4 +1,4 @@
-"""Images of different sizes in one padded batch: each is computed as if it were alone."""
+"""Images of different sizes in one padded batch, each computed as if it were alone."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .student_radio import RadioModelOutput
 
 
 def padded_grids(pixel_mask: torch.Tensor, pixel_values: torch.Tensor, patch_size: int, step: int) -> torch.Tensor:
-    """Which patches of a padded batch belong to its images.
+    """The patch grid of each image in a padded batch.
 
     Args:
         pixel_mask (`torch.Tensor` of shape `(batch, height, width)`): 1 on the image, which lies at the top left.
@@ -26,7 +26,7 @@ def padded_grids(pixel_mask: torch.Tensor, pixel_values: torch.Tensor, patch_siz
     check_mask(pixel_mask, expected)
     inside = pixel_mask.bool()
     sides = torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)  # (B, 2)
-    # the mask itself, not `inside`: its values must be 0 and 1
+    # compared with the mask itself, not `inside`: its values must be 0 and 1
     is_rectangle = (pixel_mask == top_left(sides, *expected[1:])).flatten(1).all(1) & (sides[:, 0] > 0)
     if not is_rectangle.all():
         raise ValueError(
@@ -71,8 +71,8 @@ def forward_padded(
     def unpack(tokens: torch.Tensor | None, num_prefix: int = 0) -> Any:
         if tokens is None:
             return None
-        tokens = tokens.flatten(0, -2)  # without the batch axis of 1 that hidden states have
-        # an adaptor's grid may be finer; prefix tokens are there for every image
+        tokens = tokens.flatten(0, -2)  # hidden states have a batch axis of 1
+        # the grid of an adaptor may be finer; hidden states have prefix tokens for every image
         factor = 1 if num_prefix else round((tokens.shape[0] / int(inside.sum())) ** 0.5)
         there = inside.repeat_interleave(factor, 1).repeat_interleave(factor, 2).flatten(1)
         there = torch.cat([there.new_ones(batch, num_prefix), there], dim=1)  # (B, prefix + h*w)

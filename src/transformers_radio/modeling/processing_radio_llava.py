@@ -14,8 +14,8 @@ class RadioLlavaProcessor(LlavaProcessor):
     (number of images, 2), the (height, width) of each image without the padding of its batch. The tower computes each
     image without that padding and the text holds no tokens for it, so the answer does not depend on the batch.
 
-    With the strategy "full" transformers has no place for one summary token per image of different sizes, so the
-    images of a batch must come out in one size.
+    With the strategy "full", transformers cannot place one summary token per image if the images differ in size, so
+    all images of a batch must come out in one size.
 
     Raises:
         ValueError: images of different sizes with the strategy "full"; arguments of a wrong type.
@@ -48,7 +48,7 @@ class RadioLlavaProcessor(LlavaProcessor):
         return self.image_token * (count - (self.vision_feature_select_strategy == "default"))
 
 
-# The type of the tower is ours alone, so nothing of transformers is replaced; AutoProcessor finds the class by name.
+# Only this package has this type of tower, so no class of transformers is replaced; AutoProcessor finds ours by name.
 AutoImageProcessor.register(
     RadioVisionTowerConfig, image_processor_classes={"torchvision": RadioImageProcessor}, exist_ok=True
 )

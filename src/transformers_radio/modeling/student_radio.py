@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class RadioModelOutput(ModelOutput):
-    """Output of a student; for packed inputs the images' tokens follow each other, without a batch axis.
+    """Output of a student. With packed inputs the tokens of all images follow each other, without a batch axis.
 
     Args:
         summary (`torch.Tensor` of shape `(batch, n_summary_idxs * hidden)`): The selected CLS tokens side by side, or
@@ -73,13 +73,13 @@ class RadioInputConditioner(nn.Module):
         super()._apply(fn, recurse)
         for name, statistic in exact.items():
             moved = getattr(self, name)
-            if moved.dtype != statistic.dtype:  # a cast: keep its device alone
+            if moved.dtype != statistic.dtype:  # a cast: take over the device only
                 setattr(self, name, statistic.to(moved.device))
         return self
 
 
 class RadioExternalConditioner(RadioInputConditioner, nn.Identity):
-    """Stands in for a conditioner that was handed over: keeps its statistics for the state dict, changes no pixel."""
+    """Replaces a conditioner that was handed over: keeps its statistics for the state dict and changes no pixel."""
 
     def __init__(self, conditioner: nn.Module):
         nn.Module.__init__(self)
@@ -176,20 +176,6 @@ class RadioStudentMixin(nn.Module):
         """Raises ValueError unless `forward` takes these images: floats `(batch, channels, height, width)`."""
         check_images(pixel_values, self.config.num_channels, self.patch_size, next(self.parameters()))
 
-    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, prefix + h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token instead of the whole prefix.
-
-        It is what models expect that know one class token. The summary token is the first selected CLS token, or the
-        average of the patches with average pooling.
-        """
-        patches = tokens[:, self.config.num_summary_tokens :]
-        if self.config.summary_type == "mean":
-            summary = patches.mean(dim=1, keepdim=True)
-        else:
-            index = self.config.summary_idxs[0]
-            summary = tokens[:, index : index + 1]
-        return torch.cat([summary, patches], dim=1)
-
     def make_preprocessor_external(self) -> nn.Module:
         """Hand the input conditioner over, e.g. to a data pipeline: from now on `model(conditioner(pixel_values))`.
 
@@ -216,11 +202,11 @@ class RadioStudentMixin(nn.Module):
     def with_adaptors(self, names: list[str]) -> Any:
         """The same model with these adaptors only, in this order; it shares every weight with `self`.
 
-        Training mode, attention implementation, an external conditioner, and which weights are frozen are those of
-        `self`; freezing weights of one of the two leaves the other as it is.
+        It also takes over training mode, attention implementation, an external conditioner, and which weights are
+        frozen; freezing weights of one of the two models later leaves the other as it is.
 
         Raises:
-            ValueError: A name that is not an adaptor of this model.
+            ValueError: A name that is not an adaptor of this model, or weights that are parametrized.
         """
         names = check_adaptors(names, list(self.adaptors))
         config = copy.deepcopy(self.config)
@@ -236,7 +222,7 @@ class RadioStudentMixin(nn.Module):
             adaptors (`dict[str, dict]`): Entries of `config.adaptors`.
 
         Raises:
-            ValueError: The model has an adaptor of this name, or an entry is not valid.
+            ValueError: The model has an adaptor of this name, an entry is not valid, or weights are parametrized.
         """
         self._check_new(adaptors)
         config = copy.deepcopy(self.config)
@@ -253,9 +239,15 @@ class RadioStudentMixin(nn.Module):
     def _share_weights(self, model: Any, **grown: torch.Tensor) -> Any:
         """`model` with the weights of `grown` and of `self`, by name, and in the state of `self`."""
         mine = {**self.state_dict(), **grown}
-        wanted = model.state_dict()  # of new heads alone the own weights are kept
+        wanted = model.state_dict()
+        new_heads = tuple(f"adaptors.{name}." for name in model.adaptors if name not in self.adaptors)
+        lost = [name for name in wanted if name not in mine and not name.startswith(new_heads)]
+        if lost:  # it would be random
+            raise ValueError(
+                f"This model has {lost[0]} under another name: choose its heads before its weights are parametrized."
+            )
         weights = {name: mine[name] if name in mine else new.to(dtype=self.dtype) for name, new in wanted.items()}
-        model.load_state_dict(weights, assign=True)  # not copied: tensors of a state dict are the parameters' memory
+        model.load_state_dict(weights, assign=True)  # no copies: a state dict holds the memory of the weights
         for name, parameter in self.named_parameters():
             if name in wanted:
                 model.get_parameter(name).requires_grad_(parameter.requires_grad)
@@ -283,7 +275,7 @@ class RadioStudentMixin(nn.Module):
         return {}
 
     def training_warnings(self, sizes: list[tuple[int, int]]) -> list[str]:
-        """What the configuration asks for and no training image of these `(height, width)` in pixels will get.
+        """Settings of the configuration without effect for training images of these `(height, width)` in pixels.
 
         Raises:
             ValueError: A field of the configuration has no effect at all.

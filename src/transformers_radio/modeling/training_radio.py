@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class RadioTrainingMixin(RadioStudentMixin):
-    """The training part of the contract of every student, for a model with CLS tokens, windows and `encoder.layer`."""
+    """What every student offers to training, for a model with CLS tokens, windows and `encoder.layer`."""
 
     encoder: Any
     summary_idxs: torch.Tensor
@@ -26,13 +26,13 @@ class RadioTrainingMixin(RadioStudentMixin):
         return list(self.encoder.layer)
 
     def no_weight_decay(self) -> set[str]:
-        """Tokens and the position table are inputs, not maps between spaces: decay would pull them to zero."""
+        """Tokens and the position table: inputs, not maps between spaces, which decay would pull to zero."""
         return {"embeddings.cls_register_token", "embeddings.position_embedding"}
 
     # ---------------------------------------------------------------- windows
 
     def _windows_to_draw(self, height: int, width: int) -> list[int]:
-        """Those of `config.train_window_sizes` that divide the patch grid of such images and do not cover it whole."""
+        """Sizes in `config.train_window_sizes` that divide the patch grid of such images and do not cover it whole."""
         rows, cols = self.grid(height, width)
         return [
             size
@@ -108,7 +108,7 @@ class RadioTrainingMixin(RadioStudentMixin):
             adaptors (`dict[str, dict]`): Entries of `config.adaptors`.
 
         Raises:
-            ValueError: The model has an adaptor of this name, or an entry is not valid.
+            ValueError: The model has an adaptor of this name, an entry is not valid, or weights are parametrized.
         """
         self._check_new(adaptors)
         config, old = copy.deepcopy(self.config), self.config

@@ -1,4 +1,4 @@
-"""Whether the weights of a checkpoint are those of the model that its configuration describes."""
+"""Loading that fails unless the weights of a checkpoint are those that its configuration describes."""
 
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .errors_radio import check_source, naming_checkpoint
 
-# task heads, which a student's checkpoint may have or lack
+# weights of task heads, which a checkpoint may have or lack
 HEADS = ("summary_norm.", "batch_norm.", "classifier.")
 # prefixes of weights that the checkpoint may lack, while `from_pretrained` runs
 _may_be_new: ContextVar[tuple[str, ...]] = ContextVar("_may_be_new", default=())
@@ -31,13 +31,13 @@ class CheckedLoadingMixin:
 
         Args:
             allow_missing (`Sequence[str]`): Prefixes of weights that may start from their initialization, e.g.
-                `["classifier"]` to put a new head on a backbone. Of these alone may the shape differ with
+                `["classifier"]` to put a new head on a backbone. Only these may have another shape, with
                 `ignore_mismatched_sizes=True`.
-            allow_unexpected (`Sequence[str]`): Prefixes of weights of the checkpoint that may be left out. Those of a
-                task head always may, and those of adaptors where `adaptors` are passed.
+            allow_unexpected (`Sequence[str]`): Prefixes of weights of the checkpoint that may be left out. Weights of
+                a task head always may be, and weights of adaptors where `adaptors` are passed.
 
         Raises:
-            OSError: There is no checkpoint, or part of it is not there.
+            OSError: There is no checkpoint, or a part of it is missing.
             ValueError: The checkpoint is damaged, lacks other weights of this model, has them in other shapes, has
                 weights that the model lacks, or contradicts `config.summary_idxs`.
         """
@@ -62,7 +62,7 @@ class CheckedLoadingMixin:
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
-        # before memory is taken for what the checkpoint lacks: a mistyped width could need more than there is
+        # before memory is allocated for missing weights: a mistyped width could need more than there is
         _check_found(
             type(model).__name__,
             loading_info.missing_keys,
@@ -76,18 +76,20 @@ class CheckedLoadingMixin:
 def _check_found(
     owner: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str], new: bool
 ):
-    """Every weight of the model is in the checkpoint, in its shape, but for those that `_may_be_new`.
+    """Raises unless every weight of the model is in the checkpoint, in its shape; those in `_may_be_new` need not be.
 
     Args:
         mismatched: (name, shape in the checkpoint, shape in the model) of weights.
-        new: whether those that may be new may have another shape in the checkpoint.
+        new: whether the weights in `_may_be_new` may have another shape in the checkpoint.
     """
     allowed = _may_be_new.get()
     misfits = [entry for entry in mismatched if not (new and entry[0].startswith(allowed))]
     if misfits:
         key, stored, expected = min(misfits)
         if key.startswith(allowed):
-            fix = "Pass ignore_mismatched_sizes=True to start them anew, or load with the checkpoint's own config"
+            fix = (
+                "Pass ignore_mismatched_sizes=True to initialize them afresh, or load with the checkpoint's own config"
+            )
         else:
             fix = (
                 "Load with the checkpoint's own config; ignore_mismatched_sizes is for weights named in "
@@ -113,7 +115,7 @@ def _check_found(
 
 
 def _check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...]):
-    """Every weight of the checkpoint has a place in the model, but for those with an allowed prefix."""
+    """Raises unless the model has every weight of the checkpoint; those with an allowed prefix it may lack."""
     unused = sorted(key for key in unexpected if not key.removeprefix("model.").startswith(allowed))
     if unused:
         parts = sorted({key.removeprefix("model.").split(".")[0] for key in unused})
@@ -125,7 +127,7 @@ def _check_used(owner: str, unexpected: Iterable[str], allowed: tuple[str, ...])
 
 
 def _check_summary_idxs(model: Any):
-    """The selection of CLS tokens in the checkpoint is that of the configuration, in a model that has one."""
+    """Raises unless the checkpoint selects the same CLS tokens as the configuration, in a model that selects any."""
     stored = getattr(model, "summary_idxs", None)
     if stored is None or stored.is_meta:
         return

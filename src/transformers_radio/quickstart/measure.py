@@ -14,25 +14,25 @@ from tqdm.auto import tqdm
 from transformers_radio.evaluation.classification.knn import knn_accuracy
 from transformers_radio.evaluation.classification.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from transformers_radio.evaluation.models.encoder import VisionEncoder
-from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, prompted_mask_iou
+from transformers_radio.evaluation.sam_coco.measure import prompted_mask_iou
+from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder
 from transformers_radio.evaluation.segmentation.quick_probe import probe_miou
-from transformers_radio.teachers import load_sam
-from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.teachers import load_sam, load_text_encoder
 from transformers_radio.training import Recipe
 
 from .scenes import CLASS_NAMES
 from .teacher_data import Split, load_split
 
 TEMPLATES = ["a {}", "a photo of a {}", "a picture of a {}"]
-BANK_IMAGES = 2880  # of the training split, 30 a class: enough for k = 20, and half a minute less than all
+BANK_IMAGES = 2880  # of the training split, 30 per class: enough for k = 20, and half a minute faster than all
 PROBE_IMAGES = 1500
-SCORED_IMAGES = 500  # of the validation split, for masks, which cost more than labels
+SCORED_IMAGES = 500  # of the validation split, for mIoU and masks, which cost more than labels
 BATCH_SIZE = 64
 
 
 @dataclass
 class Yardstick:
-    """What all rows are measured with; loaded once."""
+    """What all rows of the table are measured with; loaded once."""
 
     world: Path
     recipe: Recipe
@@ -46,7 +46,7 @@ class Yardstick:
             load_split(self.world, "train", BANK_IMAGES),
             load_split(self.world, "validation"),
         )
-        text_encoder = load_text_encoder(self.recipe.teachers["clip"].checkpoint)
+        text_encoder = load_text_encoder("open_clip", self.recipe.teachers["clip"].checkpoint)
         self.classifier = zero_shot_classifier(text_encoder, CLASS_NAMES, TEMPLATES)
         self.sam = load_sam(self.recipe.teachers["sam"].checkpoint)
 
@@ -64,18 +64,15 @@ class Yardstick:
 
 @dataclass
 class EncodedSplit:
-    """What a model makes of a split, from one pass over its images.
+    """What a model makes of a split, from one pass over its images."""
 
-    summary: (N, D). language: (N, E), or None. maps: bfloat16 (M, C, h, w), of the first M images.
-    """
-
-    summary: torch.Tensor
-    language: torch.Tensor | None
-    maps: torch.Tensor
+    summary: torch.Tensor  # (N, D)
+    language: torch.Tensor | None  # (N, E), in the space of the text encoder
+    maps: torch.Tensor  # features of the first M images, bfloat16 (M, C, h, w)
 
 
 def measure(encoder: VisionEncoder, yardstick: Yardstick) -> dict[str, float | None]:
-    """Column -> percent; None where a model has no such output."""
+    """Column -> percent; None where a model does not have the output."""
     train, validation, name = yardstick.train, yardstick.validation, encoder.name
     bank = encode_split(encoder, train.images, PROBE_IMAGES, f"{name}: training images")
     queries = encode_split(encoder, validation.images, SCORED_IMAGES, f"{name}: validation images")
@@ -92,17 +89,13 @@ def score(
         metrics["Zero-shot"] = zero_shot_accuracy(queries.language, yardstick.classifier, validation.classes)
     metrics["k-NN"] = knn_accuracy(bank.summary, train.classes, queries.summary, validation.classes)
     metrics["mIoU"] = probe_miou(
-        bank.maps,
-        train.semantic[:PROBE_IMAGES],
-        queries.maps,
-        validation.semantic[:SCORED_IMAGES],
+        (bank.maps, train.semantic[:PROBE_IMAGES]),
+        (queries.maps, validation.semantic[:SCORED_IMAGES]),
         num_classes=1 + len(CLASS_NAMES),
         description=f"{name}: probe",
     )
-    speaks_sam = (
-        "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.startswith("segment_anything:")
-    )
-    if speaks_sam:
+    has_sam = "sam" in encoder.model.adaptors if encoder.is_student else encoder.spec.kind == "segment_anything"
+    if has_sam:
         sam = yardstick.sam
         embed: nn.Module = StudentEncoder(encoder.model, sam) if encoder.is_student else SamEncoder(sam)
         metrics["Masks"] = prompted_mask_iou(
@@ -117,7 +110,7 @@ def score(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products as small as a probe's and SAM's decoder's take longer in two threads, which wait for each other."""
+    """Within this, torch has one thread: products as small as a probe's or SAM's decoder's take longer in two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,11 +1,11 @@
-"""`transformers-radio quickstart`: made images, distillation, evaluation beside the teachers, a table, a picture."""
+"""`transformers-radio quickstart`: synthetic images, distillation, evaluation with the teachers, table, picture."""
 
 import glob
-import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers_radio.disk import write_text
 from transformers_radio.training import Recipe, load_recipe
 
 from .world import make_world
@@ -21,10 +21,10 @@ PICTURED = 6
 
 
 def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table | None":
-    """Does what is not done yet in `output` and returns the table; None when a signal stopped the training.
+    """Does what is not done yet in `output` and returns the table; None if a signal stopped the training.
 
-    Writes output/world (made images), output/teachers (their outputs for these images, for this run and later ones)
-    and output/run: the recipe, checkpoints and metrics, student/ (the model that AutoModel loads), table.md,
+    Writes output/world (the images), output/teachers (the teachers' outputs for these images, for this run and later
+    ones) and output/run: the recipe, checkpoints and metrics, student/ (the model that AutoModel loads), table.md,
     table.json and features.png. `overrides` may name another `output_dir` than output/run.
     """
     output = output.expanduser()
@@ -33,7 +33,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
     settings = [*(f"{field}={path}" for field, path in paths.items()), *(overrides or [])]
     recipe = load_recipe(RECIPE, settings)
     world = make_world(output / "world")
-    from rich.console import Console  # what is mistyped has been named
+    from rich.console import Console  # imported after mistakes in the overrides have been named
 
     from transformers_radio.evaluation import Table
     from transformers_radio.training import train
@@ -50,10 +50,8 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
         encoders = load_encoders(recipe, result.student_dir)
         table = evaluate(encoders, world.directory, recipe)
         picture(encoders, world.directory, picture_path)
-        (run_dir / "table.md").write_text(table.to_markdown(), encoding="utf-8")
-        temporary = table_path.with_suffix(".tmp")  # written last and whole: it says that the evaluation is done
-        temporary.write_text(table.to_json(), encoding="utf-8")
-        os.replace(temporary, table_path)
+        write_text(run_dir / "table.md", table.to_markdown())
+        write_text(table_path, table.to_json())  # last: it says that the evaluation is done
     console = Console(markup=False, emoji=False)
     console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
@@ -61,7 +59,7 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
-    """The rows of the table: the recipe's teachers, then the student; all in float32, whatever they taught in."""
+    """The rows of the table: the recipe's teachers, then the student; all in float32."""
     from transformers_radio.evaluation.models.encoder import load_encoder
 
     teachers = [
@@ -72,7 +70,7 @@ def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
 
 
 def evaluate(encoders: "list[VisionEncoder]", world: Path, recipe: Recipe) -> "Table":
-    """A row a model: what `measure` gives, and throughput, interleaved in one run."""
+    """One row per model: what `measure` gives, and throughput, interleaved in one run."""
     import torch
 
     from transformers_radio.evaluation import Row, Table, throughput, throughput_conditions

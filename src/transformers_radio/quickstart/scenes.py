@@ -1,7 +1,7 @@
-"""The pictures of the made world: coloured and patterned shapes, drawn over crops of real photographs.
+"""Synthetic scenes: colored and patterned shapes, drawn over crops of real photographs.
 
 A scene is a pure function of (seed, split, index). The photographs are the ones that scikit-image and scikit-learn
-ship inside their own packages, so nothing is downloaded; the training and the validation split share none of them,
+ship inside their own packages, so nothing is downloaded. The training and the validation split share none of them,
 neither as background nor inside a pattern.
 """
 
@@ -44,15 +44,15 @@ PHOTOGRAPHS = {
         "sklearn/datasets/images/china.jpg",
     ),
 }
-COLOURS = {"red": (214, 38, 38), "green": (38, 166, 60), "blue": (36, 84, 214), "yellow": (238, 202, 30)}
+COLORS = {"red": (214, 38, 38), "green": (38, 166, 60), "blue": (36, 84, 214), "yellow": (238, 202, 30)}
 PATTERNS = ("striped", "checkered", "dotted", "mosaic")
-MATERIALS = (*COLOURS, *PATTERNS)
+MATERIALS = (*COLORS, *PATTERNS)
 
 
-def _arc(centre_x: float, centre_y: float, radius: float, start: float = 0.0, stop: float = 360.0) -> np.ndarray:
+def _arc(center_x: float, center_y: float, radius: float, start: float = 0.0, stop: float = 360.0) -> np.ndarray:
     """Points on a circle; angles in degrees, clockwise from the right. Returns (49, 2)."""
     angles = np.radians(np.linspace(start, stop, 49))
-    return np.stack([centre_x + radius * np.cos(angles), centre_y + radius * np.sin(angles)], axis=1)
+    return np.stack([center_x + radius * np.cos(angles), center_y + radius * np.sin(angles)], axis=1)
 
 
 def _star(n_points: int, inner: float) -> np.ndarray:
@@ -129,7 +129,7 @@ class Scene:
 
 
 def load_photograph(name: str) -> np.ndarray:
-    """Read one photograph, e.g. "skimage/data/coffee.png", from the installed package it ships in.
+    """Reads one photograph, e.g. "skimage/data/coffee.png", from the installed package it ships in.
 
     Returns:
         (H, W, 3) uint8 RGB; the shorter side at most 400 pixels.
@@ -143,8 +143,8 @@ def load_photograph(name: str) -> np.ndarray:
     path = next((Path(folder) / rest for folder in folders if (Path(folder) / rest).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"the made world needs the photograph {name!r}, which ships inside scikit-image >= 0.24 and scikit-learn "
-            '>= 1.4; install them with: pip install "transformers_radio[quickstart]"'
+            f"the synthetic scenes need the photograph {name!r}, which ships inside scikit-image >= 0.24 and "
+            'scikit-learn >= 1.4; install them with: pip install "transformers_radio[quickstart]"'
         )
     with Image.open(path) as photograph:
         rgb = photograph.convert("RGB")
@@ -201,18 +201,18 @@ def _two_tone_tile(pattern: str, photographs: list[np.ndarray], rng: np.random.G
 
 
 def _mosaic_tile(photographs: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """A photograph seen as irregular stones of one colour each, with pale joints. Returns (tile, tile, 3) float32."""
+    """A photograph seen as irregular stones of one color each, with pale joints. Returns (tile, tile, 3) float32."""
     crop = _crop(photographs[int(rng.integers(len(photographs)))], TILE_SIDE, rng)
     step = 16.0
-    centres = np.arange(-step / 2, TILE_SIDE + step, step)
-    points = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1)  # (n, n, 2), y and x
+    centers = np.arange(-step / 2, TILE_SIDE + step, step)
+    points = np.stack(np.meshgrid(centers, centers, indexing="ij"), axis=-1)  # (n, n, 2), y and x
     points += rng.uniform(-0.38, 0.38, points.shape) * step
     rows = np.arange(TILE_SIDE, dtype=np.float32)
     pixels = np.stack(np.meshgrid(rows, rows, indexing="ij"), axis=-1)  # (T, T, 2)
     # The nearest point of a jittered grid is in the 3 x 3 cells around the pixel's own.
-    cell = np.clip(((pixels + step) // step).astype(int), 1, len(centres) - 2)
+    cell = np.clip(((pixels + step) // step).astype(int), 1, len(centers) - 2)
     offsets = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    near = np.stack([(cell[..., 0] + i) * len(centres) + cell[..., 1] + j for i, j in offsets], axis=-1)  # (T, T, 9)
+    near = np.stack([(cell[..., 0] + i) * len(centers) + cell[..., 1] + j for i, j in offsets], axis=-1)  # (T, T, 9)
     distance = np.linalg.norm(points.reshape(-1, 2)[near] - pixels[:, :, None], axis=-1)  # (T, T, 9)
     owner = np.take_along_axis(near, distance.argmin(-1)[..., None], axis=-1)[..., 0]  # (T, T)
     two = np.partition(distance, 1, axis=-1)[..., :2]
@@ -248,8 +248,8 @@ def _background(split: str, rng: np.random.Generator) -> np.ndarray:
 
 def _surface(material: str, split: str, seed: int, rng: np.random.Generator) -> np.ndarray:
     """What the object is made of, across the whole picture. Returns (128, 128, 3) float32, 0 to 255."""
-    if material in COLOURS:
-        surface = np.broadcast_to(np.array(COLOURS[material], np.float32) + rng.uniform(-18, 18, 3), (SIDE, SIDE, 3))
+    if material in COLORS:
+        surface = np.broadcast_to(np.array(COLORS[material], np.float32) + rng.uniform(-18, 18, 3), (SIDE, SIDE, 3))
     else:
         tile = _tiles(split, seed)[material][int(rng.integers(TILES_PER_PATTERN))]
         top, left = rng.integers(0, TILE_SIDE - SIDE + 1, 2)
@@ -267,7 +267,7 @@ class _Placed:
 
     shape: str
     material: str
-    centre: np.ndarray  # (2,) x and y, pixels
+    center: np.ndarray  # (2,) x and y, pixels
     radius: float  # pixels
     angle: float  # radians
 
@@ -276,7 +276,7 @@ class _Placed:
             [[math.cos(self.angle), math.sin(self.angle)], [-math.sin(self.angle), math.cos(self.angle)]]
         )
         outlines = [outline for outline in _OUTLINES[self.shape] if outline is not None]
-        return [[(x, y) for x, y in ((o @ rotation) * self.radius + self.centre) * SUPERSAMPLING] for o in outlines]
+        return [[(x, y) for x, y in ((o @ rotation) * self.radius + self.center) * SUPERSAMPLING] for o in outlines]
 
     def coverage(self) -> np.ndarray:
         """How much of each pixel the shape covers. Returns (128, 128) float32 in [0, 1]."""
@@ -311,13 +311,13 @@ def main_class_of(split: str, seed: int, index: int) -> int:
 
 
 def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
-    """Draw scene `index` of a split; equal arguments give equal scenes, in any process.
+    """Draws scene `index` of a split; equal arguments give equal scenes, in any process.
 
     Args:
         split: "train" or "validation".
-        seed: not negative, the world's seed.
-        index: not negative, the scene's position within the split.
-        frame: 0 is the scene of the world. Another number shows its main object again, as a camera does that sees it
+        seed: not negative; the seed of the whole set.
+        index: not negative; the scene's position within the split.
+        frame: 0 is the scene of the set. Another number shows its main object again, as a camera does that sees it
             elsewhere: at another place, in other light, among other things.
     """
     if split not in SPLITS:
@@ -325,20 +325,20 @@ def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), 3, index, *([frame] if frame else [])])
     main_class = main_class_of(split, seed, index)
 
-    # Place from front to back. Each object behind keeps a visible part and stays clearly smaller than the main one.
+    # Place objects from front to back. Those behind keep a visible part and stay clearly smaller than the main one.
     radius = rng.uniform(0.37, 0.42) * SIDE
     margin = min(0.04 * SIDE, SIDE / 2 - radius)  # the main object stays whole, and near the middle
-    centre = SIDE / 2 + rng.uniform(-margin, margin, 2)
+    center = SIDE / 2 + rng.uniform(-margin, margin, 2)
     shape, material = SHAPES[main_class // len(MATERIALS)], MATERIALS[main_class % len(MATERIALS)]
-    placed = [_Placed(shape, material, centre, radius, rng.uniform(-0.12, 0.12))]
+    placed = [_Placed(shape, material, center, radius, rng.uniform(-0.12, 0.12))]
     coverages = [placed[0].coverage()]
     hidden = coverages[0] >= 0.5
     main_area = np.count_nonzero(hidden)
     for _ in range(int(rng.integers(0, 4))):
         shape, material = SHAPES[int(rng.integers(len(SHAPES)))], MATERIALS[int(rng.integers(len(MATERIALS)))]
         for _attempt in range(6):
-            centre, radius = rng.uniform(4, SIDE - 4, 2), rng.uniform(0.1, 0.16) * SIDE
-            behind = _Placed(shape, material, centre, radius, rng.uniform(-0.3, 0.3))
+            center, radius = rng.uniform(4, SIDE - 4, 2), rng.uniform(0.1, 0.16) * SIDE
+            behind = _Placed(shape, material, center, radius, rng.uniform(-0.3, 0.3))
             coverage = behind.coverage()
             inside = coverage >= 0.5
             if np.count_nonzero(inside & ~hidden) >= 120 and np.count_nonzero(inside) <= 0.6 * main_area:
@@ -347,7 +347,7 @@ def draw_scene(split: str, seed: int, index: int, frame: int = 0) -> Scene:
                 hidden |= inside
                 break
 
-    # Paint from back to front, each object over its own soft shadow.
+    # Paint objects from back to front, each object over its own soft shadow.
     image = _background(split, rng)
     instances = np.zeros((SIDE, SIDE), np.uint8)
     for position in reversed(range(len(placed))):

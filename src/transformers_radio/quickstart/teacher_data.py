@@ -1,8 +1,8 @@
-"""What the trainers of the three small teachers share: the world in memory, crops, schedules, position tables."""
+"""What the trainers of the three small teachers share: the scenes in memory, crops, the optimizer, position tables."""
 
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Split:
-    """One split of the made world, decoded.
+    """One split of the synthetic scenes, decoded.
 
     Attributes:
         images: (N, 3, 128, 128) uint8.
@@ -41,14 +41,14 @@ class Split:
 
 
 def load_split(directory: Path, split: str, limit: int | None = None) -> Split:
-    """Read a split of the made world, or its first `limit` scenes, into memory (about 80 kB a scene)."""
+    """Reads a split, or its first `limit` scenes, into memory (about 80 kB per scene)."""
     samples = list(islice(read_split(directory, split), limit))
     return Split(
-        torch.from_numpy(np.stack([np.asarray(s["jpg"]) for s in samples])).permute(0, 3, 1, 2).contiguous(),
+        torch.stack([transforms.pil_to_tensor(s["jpg"]) for s in samples]).contiguous(),
         [s["txt"] for s in samples],
         torch.tensor([s["cls"] for s in samples]),
-        torch.from_numpy(np.stack([np.asarray(s["semantic.png"]) for s in samples])),
-        torch.from_numpy(np.stack([np.asarray(s["instances.png"]) for s in samples])),
+        torch.cat([transforms.pil_to_tensor(s["semantic.png"]) for s in samples]),  # gray: (1, 128, 128) each
+        torch.cat([transforms.pil_to_tensor(s["instances.png"]) for s in samples]),
         [torch.tensor([o["box"] for o in s["json"]["objects"]]) for s in samples],
     )
 
@@ -69,8 +69,8 @@ def draw_frames(seed: int, count: int, frames: int, workers: int = 2) -> torch.T
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).unflatten(0, (frames, count)).contiguous()
 
 
-def normalise(images: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, 3, H, W) uint8 -> (B, 3, side, side) float32, standardised per channel."""
+def normalize(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 3, H, W) uint8 -> (B, 3, side, side) float32, standardized per channel."""
     if images.shape[-1] != side:
         images = transforms.resize(images, [side, side], antialias=True)
     return transforms.normalize(images.float() / 255, list(MEAN), list(STD))
@@ -79,7 +79,7 @@ def normalise(images: torch.Tensor, side: int) -> torch.Tensor:
 def random_crops(
     images: torch.Tensor, side: int, scale: tuple[float, float], rng: np.random.Generator, flip: bool = False
 ) -> torch.Tensor:
-    """Cut one random square out of each image.
+    """Cuts one random square out of each image.
 
     Args:
         images: (B, 3, H, H) uint8.
@@ -100,21 +100,46 @@ def random_crops(
 
 
 def jitter(images: torch.Tensor, rng: np.random.Generator, strength: float = 0.2) -> torch.Tensor:
-    """Scale and shift each image's channels at random: (B, 3, h, w) float -> the same."""
+    """Scales and shifts each image's channels at random: (B, 3, h, w) float -> the same shape."""
     gain, shift = rng.uniform(-strength, strength, (2, len(images), 3, 1, 1)).astype(np.float32)
     return images * torch.from_numpy(1 + gain) + torch.from_numpy(shift)
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[torch.Tensor]:
-    """Shuffled positions without end, each once an epoch; the last batch of an epoch is left out when it is short."""
+    """Yields shuffled positions without end, each once per epoch; a short last batch of an epoch is left out."""
     while True:
         order = torch.from_numpy(rng.permutation(count))
         for start in range(0, count - size + 1, size):
             yield order[start : start + size]
 
 
+def train_steps(
+    name: str, module: torch.nn.Module, steps: int, peak: float, max_norm: float = 1.0
+) -> Iterator[tuple[int, Callable[[torch.Tensor], None]]]:
+    """Yields every step with the function that takes its loss and updates the module: AdamW, clipped gradients.
+
+    Args:
+        name: what is trained, for the progress bar.
+        peak: largest learning rate, see `set_learning_rate`.
+        max_norm: that gradients are clipped to.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups([module], 0.05), lr=peak, betas=(0.9, 0.98))
+    progress = tqdm(range(steps), desc=f"training {name}", unit="step")
+
+    def update(loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+        optimizer.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+    for step in progress:
+        set_learning_rate(optimizer, step, steps, peak)
+        yield step, update
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 %, then a half cosine to 1 % of the peak. Returns the rate that was set."""
+    """Linear warm-up over the first 5 %, then a half cosine to 1 % of the peak. Returns the new rate."""
     warmup = max(1, steps // 20)
     decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
     rate = peak * min(1.0, (step + 1) / warmup) * decay
@@ -124,7 +149,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, p
 
 
 def parameter_groups(modules: list[torch.nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """Decay matrices; leave biases, norms and single vectors alone."""
+    """Weight decay for matrices; none for biases, norms and single vectors."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -133,7 +158,7 @@ def parameter_groups(modules: list[torch.nn.Module], weight_decay: float) -> lis
 
 
 def sincos_positions(grid: int, width: int) -> torch.Tensor:
-    """A sine-cosine table to start the learned positions from: a short training does not find one by itself.
+    """A sine-cosine table that learned positions start from: a short training does not find one by itself.
 
     Args:
         grid: patches along a side.

@@ -10,42 +10,15 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from .scenes import CLASS_NAMES, MATERIALS, SHAPES
-from .teacher_data import (
-    MEAN,
-    STD,
-    Split,
-    jitter,
-    normalise,
-    parameter_groups,
-    random_crops,
-    set_learning_rate,
-    sincos_positions,
-)
+from .teacher_data import MEAN, STD, Split, jitter, normalize, random_crops, sincos_positions, train_steps
 
 SIDE = 64  # pixels; 16 patches and the class token
 CONTEXT = 28  # tokens; the longest caption has 25
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "there is a {}")
-WORDS = (
-    "a",
-    "an",
-    "the",
-    "photo",
-    "picture",
-    "of",
-    "there",
-    "is",
-    "in",
-    "front",
-    "with",
-    "that",
-    "covers",
-    "and",
-    ",",
-)
+WORDS = tuple("a an the photo picture of there is in front with that covers and ,".split())
 VOCABULARY = ("<pad>", "<unknown>", "<start>", *WORDS, *MATERIALS, *SHAPES, "<end>")  # <end> last: pooling is argmax
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
@@ -69,7 +42,7 @@ MODEL: dict[str, Any] = {
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a word-level tokenizer that knows the captions' words."""
+    """Writes a word-level tokenizer that knows the captions' words."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unknown>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
@@ -83,7 +56,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def train_clip(directory: Path, data: Split, steps: int = 1400, seed: int = 0) -> dict[str, Any]:
-    """Train on image-caption pairs and write open_clip_config.json, open_clip_model.safetensors and the tokenizer.
+    """Trains on image-caption pairs and writes open_clip_config.json, open_clip_model.safetensors and the tokenizer.
 
     A batch holds each main class once: short captions repeat, and a repeated caption would be its own negative.
 
@@ -104,25 +77,16 @@ def train_clip(directory: Path, data: Split, steps: int = 1400, seed: int = 0) -
     with torch.no_grad():
         model.visual.positional_embedding[1:] = sincos_positions(SIDE // 16, MODEL["vision_cfg"]["width"])
     contrastive = open_clip.ClipLoss()
-    peak = 1.5e-3
-    optimizer = torch.optim.AdamW(parameter_groups([model], 0.05), lr=peak, betas=(0.9, 0.98))
     started = time.monotonic()
-    progress = tqdm(range(steps), desc="training clip", unit="step")
-    for step in progress:
-        set_learning_rate(optimizer, step, steps, peak)
+    for _, update in train_steps("clip", model, steps, peak=1.5e-3):
         chosen = torch.stack([one[int(rng.integers(len(one)))] for one in members])
-        images = jitter(normalise(random_crops(data.images[chosen], SIDE, (0.7, 1.0), rng), SIDE), rng)
+        images = jitter(normalize(random_crops(data.images[chosen], SIDE, (0.7, 1.0), rng), SIDE), rng)
         with torch.autocast("cpu", torch.bfloat16):
             image_features, text_features, scale = model(images, tokens[chosen])
         loss = contrastive(image_features.float(), text_features.float(), scale.float())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(loss)
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
     seconds = round(time.monotonic() - started)

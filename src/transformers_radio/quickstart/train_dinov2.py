@@ -6,7 +6,7 @@ average of the student. As there, the resolution rises near the end.
 
 The two views of a scene show its main object twice, as a camera does that sees the same thing elsewhere. Two crops of
 one picture have the background in common, and are told apart by it long before by any shape. Small local views, which
-DINOv2 adds, cost more here than they brought.
+DINOv2 adds, cost more here than they gained.
 """
 
 import copy
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from .teacher_data import (
@@ -29,11 +28,10 @@ from .teacher_data import (
     batches,
     draw_frames,
     jitter,
-    normalise,
-    parameter_groups,
+    normalize,
     random_crops,
-    set_learning_rate,
     sincos_positions,
+    train_steps,
 )
 
 SIDE, EARLY_SIDE, PATCH = 84, 56, 14  # pixels: 36 patches, and 16 for the first EARLY_SHARE of the steps
@@ -43,6 +41,7 @@ PROTOTYPES = 256
 SCALE = (0.6, 1.0)  # share of the picture's area in a view
 FRAMES = 2  # further pictures of each main object
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.03, 0.1
+BATCH = 128  # scenes per step
 
 
 class _Head(nn.Module):
@@ -73,14 +72,14 @@ def _cross_entropy(targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def _koleo(tokens: torch.Tensor) -> torch.Tensor:
-    """Minus the mean log distance to the nearest neighbour, over (B, width) class tokens."""
+    """Minus the mean log distance to the nearest neighbor, over (B, width) class tokens."""
     directions = F.normalize(tokens, dim=1)
     nearest = (directions @ directions.T - 2 * torch.eye(len(directions))).argmax(dim=1)
     return -torch.log((directions - directions[nearest]).norm(dim=1) + 1e-6).mean()
 
 
 def _masks(count: int, grid: int, rng: np.random.Generator) -> torch.Tensor:
-    """Which patches the student does not see: a random block in half of the views. Returns (count, grid**2) bool."""
+    """Which patches the student does not see: a random block in half of the views; bool (count, grid**2)."""
     masks = np.zeros((count, grid, grid), bool)
     for mask in masks[::2]:
         height, width = rng.integers(grid // 3, grid, 2)
@@ -89,8 +88,44 @@ def _masks(count: int, grid: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(masks.reshape(count, grid * grid))
 
 
+class _SelfDistillation(nn.Module):
+    """A student and its moving average, the teacher; each has a head for the class token and one for patches."""
+
+    def __init__(self, config: Dinov2WithRegistersConfig) -> None:
+        super().__init__()
+        model = Dinov2WithRegistersModel(config)
+        with torch.no_grad():
+            model.embeddings.position_embeddings[:, 1:] = sincos_positions(SIDE // PATCH, config.hidden_size)
+            model.embeddings.mask_token.normal_(std=0.02)
+            model.embeddings.register_tokens.normal_(std=0.02)
+        heads = {"image": _Head(config.hidden_size), "patch": _Head(config.hidden_size)}
+        self.student = nn.ModuleDict({"model": model, **heads})
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def forward(self, views: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """The loss of views (2 B, 3, side, side), all first ones before all second ones, and masks (2 B, patches)."""
+        student, teacher = self.student, self.teacher
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                seen = teacher["model"](views).last_hidden_state.float()
+            guess = student["model"](views, bool_masked_pos=masks).last_hidden_state.float()
+        # in float32: cosines differ by less than bfloat16 resolves, and the temperatures magnify the difference
+        with torch.no_grad():
+            first, second = _balanced(teacher["image"](seen[:, 0])).chunk(2)  # (B, K) each
+            patch_targets = _balanced(teacher["patch"](seen[:, 1 + REGISTERS :][masks]))  # (M, K)
+        across = _cross_entropy(torch.cat([second, first]), student["image"](guess[:, 0]))
+        patches = _cross_entropy(patch_targets, student["patch"](guess[:, 1 + REGISTERS :][masks]))
+        spread = torch.stack([_koleo(view) for view in guess[:, 0].chunk(2)]).mean()
+        return across + patches + 0.1 * spread
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            slow.lerp_(fast, 1 - momentum)
+
+
 def train_dinov2(directory: Path, data: Split, steps: int = 3000, seed: int = 0) -> dict[str, Any]:
-    """Train on images alone and write config.json and model.safetensors with save_pretrained.
+    """Trains on images alone and writes config.json and model.safetensors with save_pretrained.
 
     Returns:
         What was done: steps, images seen, seconds, the last loss.
@@ -106,63 +141,28 @@ def train_dinov2(directory: Path, data: Split, steps: int = 3000, seed: int = 0)
         num_register_tokens=REGISTERS,
         layerscale_value=1.0,
     )
-    student = Dinov2WithRegistersModel(config)
-    with torch.no_grad():
-        student.embeddings.position_embeddings[:, 1:] = sincos_positions(SIDE // PATCH, config.hidden_size)
-        student.embeddings.mask_token.normal_(std=0.02)
-        student.embeddings.register_tokens.normal_(std=0.02)
-    image_head, patch_head = _Head(config.hidden_size), _Head(config.hidden_size)
-    trained = nn.ModuleList([student, image_head, patch_head])
-    teacher = copy.deepcopy(student)
-    teacher_image_head, teacher_patch_head = copy.deepcopy(image_head), copy.deepcopy(patch_head)
-    averaged = nn.ModuleList([teacher, teacher_image_head, teacher_patch_head]).requires_grad_(False)
-
-    batch, peak = 128, 1e-3
-    # The world's seed is 0, whatever the training's: these are its scenes.
+    distillation = _SelfDistillation(config)
+    # The seed of the scenes is 0, whatever that of the training is.
     frames = torch.cat([data.images[None], draw_frames(0, len(data.images), FRAMES)])  # (1 + FRAMES, N, 3, 128, 128)
-    optimizer = torch.optim.AdamW(parameter_groups([trained], 0.05), lr=peak, betas=(0.9, 0.98))
-    order = batches(len(data.images), batch, rng)
+    order = batches(len(data.images), BATCH, rng)
     started = time.monotonic()
-    progress = tqdm(range(steps), desc="training dinov2", unit="step")
-    for step in progress:
-        set_learning_rate(optimizer, step, steps, peak)
+    for step, update in train_steps("dinov2", distillation.student, steps, peak=1e-3, max_norm=3.0):
         side = EARLY_SIDE if step < EARLY_SHARE * steps else SIDE
         scenes = next(order)
         pictures = torch.from_numpy(rng.integers(0, len(frames), (2, len(scenes))))
         views = torch.cat([random_crops(frames[one, scenes], side, SCALE, rng, flip=True) for one in pictures])
-        views = jitter(normalise(views, side), rng)  # (2 B, 3, side, side): first all first views
-        masks = _masks(len(views), side // PATCH, rng)
-
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                seen = teacher(views).last_hidden_state.float()
-            guess = student(views, bool_masked_pos=masks).last_hidden_state.float()
-        # In float32: cosines differ by less than bfloat16 resolves, and the temperatures magnify the difference.
-        with torch.no_grad():
-            first, second = _balanced(teacher_image_head(seen[:, 0])).chunk(2)  # (B, K) each
-            patch_targets = _balanced(teacher_patch_head(seen[:, 1 + REGISTERS :][masks]))  # (M, K)
-        across = _cross_entropy(torch.cat([second, first]), image_head(guess[:, 0]))
-        patches = _cross_entropy(patch_targets, patch_head(guess[:, 1 + REGISTERS :][masks]))
-        spread = torch.stack([_koleo(view) for view in guess[:, 0].chunk(2)]).mean()
-        loss = across + patches + 0.1 * spread
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 3.0)
-        optimizer.step()
-        momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2  # 0.99 to 1
-        with torch.no_grad():
-            for slow, fast in zip(averaged.parameters(), trained.parameters(), strict=True):
-                slow.lerp_(fast, 1 - momentum)
-        if step % 20 == 0:
-            progress.set_postfix(across=f"{across.item():.2f}", patches=f"{patches.item():.2f}")
-    averaged.to(torch.float16)
+        views = jitter(normalize(views, side), rng)  # (2 B, 3, side, side): first all first views
+        loss = distillation(views, _masks(len(views), side // PATCH, rng))
+        update(loss)
+        distillation.update_teacher(momentum=1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2)  # 0.99 to 1
+    teacher: Any = distillation.teacher.to(torch.float16)["model"]
     teacher.save_pretrained(directory)
     # Half the bytes on disk; loaded as float32, since bfloat16 and float32 are what CPUs are good at.
     config.dtype = torch.float32
     config.architectures = ["Dinov2WithRegistersModel"]
     config.save_pretrained(directory)
-    BitImageProcessor(  # what DINOv2's releases carry: code that loads the folder reads the normalisation from it
+    BitImageProcessor(  # what DINOv2's releases carry: code that loads the folder reads the normalization from it
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=MEAN, image_std=STD
     ).save_pretrained(directory)
     seconds = round(time.monotonic() - started)
-    return {"steps": steps, "images_seen": steps * batch, "seconds": seconds, "loss": round(loss.item(), 4)}
+    return {"steps": steps, "images_seen": steps * BATCH, "seconds": seconds, "loss": round(loss.item(), 4)}

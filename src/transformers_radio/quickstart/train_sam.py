@@ -9,23 +9,16 @@ import numpy as np
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from .teacher_data import (
-    MEAN,
-    STD,
-    Split,
-    batches,
-    jitter,
-    parameter_groups,
-    set_learning_rate,
-    sincos_positions,
-)
+from transformers_radio.evaluation.sam_coco.metrics import mask_overlap
+
+from .teacher_data import MEAN, STD, Split, batches, jitter, sincos_positions, train_steps
 
 SIDE, PATCH = 128, 16  # pixels: 64 patches
 GRID = SIDE // PATCH
 WIDTH, DEPTH, HEADS, MLP_RATIO = 192, 4, 3, 3.5
 WINDOW, GLOBAL_BLOCKS = 4, (1, 3)
+BATCH = 32  # scenes per step
 PROMPT_WIDTH, DECODER_MLP, MASK_CHANNELS, IOU_WIDTH = 64, 128, 16, 64
 
 
@@ -67,7 +60,7 @@ def build_sam() -> Sam:
 def decode_masks(
     sam: Sam, embeddings: torch.Tensor, boxes: torch.Tensor | None, points: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode one prompt for each image embedding; SAM's own decoder call takes many prompts of a single image.
+    """Decodes one prompt for each image embedding; SAM's own decoder call takes many prompts of a single image.
 
     Args:
         embeddings: (N, C, 8, 8) from the image encoder.
@@ -103,14 +96,8 @@ def _mask_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return 20 * focal + dice
 
 
-def mask_iou(guess: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of boolean masks, over the last two dimensions."""
-    union = (guess | truth).sum(dim=(-2, -1))
-    return (guess & truth).sum(dim=(-2, -1)) / union.clamp(min=1)
-
-
 def train_sam(directory: Path, data: Split, steps: int = 3000, seed: int = 0) -> dict[str, Any]:
-    """Train on a box and a point for two objects of each scene, and write sam.pth, a plain state dict.
+    """Trains on a box and a point for two objects of each scene, and writes sam.pth, a plain state dict.
 
     Returns:
         What was done: steps, images seen, seconds, the last loss.
@@ -121,15 +108,11 @@ def train_sam(directory: Path, data: Split, steps: int = 3000, seed: int = 0) ->
     with torch.no_grad():
         positions = sincos_positions(GRID, WIDTH).reshape(1, GRID, GRID, WIDTH)
         sam.image_encoder.pos_embed.copy_(positions)
-    batch, peak = 32, 1e-3
-    optimizer = torch.optim.AdamW(parameter_groups([sam], 0.05), lr=peak, betas=(0.9, 0.98))
-    order = batches(len(data.images), batch, rng)
+    order = batches(len(data.images), BATCH, rng)
     started = time.monotonic()
-    progress = tqdm(range(steps), desc="training sam", unit="step")
-    for step in progress:
-        set_learning_rate(optimizer, step, steps, peak)
+    for _, update in train_steps("sam", sam, steps, peak=1e-3):
         chosen = next(order)
-        # Two prompts a scene: the main object, and any of the objects.
+        # two prompts per scene: the main object, and any of the objects
         which = torch.tensor([k for i in chosen for k in (0, int(rng.integers(len(data.boxes[int(i)]))))])  # (2 B,)
         owner = chosen.repeat_interleave(2)  # (2 B,)
         masks = data.instances[owner] == (which + 1)[:, None, None]  # (2 B, 128, 128)
@@ -147,16 +130,12 @@ def train_sam(directory: Path, data: Split, steps: int = 3000, seed: int = 0) ->
         loss = torch.zeros(())
         for logits, predicted_iou in decoded:
             losses = _mask_losses(logits.float(), targets)  # (2 B, 4)
-            iou = mask_iou(logits.detach() > 0, targets > 0.5)
+            intersection, union = mask_overlap(logits.detach() > 0, targets > 0.5)
+            iou = intersection / union.clamp(min=1)
             loss = loss + losses[:, 0].mean() + losses[:, 1:].min(dim=1).values.mean()
             loss = loss + F.mse_loss(predicted_iou.float(), iou)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+        update(loss)
     directory.mkdir(parents=True, exist_ok=True)
     torch.save({name: value.half() for name, value in sam.state_dict().items()}, directory / "sam.pth")
     seconds = round(time.monotonic() - started)
-    return {"steps": steps, "images_seen": steps * batch, "seconds": seconds, "loss": round(loss.item(), 4)}
+    return {"steps": steps, "images_seen": steps * BATCH, "seconds": seconds, "loss": round(loss.item(), 4)}

@@ -1,4 +1,4 @@
-"""Train the three small teachers that ship with the package, and measure what each of them can do.
+"""Trains the three small teachers that ship with the package, and measures what each of them can do.
 
     python -m transformers_radio.quickstart.train_teachers --output DIR [--only clip] [--again]
 
@@ -7,7 +7,6 @@ A teacher that is already in DIR is kept. DIR/teachers.json holds what was train
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,21 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from transformers_radio.disk import write_json
 from transformers_radio.evaluation.classification.knn import knn_accuracy
 from transformers_radio.evaluation.classification.zero_shot import zero_shot_accuracy, zero_shot_classifier
-from transformers_radio.teachers import Teacher, build_teacher
-from transformers_radio.teachers.open_clip import load_text_encoder
+from transformers_radio.evaluation.sam_coco.measure import prompted_mask_iou
+from transformers_radio.evaluation.sam_coco.metrics import MeanMaskIoU
+from transformers_radio.evaluation.sam_coco.prompting import SamEncoder
+from transformers_radio.evaluation.segmentation.miou import MeanIoU
+from transformers_radio.teachers import Teacher, build_teacher, load_text_encoder
 from transformers_radio.teachers.segment_anything import load_sam
 
 from .scenes import CLASS_NAMES, MATERIALS
 from .teacher_data import Split, load_split
 from .train_clip import TEMPLATES, train_clip
 from .train_dinov2 import train_dinov2
-from .train_sam import decode_masks, mask_iou, train_sam
+from .train_sam import train_sam
 from .world import make_world
 
 TRAINERS: dict[str, Callable[..., dict[str, Any]]] = {"clip": train_clip, "dinov2": train_dinov2, "sam": train_sam}
@@ -88,7 +91,7 @@ def cell_labels(semantic: torch.Tensor, part: str) -> torch.Tensor:
 def linear_probe_miou(
     bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
 ) -> float:
-    """Percent mean IoU over the classes of a linear classifier of single cells (standardised, AdamW, 600 steps).
+    """Percent mean IoU over the classes of a linear classifier of single cells (standardized, AdamW, 600 steps).
 
     Args:
         bank, queries: (N, C, 8, 8) and (M, C, 8, 8) features.
@@ -110,38 +113,23 @@ def linear_probe_miou(
         schedule.step()
     with torch.no_grad():
         guess = probe((queries.movedim(1, -1).flatten(0, 2) - mean) / std).argmax(dim=1)
-    expected = labels.flatten()
-    scores = []
-    for one in range(classes):
-        union = ((guess == one) | (expected == one)).sum()
-        if union:
-            scores.append(((guess == one) & (expected == one)).sum() / union)
-    return 100 * torch.stack(scores).mean().item()
+    metric = MeanIoU(classes)
+    metric.add(prediction=guess, reference=labels.flatten())
+    return metric.compute()["mIoU"]
 
 
-@torch.no_grad()
 def box_prompt_iou(checkpoint: Path, data: Split) -> dict[str, float]:
-    """Percent mean IoU over every object, prompted by its true box; and of the trivial answer, the filled box."""
+    """Percent mean IoU over every object, prompted by its true box; and that of the trivial answer, the filled box."""
     sam = load_sam(str(checkpoint))
-    side = sam.image_encoder.img_size
-    scores, filled = [], []
-    for start in tqdm(range(0, len(data.images), 100), desc="box prompts", unit="batch"):
-        boxes = data.boxes[start : start + 100]
-        owner = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])  # (P,)
-        number = torch.cat([torch.arange(len(b)) for b in boxes])
-        truth = data.instances[start : start + 100][owner] == (number + 1)[:, None, None]  # (P, 128, 128)
-        embeddings = sam.image_encoder(sam.preprocess(data.images[start : start + 100].float()))
-        prompts = torch.cat(boxes)
-        logits, _ = decode_masks(sam, embeddings[owner], prompts.float(), None)
-        guess = F.interpolate(logits[:, :1], size=(side, side), mode="bilinear")[:, 0] > 0
-        scores.append(mask_iou(guess, truth))
-        x0, y0, x1, y1 = (v[:, None] for v in prompts.T)
-        line = torch.arange(side)[None]
-        rectangle = ((line >= y0) & (line < y1))[:, :, None] & ((line >= x0) & (line < x1))[:, None]
-        filled.append(mask_iou(rectangle, truth))
+    filled = MeanMaskIoU()
+    for boxes, instance in zip(data.boxes, data.instances, strict=True):
+        for number, (x0, y0, x1, y1) in enumerate(boxes.tolist(), start=1):
+            rectangle = torch.zeros_like(instance, dtype=torch.bool)
+            rectangle[y0:y1, x0:x1] = True
+            filled.add(prediction=rectangle, reference=instance == number)
     return {
-        "box_prompt_iou": 100 * torch.cat(scores).mean().item(),
-        "filled_box_iou": 100 * torch.cat(filled).mean().item(),
+        "box_prompt_iou": prompted_mask_iou(SamEncoder(sam), sam, data.images, data.boxes, data.instances),
+        "filled_box_iou": filled.compute()["mean_mask_iou"],
     }
 
 
@@ -162,7 +150,9 @@ def measure(directory: Path, name: str, train: Split, validation: Split) -> dict
             cell_labels(validation.semantic, part),
         )
     if name == "clip":
-        classifier = zero_shot_classifier(load_text_encoder(str(directory / "clip")), CLASS_NAMES, TEMPLATES)
+        classifier = zero_shot_classifier(
+            load_text_encoder("open_clip", str(directory / "clip")), CLASS_NAMES, TEMPLATES
+        )
         figures["zero_shot"] = zero_shot_accuracy(summaries, classifier, validation.classes)
     if name == "sam":
         figures |= box_prompt_iou(directory / "sam" / "sam.pth", validation)
@@ -175,10 +165,10 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="where clip/, dinov2/, sam/ and the world go")
-    parser.add_argument("--only", choices=list(TRAINERS), help="train this one alone")
-    parser.add_argument("--again", action="store_true", help="train even what is there")
-    parser.add_argument("--steps", type=int, help="instead of each trainer's own number")
+    parser.add_argument("--output", type=Path, required=True, help="folder for clip/, dinov2/, sam/ and the scenes")
+    parser.add_argument("--only", choices=list(TRAINERS), help="train only this one")
+    parser.add_argument("--again", action="store_true", help="train teachers again that are there")
+    parser.add_argument("--steps", type=int, help="number of steps; default: each trainer's own")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
@@ -193,9 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = trainer(directory / name, train, seed=options.seed, **chosen)
         figures = {"seed": options.seed, **done, **measure(directory, name, train, validation)}
         report = {**read_report(report_path), name: figures}  # read again: the others may train at the same time
-        temporary = report_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, report_path)
+        write_json(report_path, report)
         print(name, json.dumps(figures), flush=True)
 
 

@@ -1,9 +1,8 @@
-"""The made world on disk: WebDataset shards of scenes, written once and reused while they are whole."""
+"""The synthetic scenes on disk: WebDataset shards, written once and reused while they are whole."""
 
 import io
 import json
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from transformers_radio.disk import replace_whole, write_json
+
 from .scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CLASS_NAMES", "MATERIALS", "SHAPES", "World", "make_world", "read_split"]
 
-# Raise it whenever scenes or files come out differently, so that a world made by an older version is made again.
+# Raise it whenever scenes or files come out differently, so that those of an older version are made again.
 SPEC_VERSION = 1
 SHARDS = {"train": 8, "validation": 2}
 SHARD_NUMBER = "[0-9]" * 6  # as a file pattern
@@ -30,14 +31,14 @@ INDEX_FILE = "world.json"
 
 @dataclass(frozen=True)
 class World:
-    """A complete made world.
+    """A complete set of synthetic scenes.
 
     Attributes:
         directory: where train-000000.tar, ..., validation-000000.tar, ... and world.json are.
         classes: the 96 names of the main classes, e.g. "striped star", in the order of the class numbers.
         train: number of training scenes.
         validation: number of validation scenes.
-        seed: what it was made from.
+        seed: that the scenes were made with.
     """
 
     directory: Path
@@ -80,15 +81,13 @@ def _sample_files(scene: Scene) -> dict[str, bytes]:
 
 
 def _write_shard(shard: _Shard) -> tuple[str, int, int]:
-    """Write one shard under a temporary name, then move it into place. Returns its name, its bytes and its scenes."""
-    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
-    with tarfile.open(temporary, "w") as tar:
+    """Writes one shard, whole. Returns its name, its size in bytes and its number of scenes."""
+    with replace_whole(shard.path, unique=True) as temporary, tarfile.open(temporary, "w") as tar:
         for index in range(shard.start, shard.stop):
             for extension, content in _sample_files(draw_scene(shard.split, shard.seed, index)).items():
                 member = tarfile.TarInfo(f"{shard.split}-{index:06d}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    os.replace(temporary, shard.path)
     return shard.path.name, shard.path.stat().st_size, shard.stop - shard.start
 
 
@@ -98,7 +97,7 @@ def _split_shards(directory: Path, split: str, count: int, seed: int) -> list[_S
 
 
 def _is_whole(directory: Path, spec: dict[str, Any]) -> bool:
-    """Whether the directory holds exactly this world: the index is written last, and knows the size of each shard."""
+    """Whether the directory holds exactly these scenes: the index is written last, and has the size of each shard."""
     try:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
         sizes = index.pop("bytes")
@@ -108,17 +107,17 @@ def _is_whole(directory: Path, spec: dict[str, Any]) -> bool:
 
 
 def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed: int = 0, workers: int = 2) -> World:
-    """Make the world in `directory`, or reuse the one that is there when it is whole and the same.
+    """Makes the scenes in `directory`, or reuses those that are there if they are whole and the same.
 
-    The files depend on the counts and the seed alone, not on the number of workers. An unfinished or different world
-    in the directory is replaced; other files there are left alone.
+    The files depend only on the counts and the seed, not on the number of workers. Unfinished or different scenes in
+    the directory are replaced; other files there are left alone.
 
     Args:
-        directory: created when missing.
+        directory: created if missing.
         train: number of training scenes, at least 8, one for each shard.
         validation: number of validation scenes, at least 2.
         seed: not negative.
-        workers: processes, at least 1; each is started afresh ("spawn").
+        workers: number of processes, at least 1; each is started afresh ("spawn").
 
     Raises:
         ValueError: a count, the seed or the number of workers is too small.
@@ -152,19 +151,17 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
     sizes = {}
     with (
         multiprocessing.get_context("spawn").Pool(workers) as pool,
-        tqdm(total=train + validation, desc="drawing the world", unit="scene") as progress,
+        tqdm(total=train + validation, desc="drawing scenes", unit="scene") as progress,
     ):
         for name, size, scenes in pool.imap_unordered(_write_shard, shards):
             sizes[name] = size
             progress.update(scenes)
-    temporary = directory / f".{INDEX_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps({**spec, "bytes": dict(sorted(sizes.items()))}, indent=1), encoding="utf-8")
-    os.replace(temporary, directory / INDEX_FILE)
+    write_json(directory / INDEX_FILE, {**spec, "bytes": dict(sorted(sizes.items()))})
     return world
 
 
 def read_split(directory: Path, split: str, columns: Sequence[str] | None = None) -> "IterableDataset":
-    """Stream the samples of one split, in order.
+    """Streams the samples of one split, in order.
 
     Args:
         split: "train" or "validation".
@@ -179,7 +176,7 @@ def read_split(directory: Path, split: str, columns: Sequence[str] | None = None
         raise ValueError(f"split is {split!r}; expected one of {tuple(SHARDS)}")
     shards = sorted(str(path) for path in Path(directory).glob(f"{split}-{SHARD_NUMBER}.tar"))
     if not shards:
-        raise FileNotFoundError(f"no {split}-*.tar in {directory}; make the world with make_world(directory)")
+        raise FileNotFoundError(f"no {split}-*.tar in {directory}; make the scenes with make_world(directory)")
     from datasets import load_dataset
 
     dataset = load_dataset("webdataset", data_files={split: shards}, split=split, streaming=True)

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from transformers_radio.precision import DTYPES
 
-CALLS_PER_RANGE_CHECK = 1000  # on an accelerator, where looking at values waits for all work before
+if TYPE_CHECKING:
+    from .text import TextEncoder
+
+CALLS_PER_RANGE_CHECK = 1000  # on an accelerator, where reading values waits for all work before it
+Normalization = tuple[Sequence[float], Sequence[float]]  # mean and std per RGB channel, for images in [0, 1]
 
 
 @dataclass
@@ -32,23 +36,29 @@ class TeacherOutput:
 
 
 class Teacher(nn.Module):
-    """A frozen network that owns its normalisation, input size and dtype.
+    """A frozen network that owns its normalization, input size and dtype.
 
-    A subclass hands its network to `__init__` and implements `encode`; checks, normalisation, `no_grad` and the return
-    to float32 happen here. The teacher never leaves eval mode, not even when `.train()` is called on its parent.
+    A subclass loads its network in `from_checkpoint`, describes it in `__init__` and runs it in `encode`; checks,
+    normalization, `no_grad` and the return to float32 happen here. A network without weights, on the meta device, is
+    described as well as any other: `plan` works so. The teacher never leaves eval mode, not even when `.train()` is
+    called on its parent.
 
     Args:
-        model: the network; frozen and converted to `dtype` here.
+        model: the network; frozen here.
         image_size: side of the square input in pixels.
         patch_size: pixels per feature along a side.
         summary_dim: width of the summary, or None for a teacher without one.
         feature_dim: width of a patch feature.
-        mean, std: per RGB channel, for images in [0, 1].
-        dtype: of weights and activations: "float32", "bfloat16" or "float16".
+        normalization: (mean, std), each three numbers per RGB channel, for images in [0, 1].
+
+    Attributes:
+        has_text: whether `text_encoder` gives a text tower. It belongs to the class, so it is known without weights.
 
     Raises:
-        ValueError: for an unknown dtype; for a mean or std of other than three numbers.
+        ValueError: for a mean or std of other than three numbers.
     """
+
+    has_text = False
 
     def __init__(
         self,
@@ -58,35 +68,61 @@ class Teacher(nn.Module):
         patch_size: int,
         summary_dim: int | None,
         feature_dim: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        dtype: str = "float32",
+        normalization: Normalization,
     ):
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-        for name, values, smallest in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        for name, values, smallest in zip(("mean", "std"), normalization, (-math.inf, 0.0), strict=True):
             if isinstance(values, str) or len(values) != 3 or not all(smallest < value < math.inf for value in values):
                 raise ValueError(f"{name} is {values!r}, expected a {'positive ' * (name == 'std')}number per channel")
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in normalization)
         self._calls = 0
-        self.dtype = DTYPES[dtype]
-        self.model: Any = model.to(self.dtype).requires_grad_(False)
+        self.model: Any = model.requires_grad_(False)
         self.image_size = image_size
         self.patch_size = patch_size
         self.summary_dim = summary_dim
         self.feature_dim = feature_dim
         self.mean: torch.Tensor
         self.std: torch.Tensor
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.eval()
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> "Teacher":
+        """The teacher with its weights, on the CPU; a subclass may take options of its own behind these arguments.
+
+        Args:
+            checkpoint: Hub id, local path or whatever else the subclass documents.
+            image_size: side of the square input in pixels; None for the checkpoint's own.
+            dtype: of weights and activations: "float32", "bfloat16" or "float16".
+        """
+        raise NotImplementedError(f"{cls.__name__} must implement from_checkpoint(checkpoint, image_size, dtype)")
+
+    @classmethod
+    def text_encoder(cls, checkpoint: str) -> "TextEncoder | None":
+        """The text tower of a checkpoint, in whose space its image summaries are; None without `has_text`."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in: the dtype of its weights."""
+        return next((weight.dtype for weight in self.model.parameters()), torch.float32)
+
+    def cast(self, dtype: str) -> "Teacher":
+        """Converts the network's weights to "float32", "bfloat16" or "float16". Mean and std stay float32.
+
+        Raises:
+            ValueError: for an unknown dtype.
+        """
+        self.model.to(torch_dtype(dtype))
+        return self
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode: a teacher's dropout and batch statistics must not move with the student's mode."""
         return super().train(False)
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
-        """Normalised (B, 3, image_size, image_size) in the teacher's dtype -> outputs in any dtype."""
+        """Normalized (B, 3, image_size, image_size) in the teacher's dtype -> outputs in any dtype."""
         raise NotImplementedError(f"{type(self).__name__} must implement encode(pixel_values) -> TeacherOutput")
 
     def forward(self, images: torch.Tensor) -> TeacherOutput:
@@ -125,11 +161,11 @@ class Teacher(nn.Module):
             low, high = (value.item() for value in images.aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails; the slack allows rounding
                 raise ValueError(
-                    f"images span [{low:.4g}, {high:.4g}], but must lie in [0, 1]: the teacher normalises them itself"
+                    f"images span [{low:.4g}, {high:.4g}], but must lie in [0, 1]: the teacher normalizes them itself"
                 )
 
     def _wants_range_check(self, images: torch.Tensor) -> bool:
-        """Always on a CPU. Elsewhere the values have to be waited for: on the first calls, then now and then."""
+        """Always on a CPU. On an accelerator, which has to be waited for, on the first calls and then now and then."""
         self._calls += 1
         is_due = images.device.type == "cpu" or self._calls <= 4 or self._calls % CALLS_PER_RANGE_CHECK == 0
         return is_due and images.numel() > 0 and not images.is_meta
@@ -162,7 +198,7 @@ def resolve_image_size(image_size: int | None, native: int, patch_size: int) -> 
     """The input side to use: `native` when None.
 
     Raises:
-        ValueError: when a size other than the native one is no positive multiple of the patch size.
+        ValueError: when a size other than the native one is not a positive multiple of the patch size.
     """
     if image_size is None or image_size == native:
         return native
@@ -175,8 +211,19 @@ def resolve_image_size(image_size: int | None, native: int, patch_size: int) -> 
     return image_size
 
 
+def torch_dtype(dtype: str) -> torch.dtype:
+    """torch's dtype of this name.
+
+    Raises:
+        ValueError: for any other than "float32", "bfloat16" and "float16".
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
 def require(library: str) -> Any:
-    """Import a library that only some teachers need.
+    """Imports a library that only some teachers need.
 
     Raises:
         ImportError: that names the pip extra, when the library is absent.
@@ -190,7 +237,7 @@ def require(library: str) -> Any:
 
 
 def check_options(owner: str, factory: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Raise a ValueError that lists the known options when `factory` does not take one of `options`."""
+    """Raises a ValueError that lists the known options if `factory` does not take one of `options`."""
     known = [
         name for name in inspect.signature(factory).parameters if name not in ("checkpoint", "image_size", "dtype")
     ]
@@ -202,7 +249,7 @@ def check_options(owner: str, factory: Callable[..., Any], options: dict[str, An
 
 
 def digest_weights(*modules: nn.Module) -> str:
-    """A hash of all parameters and buffers, names and dtypes included; of sharded ones where all ranks call it."""
+    """A hash of all parameters and buffers, names and dtypes included. If they are sharded, all ranks must call it."""
     digest = hashlib.blake2b(digest_size=16)
     for module in modules:
         for name, tensor in module.state_dict().items():

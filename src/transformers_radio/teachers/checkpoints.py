@@ -1,4 +1,4 @@
-"""The `checkpoint` of a teacher: where it points, how others are told of it, its tensors; no code of its runs."""
+"""A teacher's `checkpoint`: where it is, what a published model says of it, and its tensors, read without its code."""
 
 import argparse
 import logging
@@ -13,10 +13,10 @@ from transformers_radio.modeling.errors_radio import naming_checkpoint, one_line
 
 logger = logging.getLogger(__name__)
 
-# Keys under which training scripts save a state dict beside the rest of their state, averages before what is averaged:
-# timm and DeiT, Lightning and OpenCLIP and MoCo, DeiT and MAE, DINO (its teacher is the average), DeepSpeed.
+# Keys under which training scripts save a state dict beside their other state, averages before what is averaged: timm
+# and DeiT, Lightning and OpenCLIP and MoCo, DeiT and MAE, DINO (its teacher is the average), DeepSpeed.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "module")
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile, before every name
+PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 PACKAGE = "package:"
 LOCAL = "local:"
 
@@ -25,7 +25,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
     """The checkpoint with `~` expanded, also behind NAME:, and `package:PATH` as a path in the installed package.
 
     Raises:
-        ValueError: for `local:NAME`, which says that a file or folder of this name was on another machine.
+        ValueError: for `local:NAME`, a file or folder of this name on another machine.
     """
     if checkpoint.startswith(PACKAGE):
         return str(_package() / checkpoint.removeprefix(PACKAGE))
@@ -36,8 +36,11 @@ def resolve_checkpoint(checkpoint: str) -> str:
 
 
 def portable_checkpoint(checkpoint: str) -> str:
-    """What a published model may say of its teacher: a Hub id or a name as it is, `package:PATH` for what the package
-    brings, `local:NAME` for any other file or folder, without the folders around it; NAME:FILE as NAME:local:FILE."""
+    """What a published model may say of its teacher's checkpoint.
+
+    A Hub id or a name stays as it is. What the package brings is `package:PATH`; any other file or folder is
+    `local:NAME`, without the folders around it, and NAME:FILE is NAME:local:FILE.
+    """
     checkpoint = checkpoint.removeprefix("local-dir:")
     name, colon, path = checkpoint.rpartition(":")
     absolute = Path(path).expanduser().resolve()
@@ -49,7 +52,7 @@ def portable_checkpoint(checkpoint: str) -> str:
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from safetensors or from a torch file, without ever running pickled code.
+    """Reads a state dict from safetensors or from a torch file, without ever running pickled code.
 
     A torch file may nest its state dict under one of `WRAPPERS`; names may begin with `PREFIXES`.
 
@@ -61,7 +64,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_file(path: str | Path) -> Any:
-    """All that a weights file holds; the rest as for `load_weights`."""
+    """All that a weights file holds; it is read, and refused, as by `load_weights`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}")

@@ -1,4 +1,4 @@
-"""OpenCLIP models as teachers, and their text towers for zero-shot classification."""
+"""OpenCLIP models: their image towers as teachers, and their text towers."""
 
 import pickle
 import tempfile
@@ -8,45 +8,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line
+from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, one_line
 
-from .base import (
-    Teacher,
-    TeacherOutput,
-    flatten_grid,
-    require,
-    resolve_image_size,
-)
-from .checkpoints import read_file, resolve_checkpoint, unsafe_file_message, unwrap
+from .base import Normalization, Teacher, TeacherOutput, flatten_grid, require, resolve_image_size
+from .checkpoints import read_file, unsafe_file_message, unwrap
+from .text import TextEncoder
 from .timm import patch_features
-
-TEXT_BATCH = 256
 
 
 class OpenClipTeacher(Teacher):
     """The image tower of an OpenCLIP model.
 
-    summary: the pooled, final-normed and projected image embedding, the space shared with text (not L2-normalised).
+    summary: the pooled, final-normed and projected image embedding, the space shared with text (not L2-normalized).
     features: for OpenCLIP's own ViT the patch tokens of the last block, before `ln_post` and `proj` (so ViT-H has a
     summary of 1024 and features of 1280); for its ResNets the last stage before attention pooling; for a timm tower
     (SigLIP, ConvNeXt, ...) timm's `forward_features` without prefix tokens.
 
     Args:
-        checkpoint: a folder with `open_clip_config.json` and weights (also as "local-dir:PATH"), "hf-hub:OWNER/NAME",
-            or "NAME:WEIGHTS" where WEIGHTS is an OpenCLIP tag or a weights file ("ViT-H-14-378-quickgelu:dfn5b").
-        image_size: None for the checkpoint's own; otherwise the position embeddings are resized as OpenCLIP does it
-            (bicubic with antialiasing in its ViT, timm's rule in a timm tower).
-        dtype: of weights and activations.
+        visual: the image tower, for images of `image_size` already.
+        config: the model's configuration, as `open_clip.get_model_config` gives it.
+        normalization: (mean, std).
+        image_size: side of the input in pixels; None for the configuration's own.
 
     Raises:
-        ValueError: for a checkpoint without weights, with other keys than its architecture's, or with pickled code;
-            for an image_size that the tower cannot take.
+        ValueError: for a tower of another kind, or an image_size that is not a multiple of its patch size.
     """
 
-    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
+    has_text = True
+
+    def __init__(
+        self, visual: Any, config: dict[str, Any], normalization: Normalization, image_size: int | None = None
+    ):
         open_clip = require("open_clip")
-        model, model_config = _load_open_clip(checkpoint, image_size)
-        visual = model.visual
         if isinstance(visual, open_clip.transformer.VisionTransformer):
             patch_size, feature_dim = visual.patch_size[0], visual.transformer.width
         elif isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
@@ -54,18 +47,65 @@ class OpenClipTeacher(Teacher):
         elif isinstance(visual, open_clip.timm_model.TimmModel):
             patch_size, feature_dim = visual.trunk.feature_info[-1]["reduction"], visual.trunk.num_features
         else:
-            raise ValueError(f"{checkpoint} has a {type(visual).__name__} image tower, which is not supported")
-        preprocess = open_clip.get_model_preprocess_cfg(model)
+            raise ValueError(f"the image tower is a {type(visual).__name__}, which is not supported")
         super().__init__(
             visual,
-            image_size=resolve_image_size(image_size, model_config["vision_cfg"]["image_size"], patch_size),
+            image_size=resolve_image_size(image_size, config["vision_cfg"]["image_size"], patch_size),
             patch_size=patch_size,
-            summary_dim=model_config["embed_dim"],
+            summary_dim=config["embed_dim"],
             feature_dim=feature_dim,
-            mean=preprocess["mean"],
-            std=preprocess["std"],
-            dtype=dtype,
+            normalization=normalization,
         )
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
+        """As `Teacher.from_checkpoint`.
+
+        Args:
+            checkpoint: a folder with `open_clip_config.json` and weights (also as "local-dir:PATH"),
+                "hf-hub:OWNER/NAME", or "NAME:WEIGHTS" where WEIGHTS is an OpenCLIP tag or a weights file
+                ("ViT-H-14-378-quickgelu:dfn5b").
+            image_size: for another size than the checkpoint's own, position embeddings are resized as OpenCLIP does it
+                (bicubic with antialiasing in its ViT, timm's rule in a timm tower).
+
+        Raises:
+            ValueError: for a checkpoint without weights, with other keys than its architecture's, or with pickled
+                code; for an image_size that the tower cannot take.
+        """
+        model, config = _load_open_clip(checkpoint, image_size)
+        preprocess = require("open_clip").get_model_preprocess_cfg(model)
+        return cls(model.visual, config, (preprocess["mean"], preprocess["std"]), image_size).cast(dtype)
+
+    @classmethod
+    def without_weights(cls, checkpoint: str, image_size: int | None = None) -> Teacher:
+        """The architecture of a "NAME:TAG" that OpenCLIP lists, with random weights on the current device.
+
+        Raises:
+            ValueError: for any other checkpoint, and for a ResNet.
+        """
+        open_clip = require("open_clip")
+        name, _, tag = checkpoint.partition(":")
+        config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)
+        if not config or not weights:
+            raise ValueError(
+                f"{checkpoint} is not on the disk, and OpenCLIP knows no model and tag NAME:TAG of this name (see "
+                "open_clip.list_pretrained()). Download it and give its folder as checkpoint"
+            )
+        native = config["vision_cfg"].setdefault("image_size", 224)
+        if isinstance(config["vision_cfg"].get("layers"), list) or not isinstance(native, int):
+            raise ValueError(f"{checkpoint} is no vision transformer for square images; give its folder as checkpoint")
+        built = {**config, "vision_cfg": {**config["vision_cfg"], "image_size": image_size or native}}
+        if weights.get("quick_gelu"):
+            built["quick_gelu"] = True
+        model = open_clip.CustomTextCLIP if built.pop("custom_text", False) else open_clip.CLIP
+        return cls(model(**built).visual, config, (weights["mean"], weights["std"]), image_size)
+
+    @classmethod
+    def text_encoder(cls, checkpoint: str) -> TextEncoder:
+        """As `Teacher.text_encoder`; the image tower is loaded too, and leaves the memory again."""
+        model, _ = _load_open_clip(checkpoint)
+        del model.visual
+        return OpenClipTextEncoder(model, require("open_clip").get_tokenizer(_split_checkpoint(checkpoint)[0]))
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         if hasattr(self.model, "trunk"):  # a timm tower
@@ -76,37 +116,12 @@ class OpenClipTeacher(Teacher):
         return TeacherOutput(output["image_features"], *flatten_grid(output["image_intermediates"][-1]))
 
 
-class OpenClipTextEncoder(nn.Module):
-    """The text tower of an OpenCLIP model with its own tokenizer: N texts -> (N, dim) float32, not normalised."""
+class OpenClipTextEncoder(TextEncoder):
+    """The text tower of an OpenCLIP model with its own tokenizer."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
-        super().__init__()
-        self.model: Any = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-
-    @torch.no_grad()
-    def forward(self, texts: list[str]) -> torch.Tensor:
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"texts must be a list of at least one string, got {texts!r}")
-        device = self.model.logit_scale.device
-        embeddings = []
-        for start in range(0, len(texts), TEXT_BATCH):
-            tokens = self.tokenizer(texts[start : start + TEXT_BATCH])  # (n, context length)
-            embeddings.append(self.model.encode_text(tokens.to(device)).float())
-        return torch.cat(embeddings)
-
-
-def load_text_encoder(checkpoint: str) -> OpenClipTextEncoder:
-    """The text tower of an OpenCLIP checkpoint, given as for `OpenClipTeacher`; the image tower leaves the memory.
-
-    The result is called with a list of texts and returns their embeddings (N, dim), float32 and not L2-normalised.
-    """
-    open_clip = require("open_clip")
-    checkpoint = resolve_checkpoint(checkpoint)
-    with naming_checkpoint(checkpoint):
-        model, _ = _load_open_clip(checkpoint)
-    del model.visual
-    return OpenClipTextEncoder(model, open_clip.get_tokenizer(_split_checkpoint(checkpoint)[0]))
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        tokens = self.tokenizer(texts)  # (n, context length)
+        return self.model.encode_text(tokens.to(self.model.logit_scale.device))
 
 
 def _split_checkpoint(checkpoint: str) -> tuple[str, str | None]:

@@ -10,13 +10,7 @@ from torch import nn
 
 from transformers_radio.modeling.errors_radio import one_line
 
-from .base import (
-    Teacher,
-    TeacherOutput,
-    flatten_grid,
-    require,
-    resolve_image_size,
-)
+from .base import Teacher, TeacherOutput, flatten_grid, require, resolve_image_size
 from .checkpoints import load_weights, resolve_checkpoint
 
 # Three things that a SAM checkpoint does not say, the same in every released one: the mean and std in 0..255, the
@@ -30,28 +24,20 @@ DECODER_HEADS = 8
 class SegmentAnythingTeacher(Teacher):
     """SAM's image encoder; it has no summary.
 
-    features: "trunk", the output of the last block before the neck (SAM-H: 1280 channels; what the paper distils), or
-    "neck", the neck's output that SAM's mask decoder reads (256 channels).
-
     Args:
-        checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE"; of HQ-SAM too, or of one that was trained on:
-            nothing but the image encoder is read.
-        image_size: None for the checkpoint's own (1024). For another size the absolute position embedding is resized
-            as in ViTDet, from which SAM's encoder comes (bicubic); relative positions are interpolated linearly by
-            segment_anything itself, and windows keep their size.
-        dtype: of weights and activations.
-        features: "trunk" or "neck".
+        encoder: an ImageEncoderViT; its position table is resized here.
+        image_size: side of the input in pixels; None for the encoder's own (1024). For another size the absolute
+            position embedding is resized as in ViTDet, from which SAM's encoder comes (bicubic); segment_anything
+            itself interpolates relative positions linearly, and windows keep their size.
+        features: "trunk", the output of the last block before the neck (SAM-H: 1280 channels), which the paper
+            distills, or "neck", the neck's output that SAM's mask decoder reads (256 channels).
 
     Raises:
-        ValueError: for an unknown `features`, a file that is no SAM checkpoint or holds pickled code, or an image_size
-            that is no multiple of the patch size.
+        ValueError: for an unknown `features`, or an image_size that is not a multiple of the patch size.
     """
 
-    def __init__(
-        self, checkpoint: str, image_size: int | None = None, dtype: str = "float32", features: str = "trunk"
-    ):
+    def __init__(self, encoder: Any, image_size: int | None = None, features: str = "trunk"):
         check_features(features)
-        encoder = load_sam_encoder(checkpoint)
         patch_size = encoder.patch_embed.proj.kernel_size[0]
         image_size = resolve_image_size(image_size, encoder.img_size, patch_size)
         if image_size != encoder.img_size:
@@ -63,11 +49,25 @@ class SegmentAnythingTeacher(Teacher):
             patch_size=patch_size,
             summary_dim=None,
             feature_dim=encoder.neck[0].in_channels if features == "trunk" else encoder.neck[0].out_channels,
-            mean=[value / 255 for value in PIXEL_MEAN],
-            std=[value / 255 for value in PIXEL_STD],
-            dtype=dtype,
+            normalization=([value / 255 for value in PIXEL_MEAN], [value / 255 for value in PIXEL_STD]),
         )
         self.features = features
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32", features: str = "trunk"
+    ) -> Teacher:
+        """As `Teacher.from_checkpoint`.
+
+        Args:
+            checkpoint: an original .pth file, or "hf-hub:OWNER/NAME/FILE". It may be one of HQ-SAM, or one that was
+                trained further: nothing but the image encoder is read.
+
+        Raises:
+            ValueError: for a file that is no SAM checkpoint or holds pickled code.
+        """
+        check_features(features)  # before the weights are read
+        return cls(load_sam_encoder(checkpoint), image_size, features).cast(dtype)
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         encoder = self.model
@@ -79,6 +79,7 @@ class SegmentAnythingTeacher(Teacher):
 
 
 def check_features(features: str) -> None:
+    """Raises a ValueError unless `features` is "trunk" or "neck"."""
     if features not in ("trunk", "neck"):
         raise ValueError(f"features={features!r} is unknown: SAM gives 'trunk' (before the neck) or 'neck'")
 
@@ -137,8 +138,8 @@ def load_sam(checkpoint: str) -> Any:
 
 
 def load_sam_encoder(checkpoint: str) -> Any:
-    """The image encoder alone, as `load_sam` has it. What else the file holds is not read: a decoder of another kind
-    (HQ-SAM), one that was fine-tuned, or none."""
+    """The image encoder alone, as `load_sam` has it. Nothing else in the file is read: its decoder may be of another
+    kind (HQ-SAM), fine-tuned, or missing."""
     require("segment_anything.modeling")  # before the file is looked for
     weights = load_weights(_local_file(checkpoint))
     weights = {name: tensor for name, tensor in weights.items() if name.startswith("image_encoder.")}
@@ -150,8 +151,8 @@ def load_sam_encoder(checkpoint: str) -> Any:
 
 
 def _image_encoder(checkpoint: str, shape: dict[str, tuple[int, ...]]) -> Any:
-    """The architecture of the weights that have these shapes. To be called on the meta device: there is no random
-    initialisation to wait for then, as the weights are assigned.
+    """The architecture of the weights that have these shapes. To be called on the meta device, where no random
+    initialization has to be waited for: the weights are assigned.
 
     Image size = position grid x patch; heads = width / relative-position width; a block whose relative-position table
     has 2g-1 rows (g the grid side) attends globally, any other in windows of (rows+1)/2.

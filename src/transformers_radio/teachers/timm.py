@@ -8,17 +8,10 @@ from torch import nn
 
 from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, one_line
 
-from .base import (
-    Teacher,
-    TeacherOutput,
-    flatten_grid,
-    grid_of,
-    require,
-    resolve_image_size,
-)
+from .base import Teacher, TeacherOutput, flatten_grid, grid_of, require, resolve_image_size
 from .checkpoints import load_weights
 
-# In the order in which timm itself looks for a local folder's weights.
+# A local folder's weights, in the order in which timm itself looks for them.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
@@ -30,19 +23,15 @@ class TimmTeacher(Teacher):
     features: `forward_features` without its prefix tokens, or its map flattened row by row.
 
     Args:
-        checkpoint: a timm model name ("vit_base_patch14_dinov2.lvd142m": its pretrained weights), "hf-hub:OWNER/NAME",
-            a folder with timm's `config.json` and weights (also as "local-dir:PATH"), or "NAME:FILE" with a weights
-            file.
-        image_size: None for the pretrained config's own. Other sizes go through the model's `set_input_size` (position
-            embeddings resampled by timm); a convolutional model takes them as they are.
-        dtype: of weights and activations.
+        model: the model; where it has a `set_input_size`, its position embeddings are resampled here.
+        image_size: side of the input in pixels; None for the pretrained configuration's own. A convolutional model
+            takes any as it is.
 
     Raises:
-        ValueError: for an unknown model, weights that do not fit it or hold pickled code, or an impossible image_size.
+        ValueError: for an image_size that the model cannot take.
     """
 
-    def __init__(self, checkpoint: str, image_size: int | None = None, dtype: str = "float32"):
-        model = _load_timm(checkpoint)
+    def __init__(self, model: Any, image_size: int | None = None):
         native = model.pretrained_cfg["input_size"][-1]
         patch_size = model.feature_info[-1]["reduction"]
         image_size = resolve_image_size(image_size, native, patch_size)
@@ -50,17 +39,29 @@ class TimmTeacher(Teacher):
             if hasattr(model, "set_input_size"):
                 model.set_input_size(img_size=(image_size, image_size))
             elif model.pretrained_cfg.get("fixed_input_size", False):
-                raise ValueError(f"image_size={image_size} is impossible for {checkpoint}: timm fixes it at {native}")
+                raise ValueError(f"image_size={image_size} is impossible for this model: timm fixes it at {native}")
         super().__init__(
             model,
             image_size=image_size,
             patch_size=patch_size,
             summary_dim=model.head_hidden_size,
             feature_dim=model.num_features,
-            mean=model.pretrained_cfg["mean"],
-            std=model.pretrained_cfg["std"],
-            dtype=dtype,
+            normalization=(model.pretrained_cfg["mean"], model.pretrained_cfg["std"]),
         )
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
+        """As `Teacher.from_checkpoint`.
+
+        Args:
+            checkpoint: a timm model name ("vit_base_patch14_dinov2.lvd142m": its pretrained weights),
+                "hf-hub:OWNER/NAME", a folder with timm's `config.json` and weights (also as "local-dir:PATH"), or
+                "NAME:FILE" with a weights file.
+
+        Raises:
+            ValueError: for an unknown model, or weights that do not fit it or hold pickled code.
+        """
+        return cls(_load_timm(checkpoint), image_size).cast(dtype)
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         features = self.model.forward_features(pixel_values)
@@ -69,7 +70,7 @@ class TimmTeacher(Teacher):
 
 
 def patch_features(model: nn.Module, features: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Row-major (B, h*w, C) and (h, w) of what a timm model's `forward_features` returned (tokens, NCHW or NHWC)."""
+    """What a timm model's `forward_features` returned (tokens, NCHW or NHWC) as row-major (B, h*w, C), and (h, w)."""
     if features.ndim == 3:
         patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
         return patches, grid_of(patches)

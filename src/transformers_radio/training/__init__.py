@@ -23,7 +23,7 @@ def __getattr__(name: str):
 
 
 class _Package(ModuleType):
-    """Python sets a package's attribute when a module in it is imported; here `train` stays the function."""
+    """Python sets an attribute of the package when a module in it is imported; `train` stays the function here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "train" and isinstance(value, ModuleType)):

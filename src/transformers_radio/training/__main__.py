@@ -7,8 +7,9 @@ from transformers_radio.data import USER_ERRORS, one_line
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 when finished, 128 + number when a signal stopped it. Errors of a user are one line."""
-    # Read when torch is loaded. Else its threads spin for a core after every small product, also while others use it.
+    """Returns the exit code: 0 when finished, 128 + number when a signal stopped it. A user's errors are one line."""
+    # torch reads it when it is loaded. Otherwise its threads occupy their cores after every small product, even while
+    # other processes need them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments:
         raise SystemExit("usage: python -m transformers_radio.training RECIPE [key=value ...]")
@@ -23,8 +24,8 @@ def main(arguments: list[str]) -> int:
         result = train(recipe)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {one_line(error)}") from error
-    except KeyboardInterrupt:  # before the first step, or a second time: else the step ends and is saved
-        print("stopped at once; the same command begins, or goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt:  # before the first step, or a second time: otherwise the step ends and is saved
+        print("stopped at once; the same command starts or resumes the run", file=sys.stderr)
         return 130
     if torch.distributed.is_initialized():  # or its threads may outlive the interpreter, which then aborts
         torch.distributed.destroy_process_group()

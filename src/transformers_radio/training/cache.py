@@ -1,9 +1,9 @@
 """Teachers' outputs on disk: with the same crop in every epoch, an image is encoded once and read from then on.
 
-folder/<teacher>/
-  fingerprint.json                  what the outputs depend on; a cache of anything else is refused
-  000002/                           the outputs that the third flush added
-    00000-000007.safetensors        of some images, in bf16, with their keys and checksums: shard 7 of process 0
+folder/<teacher>-<largest side>/
+  fingerprint.json                  what the outputs depend on; a cache with another one is refused
+  000002/                           what the third flush added
+    00000-000007.safetensors        shard 7 of process 0: outputs for some images in bf16, their keys and checksums
   pending.tmp/                      shards since the last flush
 """
 
@@ -15,7 +15,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,38 +24,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from transformers_radio.data import DataConfig, one_line
+from transformers_radio.disk import differences, existing, lock_folder, remove, write_json, writing
 from transformers_radio.teachers import Teacher, TeacherOutput
-from transformers_radio.training.run.folder import existing, fcntl, writing
 from transformers_radio.training.run.processes import on_main_process
 
 from .recipe import TeacherRecipe
-
-if TYPE_CHECKING:
-    from .distill import TeacherShape
+from .student import TeacherShape
 
 logger = logging.getLogger(__name__)
 
-# How far the mean of an image's pixels in [0, 1] may be from what it was when the image was encoded: decoders differ
-# by less; other images and other crops mostly by more.
+# How far the mean of an image's pixels in [0, 1] may be from its value when the image was encoded: decoders differ by
+# less; other images and other crops mostly by more.
 MEAN_TOLERANCE = 1 / 255
 
 
 class TeacherCache:
     """The outputs of one teacher by image, on one of the processes that it serves.
 
-    What `targets` returns is rounded to bf16 also when it comes straight from the teacher, so that a run's targets do
+    What `targets` returns is rounded to bf16 even when it comes straight from the teacher, so that a run's targets do
     not depend on what was cached. Nor do they after a kill, although the last bits of an output depend on the other
     images of its batch: what a kill loses is computed again in the same batches (see `TeacherCaches.flush`).
 
     Args:
-        folder: of this teacher.
-        rank: of this process.
-        shard_bytes: a shard ends with the batch that fills it; as much is held in memory.
+        folder: the cache's.
+        rank: this process's.
+        shard_bytes: a shard ends with the batch that fills it; this much is held in memory.
     """
 
     def __init__(self, folder: Path, rank: int, shard_bytes: int = 256 << 20):
         self.folder, self.writer, self.shard_bytes = folder, f"{rank:05d}", shard_bytes
-        self._recent: dict[str, dict[str, torch.Tensor]] = {}  # key -> what is not in a shard yet
+        self._recent: dict[str, dict[str, torch.Tensor]] = {}  # key -> outputs that are not in a shard yet
         self._index: dict[str, tuple[str, int]] = {}  # key -> (shard, row)
         self._paths: dict[str, Path] = {}  # shard -> where it is now
         self._grid = (0, 0)
@@ -65,8 +63,8 @@ class TeacherCache:
         """The teacher's outputs for a batch, rounded to bf16, in float32 and on the images' device.
 
         Args:
-            keys: names of the images; one that comes twice is encoded once.
-            images: (B, 3, side, side) in [0, 1]. Those that are new run through the teacher together.
+            keys: the images' names; an image that is in the batch twice is encoded once.
+            images: (B, 3, side, side) in [0, 1]. The new ones run through the teacher together.
 
         Raises:
             ValueError: an image is not the one that was encoded under its name; its outputs are damaged on the disk.
@@ -90,7 +88,7 @@ class TeacherCache:
         return TeacherOutput(summary, batch["features"].float(), self._grid)
 
     def write(self) -> None:
-        """Moves what is in memory into a shard that does not count before the flush."""
+        """Writes the outputs in memory as a shard, which becomes valid with the next flush."""
         if not self._recent:
             return
         numbers = [int(name[6:12]) for name in self._paths if name.startswith(self.writer)]
@@ -101,7 +99,7 @@ class TeacherCache:
         sums = [_checksum(key, self._grid, output) for key, output in self._recent.items()]
         tensors["checksums"] = torch.tensor(sums)
         tensors["keys"] = torch.frombuffer(bytearray(json.dumps(list(self._recent)).encode()), dtype=torch.uint8)
-        with writing(path):
+        with writing(path, also=(SafetensorError,)):
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, path, metadata={"grid": json.dumps(self._grid)})
             with path.open("rb+") as file:
@@ -111,13 +109,13 @@ class TeacherCache:
         self._recent = {}
 
     def refresh(self) -> None:
-        """Takes in what has been flushed."""
+        """Finds what all processes have flushed."""
         new = []
         for path in self.folder.glob("[0-9]*/*.safetensors"):
             if path.name not in self._paths:
                 new.append(path)
             self._paths[path.name] = path
-        # Two processes may have encoded the same image before they heard of each other: each goes on with its own.
+        # Two processes may have encoded the same image between two flushes: each continues with its own output.
         for path in sorted(new, key=lambda path: (not path.name.startswith(self.writer), path)):
             try:
                 keys, self._grid = _read_keys(path)
@@ -150,7 +148,7 @@ class TeacherCache:
                 slices = {part: shard.get_slice(part) for part in shard.keys() if part != "keys"}
                 for i in places:
                     outputs[i] = {part: rows[self._index[keys[i]][1]] for part, rows in slices.items()}
-                    # caches of older versions have none
+                    # older versions wrote no checksums
                     wanted = outputs[i].pop("checksums", None)
                     if wanted is not None and wanted != _checksum(keys[i], self._grid, outputs[i]):
                         raise ValueError(
@@ -164,8 +162,8 @@ class TeacherCaches(dict[str, TeacherCache]):
     """The caches of the teachers that this process serves, by name. Made and flushed by all processes together.
 
     Args:
-        fingerprints: of all teachers, also those that other processes serve; from `cache_fingerprint`.
-        served: names of this process's.
+        fingerprints: cache -> what `cache_fingerprint` returned, also for teachers that other processes serve.
+        served: the caches of the teachers that this process serves.
 
     Raises:
         ValueError: the folder was filled under another fingerprint; the message says what differs.
@@ -188,9 +186,9 @@ class TeacherCaches(dict[str, TeacherCache]):
     def flush(self) -> None:
         """Keeps all outputs so far and shares them among the processes; to be called before every checkpoint.
 
-        What all processes have added to a teacher's cache since the last time counts at once or, when they are killed
-        before, not at all. A run that goes on from its checkpoint thus meets the same outputs as one that was not
-        killed, or encodes the same batches again.
+        What all processes have added to a teacher's cache since the last flush becomes valid at once or, if they are
+        killed before, not at all. A run that resumes from its checkpoint thus reads the same outputs as one that was
+        not killed, or encodes the same batches again.
         """
         for cache in self.values():
             cache.write()
@@ -204,7 +202,7 @@ class TeacherCaches(dict[str, TeacherCache]):
             cache.refresh()
 
     def close(self) -> None:
-        """Lets other runs write. What was not flushed is lost."""
+        """Releases the folder for other runs. What was not flushed is lost."""
         if self.accelerator.is_main_process:
             self._lock.close()
 
@@ -212,32 +210,23 @@ class TeacherCaches(dict[str, TeacherCache]):
         """Checks and takes the folder, on the main process."""
         for name, fingerprint in fingerprints.items():
             _check_fingerprint(self.folder / name / "fingerprint.json", fingerprint)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise FileExistsError(
-                    f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose "
-                    "another folder"
-                ) from error
+        self._lock = lock_folder(
+            self.folder,
+            f"another run writes teachers' outputs into {self.folder}; wait for it, stop it, or choose another folder",
+        )
         try:
             for name, fingerprint in fingerprints.items():
                 path = self.folder / name / "fingerprint.json"
                 with writing(path):
-                    path.parent.mkdir(exist_ok=True)
-                    path.with_suffix(".tmp").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
-                    os.replace(path.with_suffix(".tmp"), path)
-                if (path.parent / "pending.tmp").exists():  # of a run that was killed
-                    shutil.rmtree(path.parent / "pending.tmp")
+                    write_json(path, fingerprint)
+                remove(path.parent / "pending.tmp")  # a killed run's
         except OSError:
             self._lock.close()
             raise
 
 
 def _checksum(key: str, grid: tuple[int, int], output: dict[str, torch.Tensor]) -> int:
-    """Below 2**63. A sum, as a CRC of features that are read in every epoch would take longer than reading them."""
+    """A number below 2**63. It is a sum, as a CRC of features would take longer than reading them in every epoch."""
     total = zlib.crc32(f"{key} {grid}".encode())
     for part in sorted(output):
         data = output[part].reshape(-1).view(torch.uint8).numpy()
@@ -246,10 +235,10 @@ def _checksum(key: str, grid: tuple[int, int], output: dict[str, torch.Tensor]) 
 
 
 def _read_keys(path: Path) -> tuple[list[str], tuple[int, int]]:
-    """The names of a shard's images, and the grid of their features.
+    """The keys of a shard's images, and the grid of their features.
 
     Raises:
-        OSError, ValueError: the file is damaged, as far as names and shapes tell.
+        OSError, ValueError: the file is damaged, as far as keys and shapes tell.
     """
     try:
         with safe_open(path, "pt") as shard:
@@ -265,38 +254,36 @@ def _read_keys(path: Path) -> tuple[list[str], tuple[int, int]]:
 
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    here = json.loads(json.dumps(fingerprint))
+    if not path.exists():
+        return
     try:
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
-        there.keys()
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), fingerprint)
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged, so nobody knows what {path.parent} holds; delete this folder, or choose another"
+            f"{path} is damaged, so it is unknown what {path.parent} holds; delete this folder, or choose another"
         ) from error
-    fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
-    if fields:
-        differs = [f"{field}: {there.get(field)!r} there, {here.get(field)!r} here" for field in fields]
+    if changed:
         raise ValueError(
-            f"{path.parent} holds outputs of another teacher or for other crops ({'; '.join(differs)}); restore "
-            "these, choose another folder, or delete this one"
+            f"{path.parent} holds outputs of another teacher or for other crops: it differs in {', '.join(changed)}; "
+            "restore these, choose another folder, or delete this one"
         )
 
 
 def cache_name(teacher: str, sides: Iterable[int]) -> str:
-    """Of the cache of a teacher beside others: JPEGs are decoded only as finely as the largest side needs."""
+    """A teacher's cache for crops of these sides: JPEGs are decoded only as finely as the largest side needs."""
     return f"{teacher}-{max(sides)}"
 
 
 def cache_fingerprint(
     teacher: TeacherRecipe, weights: str, image_size: int, data: DataConfig, files: dict[str, str], largest_side: int
 ) -> dict[str, Any]:
-    """All that a teacher's output for an image depends on. Not where the weights come from: they may move.
+    """Everything that a teacher's output for an image depends on; not where the weights lie, as they may move.
 
     Args:
-        weights: a hash of them and of the layers.
-        image_size: of the teacher as it was built, in pixels.
+        weights: a hash of the weights and of the layers.
+        image_size: the built teacher's, in pixels.
         files: data set -> the fingerprint of its source.
-        largest_side: of the stream's resolutions: JPEGs are decoded only as finely as that one needs.
+        largest_side: the largest side of a crop in the stream, in pixels (see `cache_name`).
     """
     return {
         **{"type": teacher.type, "weights": weights, "image_size": image_size, "dtype": teacher.dtype},
@@ -307,25 +294,23 @@ def cache_fingerprint(
     }
 
 
-def estimate_bytes(images: int, shapes: Iterable["TeacherShape"]) -> int:
-    """What the outputs of some teachers for so many images take on the disk."""
-    an_image = 0
+def estimate_bytes(images: int, shapes: Iterable[TeacherShape]) -> int:
+    """Bytes on the disk that the outputs of some teachers take for this many images, in bf16."""
+    numbers = 0  # per image
     for shape in shapes:
-        an_image += (shape.image_size // shape.patch_size) ** 2 * shape.feature_dim + (shape.summary_dim or 0)
-    return 2 * images * an_image
+        numbers += (shape.image_size // shape.patch_size) ** 2 * shape.feature_dim + (shape.summary_dim or 0)
+    return 2 * images * numbers
 
 
 def check_room(folder: str | Path, bytes_needed: dict[str, int], checkpoints: int = 0) -> int:
-    """Whether caches (name -> bytes) fit on the disk. What they hold already counts.
+    """How many bytes are still to be written into caches.
 
     Args:
-        checkpoints: bytes that the run will write besides on the same disk.
-
-    Returns:
-        Bytes that are still to be written.
+        bytes_needed: cache -> bytes when it is complete, those that it holds included.
+        checkpoints: bytes that the run will write besides, on the same disk.
 
     Raises:
-        OSError: there is no room for them.
+        OSError: they do not fit on the disk.
     """
     folder = Path(folder).absolute()
     missing = 0

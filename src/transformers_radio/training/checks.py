@@ -1,4 +1,4 @@
-"""What can fail is tried before the first step: batch arithmetic, data, disk, shapes of every teacher and head."""
+"""Whatever can fail is tried before the first step: batch sizes, data, disk, shapes of every teacher and head."""
 
 import shutil
 from pathlib import Path
@@ -6,17 +6,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from transformers_radio.data import ImageStream, one_line
+from transformers_radio.data import one_line
+from transformers_radio.disk import existing
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher
 from transformers_radio.training.phi_s.hadamard import hadamard
-from transformers_radio.training.run.folder import existing, find_checkpoints
+from transformers_radio.training.run.folder import find_checkpoints
 from transformers_radio.training.run.log import raise_if_not_finite
 
 from .distill import build_distillation, distillation_losses, teacher_targets
 from .groups import Group
+from .losses import loss_terms
 from .optimizer import build_optimizer
 from .recipe import Recipe
+from .streams import open_stream
 
 
 def check_before_training(
@@ -30,59 +33,50 @@ def check_before_training(
 
     Args:
         student: with the heads of all stages.
-        teachers: those that this process serves.
+        teachers: the teachers that this process serves.
         groups: stage -> its groups.
     """
     check_layout(recipe, student, teachers, groups)
     for stage, stage_groups in groups.items():
         for group in (group for group in stage_groups if group.index is not None):
-            where = stage if group.name == "all" else f"{stage}.groups.{group.name}"
-            check_shapes(recipe, where, group, student.to(accelerator.device), teachers)
-            ImageStream(
-                recipe.data,
-                resolutions=sorted({group.resolution, *(teachers[name].image_size for name in group.teachers)}),
-                batch_size=group.micro_batch_size,
-                seed=recipe.seed,
-                rank=group.index or 0,
-                world_size=len(group.ranks),
-            ).check()
+            check_shapes(recipe, stage, group, student.to(accelerator.device), teachers)
+            open_stream(recipe, group, group.sides(teachers)).check()
     for stage in recipe.stages:
-        try:  # attention, reparametrisation, noise, balancing, optimizer; nothing of it is kept
+        try:  # attention, reparametrization, noise, balancing, optimizer; nothing built here is kept
             build_optimizer(build_distillation(recipe, stage, student), recipe, recipe.stages[stage])
         except (ImportError, ValueError) as error:
             raise ValueError(f"stages.{stage} cannot be built: {error}") from error
-    student.to("cpu")  # each stage trains its own part of it, which FSDP2 shards: nothing else stays on the device
+    student.to("cpu")  # each stage moves its own part to the device, where FSDP2 shards it
     check_disk(recipe, student)
 
 
 def check_layout(
     recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher], groups: dict[str, list[Group]]
 ) -> None:
-    """What needs shapes alone, of models that may be on the meta device: `plan` calls it too."""
+    """The checks that need shapes only, so that models may be on the meta device: `plan` makes them too."""
     check_resolutions(student, groups)
     check_lanes(recipe, groups)
-    check_windows(student, groups)
+    settings_without_effect(student, groups)
     check_standardization(recipe, student, teachers)
 
 
 def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> None:
-    for stage, stage_groups in groups.items():
+    for stage_groups in groups.values():
         for group in stage_groups:
             side = group.resolution
             if side % student.min_resolution_step or side > student.max_resolution:
-                where = f"stages.{stage}" if group.name == "all" else f"stages.{stage}.groups.{group.name}"
                 step = student.min_resolution_step
                 nearest = min(
                     student.get_nearest_supported_resolution(side, side)[0], student.max_resolution // step * step
                 )
                 raise ValueError(
-                    f"{where}.resolution is {side}; the student takes multiples of {step} up "
+                    f"{group.where}.resolution is {side}; the student takes multiples of {step} up "
                     f"to {student.max_resolution}, the nearest is {nearest}"
                 )
 
 
 def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
-    """A group's readers share out its lanes evenly in every stage: later stages go on with the lanes of the first."""
+    """A group's readers divide its lanes evenly in every stage: later stages continue the lanes of the first."""
     lanes: dict[str, int] = {}
     for stage, stage_groups in groups.items():
         for group in stage_groups:
@@ -96,24 +90,17 @@ def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
                 )
 
 
-def unused_windows(student: RadioModel, groups: dict[str, list[Group]]) -> dict[int, list[int]]:
-    """The sizes of `train_window_sizes` that no group will draw -> the sides of all groups' grids, in patches.
+def settings_without_effect(student: RadioModel, groups: dict[str, list[Group]]) -> list[str]:
+    """What the student's configuration asks for and no image of the run will get: one line each, for a note.
 
-    A window has to divide the grid, and not to cover it.
+    Raises:
+        ValueError: a field has no effect at all.
     """
-    sides = sorted({group.resolution // student.patch_size for stage in groups.values() for group in stage})
-    sizes = student.config.train_window_sizes or []
-    return {size: sides for size in sizes if not any(side % size == 0 and size < side for side in sides)}
-
-
-def check_windows(student: RadioModel, groups: dict[str, list[Group]]) -> None:
-    unused = unused_windows(student, groups)
-    if unused and len(unused) == len(set(student.config.train_window_sizes or [])):
-        raise ValueError(
-            f"student.config.train_window_sizes is {list(unused)}, and none of them divides a grid of patches into "
-            f"several windows: the stages' grids have sides of {next(iter(unused.values()))}; choose divisors of "
-            "these, or null for no windows"
-        )
+    sides = sorted({group.resolution for of_stage in groups.values() for group in of_stage})
+    try:
+        return [f"student.config.{line}" for line in student.training_warnings([(side, side) for side in sides])]
+    except ValueError as error:
+        raise ValueError(f"student.config.{error}") from error
 
 
 def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[str, Teacher]) -> None:
@@ -127,29 +114,28 @@ def check_standardization(recipe: Recipe, student: RadioModel, teachers: dict[st
         try:
             hadamard(channels)
         except ValueError as error:
-            raise ValueError(f"teachers.{name} cannot be standardised with phi_s: {error}") from error
+            raise ValueError(f"teachers.{name} cannot be standardized with phi_s: {error}") from error
         if name not in teachers:  # another process serves it
             continue
         positions = (teachers[name].image_size // teachers[name].patch_size) ** 2
         if recipe.loss.statistics_images * positions <= channels:
             raise ValueError(
-                f"loss.statistics_images is {recipe.loss.statistics_images}: with {positions} positions an image of "
+                f"loss.statistics_images is {recipe.loss.statistics_images}: with {positions} positions per image of "
                 f"teachers.{name} they give too few vectors for the covariance of its {channels} channels; set at "
-                f"least {channels // positions + 1}, better some hundred times as many"
+                f"least {channels // positions + 1}, better a few hundred times as many"
             )
 
 
 @torch.no_grad()
-def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, teachers: dict[str, Teacher]) -> None:
-    """Runs one grey image through a group's teachers, the student and the losses."""
+def check_shapes(recipe: Recipe, stage: str, group: Group, student: RadioModel, teachers: dict[str, Teacher]) -> None:
+    """Runs one gray image through a group's teachers, the student and the losses."""
     used = {name: teachers[name] for name in group.teachers}
-    sides = {group.resolution, *(teacher.image_size for teacher in used.values())}
-    images = {side: torch.full((1, 3, side, side), 0.5, device=student.device) for side in sides}
+    images = {side: torch.full((1, 3, side, side), 0.5, device=student.device) for side in group.sides(used)}
     try:
         targets = teacher_targets(used, images)
     except RuntimeError as error:
         sizes = ", ".join(f"teachers.{name}.image_size={teacher.image_size}" for name, teacher in used.items())
-        raise ValueError(f"stages.{where}: a teacher cannot compute ({one_line(error)}); look at {sizes}") from error
+        raise ValueError(f"{group.where}: a teacher cannot compute ({one_line(error)}); look at {sizes}") from error
     for name, target in targets.items():
         summary_dim = None if target.summary is None else target.summary.shape[-1]
         found = (summary_dim, target.features.shape[-1], target.features.shape[1])
@@ -162,20 +148,21 @@ def check_shapes(recipe: Recipe, where: str, group: Group, student: RadioModel, 
     training = student.training
     output = student.eval()(images[group.resolution], adaptors=list(used))
     student.train(training)
-    side = group.resolution // student.patch_size
     try:
-        terms = distillation_losses(output, (side, side), targets, recipe.loss)
+        losses = distillation_losses(output, targets, loss_terms(recipe, stage, student), recipe.loss)
     except (RuntimeError, AttributeError, KeyError) as error:
         raise ValueError(
-            f"stages.{where}: the student's heads do not fit the teachers' outputs ({error}); a student from a "
+            f"{group.where}: the student's heads do not fit the teachers' outputs ({error}); a student from a "
             "checkpoint needs adaptors of the recipe's teachers with the same widths"
         ) from error
-    raise_if_not_finite({term: values.mean().item() for term, values in terms.items()}, 0)
+    raise_if_not_finite({str(term): values.mean().item() for term, values in losses.items()}, 0)
 
 
 def checkpoint_bytes(recipe: Recipe, student: RadioModel) -> int:
-    """Weights twice, Adam's two moments and the average, for each checkpoint kept and the one being written; the final
-    student. Those that are there already do not count."""
+    """Bytes that the run will write: checkpoints that are kept, the one being written, and the finished student.
+
+    A checkpoint has the weights twice, AdamW's two moments and the average. Those that exist already do not count.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     present = 0 if recipe.overwrite else len(find_checkpoints(Path(recipe.output_dir)))
     copies = 4 if recipe.ema_decay is None else 5
@@ -183,7 +170,7 @@ def checkpoint_bytes(recipe: Recipe, student: RadioModel) -> int:
 
 
 def check_disk(recipe: Recipe, student: RadioModel) -> None:
-    """OSError when the checkpoints of the run do not fit."""
+    """Raises OSError when the checkpoints of the run do not fit on the disk."""
     needed = checkpoint_bytes(recipe, student)
     free = shutil.disk_usage(existing(Path(recipe.output_dir).absolute())).free
     if needed > free:

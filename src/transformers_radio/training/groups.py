@@ -5,9 +5,18 @@ enough processes, and several in turn when there are not; it builds only the tea
 and the weight of each, follow from the recipe alone, so that the update does not depend on the number of processes.
 """
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from transformers_radio.teachers import Teacher
+
 from .recipe import GroupRecipe, StageRecipe
+from .student import TeacherShape
+
+ONLY_GROUP = "all"  # the name of the group of a stage without `groups`
 
 
 @dataclass(frozen=True)
@@ -15,19 +24,21 @@ class Group:
     """One group of a stage as one process sees it.
 
     Attributes:
-        name: its key in `stages.<stage>.groups`, or "all" in a stage without groups.
-        teachers: names; they see the same crops.
-        resolution: of the student, in pixels.
-        batch_size: images in a step in which the group takes part, over all its processes.
-        micro_batch_size: images in a forward pass of one process.
-        passes: forward passes of each of its processes in such a step.
+        name: its key in `stages.<stage>.groups`, or ONLY_GROUP in a stage without groups.
+        where: its place in the recipe, for messages: `stages.<stage>.groups.<name>`, or `stages.<stage>`.
+        teachers: their names; they see the same crops.
+        resolution: the student's input side in pixels.
+        batch_size: images per step in which the group takes part, over all its processes.
+        micro_batch_size: images per forward pass of one process.
+        passes: forward passes per process in such a step.
         rate: share of the steps in which it takes part, in (0, 1].
-        image_weight: what one image counts in a step's loss when all groups take part; they sum to 1.
+        image_weight: weight of one image in a step's loss; those of all images of all groups sum to 1.
         ranks: the processes that serve it.
         index: this process's place among them; None when it does not serve the group.
     """
 
     name: str
+    where: str
     teachers: tuple[str, ...]
     resolution: int
     batch_size: int
@@ -38,13 +49,31 @@ class Group:
     ranks: tuple[int, ...]
     index: int | None
 
+    def sides(self, teachers: Mapping[str, Teacher] | Mapping[str, TeacherShape]) -> list[int]:
+        """The sides in pixels at which the group needs each crop: the student's and its teachers'."""
+        return sorted({self.resolution, *(teachers[name].image_size for name in self.teachers)})
+
+    @property
+    def seed_offset(self) -> int:
+        """Added to the recipe's seed, so that each group goes through the data in an order of its own."""
+        return 0 if self.name == ONLY_GROUP else zlib.crc32(self.name.encode())
+
+    def generator(self, seed: int, step: int) -> torch.Generator:
+        """Random numbers of a step that are the same on all processes of the group.
+
+        Args:
+            seed: the recipe's.
+            step: counted over all stages.
+        """
+        return torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name} {step}".encode()))
+
     def takes_part(self, step: int) -> bool:
         """Whether the group's turn is in this step of the stage, from 0: evenly spread, the first step included."""
         return self.turns_before(step + 1) > self.turns_before(step)
 
     def turns_before(self, step: int) -> int:
-        """In how many steps of the stage, from 0, before this one it takes part."""
-        # A little less than 1, so that the rounding of rates such as 1/3 moves no turn.
+        """In how many of the stage's steps before this one the group takes part."""
+        # A little less than 1, so that rounding of rates such as 1/3 moves no turn.
         return int(1 - 1e-9 + step * self.rate)
 
 
@@ -54,15 +83,15 @@ def stage_groups(
     """The groups of a stage, in the recipe's order, with the processes that serve them.
 
     Args:
-        name: of the stage, for messages.
-        teachers: all of the recipe's; a stage or group that lists none has them all.
+        name: the stage's, for messages.
+        teachers: names of all teachers of the recipe; a stage or group that lists none has them all.
         rank, world_size: this process, and how many there are.
 
     Raises:
         ValueError: a group's batch does not split into equal passes of its processes; the message says what does.
     """
     recipes = stage.groups or {
-        "all": GroupRecipe(stage.teachers, stage.resolution, stage.batch_size, stage.micro_batch_size)
+        ONLY_GROUP: GroupRecipe(stage.teachers, stage.resolution, stage.batch_size, stage.micro_batch_size)
     }
     shares = {key: group.share for key, group in recipes.items()}
     served = assign_ranks(shares, world_size)
@@ -78,6 +107,7 @@ def stage_groups(
         groups.append(
             Group(
                 name=key,
+                where=where,
                 teachers=tuple(group.teachers or teachers),
                 resolution=group.resolution,
                 batch_size=group.batch_size,
@@ -93,7 +123,7 @@ def stage_groups(
 
 
 def assign_ranks(shares: dict[str, float], world_size: int) -> dict[str, tuple[int, ...]]:
-    """Deals the processes out to the groups by their shares.
+    """Distributes the processes among the groups by their shares.
 
     With at least as many processes as groups each group has its own, neighbours in number: every group one, the others
     by largest remainder. With fewer, each group is served by one process, the largest share first to the process with
@@ -111,7 +141,7 @@ def assign_ranks(shares: dict[str, float], world_size: int) -> dict[str, tuple[i
             served[name] = (rank,)
         return {name: served[name] for name in shares}
     spare = world_size - len(shares)
-    # What each group would have, less the one that it has for sure.
+    # Each group has one process for certain; these are the further ones that its share gives it.
     wanted = {name: max(share / sum(shares.values()) * world_size - 1, 0.0) for name, share in shares.items()}
     scale = spare / sum(wanted.values()) if sum(wanted.values()) > 0 else 0.0
     exact = {name: value * scale for name, value in wanted.items()}
@@ -127,7 +157,7 @@ def assign_ranks(shares: dict[str, float], world_size: int) -> dict[str, tuple[i
 
 
 def micro_batch(where: str, batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:
-    """(images a forward pass and process, forward passes a process and step)."""
+    """Images per forward pass of a process, and forward passes per process and step."""
     size = micro_batch_size or batch_size // processes
     if size <= 0 or batch_size % (size * processes):
         raise ValueError(

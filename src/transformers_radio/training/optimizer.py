@@ -3,25 +3,25 @@
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
+from .distill import Distillation
 from .recipe import Recipe, StageRecipe
 
-# Tokens and the position table are inputs, not maps between spaces: decay would pull them to zero.
-UNDECAYED = ("cls_register_token", "position_embedding")
 # What learns in the first steps of a stage with `freeze_trunk_steps`.
 HEADS = ("student.adaptors.", "balancing.")
 
 
-def build_optimizer(model: torch.nn.Module, recipe: Recipe, stage: StageRecipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: none on tokens, position table, norms, biases and the balancing.
+def build_optimizer(model: Distillation, recipe: Recipe, stage: StageRecipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: none on norms, biases, the balancing, and what the student excludes.
 
     Args:
-        model: the `Distillation`; its parameters' names tell the trunk from the heads.
+        model: before it is wrapped; the names of its parameters tell the trunk from the heads.
     """
     decay = recipe.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
+    excluded = {f"student.{name}" for name in model.student.no_weight_decay()}
     groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            bare = parameter.ndim < 2 or name.endswith(UNDECAYED) or name.startswith("balancing.")
+            bare = parameter.ndim < 2 or name in excluded or name.startswith("balancing.")
             groups.setdefault((not name.startswith(HEADS), 0.0 if bare else decay), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -38,7 +38,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, stage: StageRecipe) 
 def start_schedule(optimizer: torch.optim.Optimizer, stage: StageRecipe) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then cosine to zero over the stage; the trunk's rate is zero while it is frozen.
 
-    A frozen trunk does not move, but Adam's moments of it fill already, as in a warm-up.
+    A frozen trunk does not move, but AdamW's moments of it are gathered already, as in a warm-up.
     """
     schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps)
     curve = schedule.lr_lambdas[0]

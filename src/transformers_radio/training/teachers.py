@@ -16,16 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from transformers_radio.data import ImageStream, count_images
+from transformers_radio.disk import existing
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, build_teacher, digest_weights
-from transformers_radio.training.run.folder import existing
 from transformers_radio.training.run.processes import LONGEST_WAIT, on_main_process
 
 from .cache import TeacherCaches, cache_fingerprint, cache_name, check_room, estimate_bytes
 from .checks import checkpoint_bytes
-from .distill import TeacherShape
 from .groups import Group
 from .recipe import Recipe, TeacherRecipe
+from .student import TeacherShape
 
 
 def build_teachers(
@@ -34,8 +34,8 @@ def build_teachers(
     """Loads the teachers that this process serves in any stage, frozen. Called by every process.
 
     Raises:
-        ValueError: a teacher cannot be loaded (the message names it), or one that is to be sharded is served by
-            different processes in different groups.
+        ValueError: a teacher cannot be loaded, or one that is to be sharded is served by different processes in
+            different groups.
     """
     ranks = sharding_ranks(recipe, groups)
     own = {name for stage in groups.values() for group in stage if group.index is not None for name in group.teachers}
@@ -43,7 +43,7 @@ def build_teachers(
     for name, spec in recipe.teachers.items():
         mesh = None
         if len(ranks.get(name, ())) > 1:
-            # All processes have to call it, also those that are not in it.
+            # Every process has to call new_group, also those that are not in the group.
             group: Any = torch.distributed.new_group(list(ranks[name]), timeout=LONGEST_WAIT)
             mesh = DeviceMesh.from_group(group, torch.device(device).type) if name in own else None
         if name in own:
@@ -104,33 +104,34 @@ def open_caches(
 
     Args:
         teachers: those that this process serves.
-        groups, shapes: of all.
+        groups, shapes: those of all processes.
 
     Raises:
-        OSError: they do not fit on the disk, or another run writes into them.
-        ValueError: the folder holds the outputs of other teachers or for other crops.
+        OSError: the outputs do not fit on the disk, or another run writes into the folder.
+        ValueError: the folder holds outputs of other teachers or for other crops.
     """
     if recipe.teacher_cache is None:
         return None
     folder = recipe.teacher_cache
-    of: dict[str, str] = {}  # cache -> teacher
-    sides: dict[str, int] = {}
-    seen = Counter[str]()  # images at most
+    teacher_of: dict[str, str] = {}  # cache -> teacher
+    largest_side: dict[str, int] = {}  # cache -> pixels
+    seen = Counter[str]()  # cache -> images that the run reads, epochs counted again
     served = set()
     for stage, stage_groups in groups.items():
         for group in stage_groups:
-            stream_sides = {group.resolution, *(shapes[name].image_size for name in group.teachers)}
             for name in group.teachers:
-                cache = cache_name(name, stream_sides)
-                of[cache], sides[cache] = name, max(stream_sides)
+                cache = cache_name(name, group.sides(shapes))
+                teacher_of[cache], largest_side[cache] = name, max(group.sides(shapes))
                 seen[cache] += math.ceil(recipe.stages[stage].steps * group.rate) * group.batch_size
                 served |= {cache} if group.index is not None else set()
 
     layers = dict(gather_object([(name, _layers(teacher)) for name, teacher in teachers.items()]))
 
-    def look() -> dict[str, dict]:
+    def check_and_describe() -> dict[str, dict]:
         images = count_images(recipe.data)
-        needed = {cache: estimate_bytes(min(images, seen[cache]), [shapes[name]]) for cache, name in of.items()}
+        needed = {
+            cache: estimate_bytes(min(images, seen[cache]), [shapes[name]]) for cache, name in teacher_of.items()
+        }
         devices = [existing(Path(path).absolute()).stat().st_dev for path in (folder, recipe.output_dir)]
         same_disk = devices[0] == devices[1]
         missing = check_room(folder, needed, checkpoint_bytes(recipe, student) if same_disk else 0)
@@ -143,21 +144,21 @@ def open_caches(
                 shapes[name].image_size,
                 recipe.data,
                 files,
-                sides[cache],
+                largest_side[cache],
             )
-            for cache, name in of.items()
+            for cache, name in teacher_of.items()
         }
 
-    return TeacherCaches(accelerator, folder, on_main_process(accelerator, look), served)
+    return TeacherCaches(accelerator, folder, on_main_process(accelerator, check_and_describe), served)
 
 
 def _layers(teacher: Teacher) -> int:
-    """A checksum of its layers: the same weights with another activation give other outputs."""
-    return zlib.crc32(repr(teacher).replace("FSDP", "").encode())  # sharding renames them
+    """A checksum of a teacher's layers: the same weights with another activation give other outputs."""
+    return zlib.crc32(repr(teacher).replace("FSDP", "").encode())  # sharding renames the layers
 
 
 def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: DeviceMesh | None) -> Teacher:
-    """Blocks that are sharded or offloaded never are on the device together."""
+    """Moves a teacher where the recipe wants it. Sharded or offloaded blocks are never all on the device at once."""
     blocks = list(stack(teacher.model))
     if mesh is not None:
         for block in blocks:
@@ -174,9 +175,9 @@ def _place(teacher: Teacher, spec: TeacherRecipe, device: torch.device, mesh: De
 
 
 def offload(teacher: nn.Module, blocks: list[nn.Module], device: torch.device) -> None:
-    """Moves all but the blocks to the device. A block is there while it computes and, on its way, while the one before
-    it does; its weights stay in pinned memory, from where they are copied and to where nothing goes back."""
-    # Elsewhere than on CUDA a block is copied when its turn comes.
+    """Moves all but the blocks to the device. A block is copied there while the block before it computes, and dropped
+    after its own turn; its weights stay in pinned memory, and nothing is copied back."""
+    # Without CUDA, a block is copied when its turn comes.
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
     homes = [
         [(tensor, tensor.data if copies is None else tensor.data.pin_memory()) for tensor in _tensors(block)]

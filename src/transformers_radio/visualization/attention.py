@@ -10,17 +10,17 @@ from transformers_radio.modeling import RadioModel
 
 from .panels import Column, heat, photographs, write_panels
 
-BRIGHTEST = 0.99  # quantile of a panel: one artefact patch must not darken all others
+BRIGHTEST = 0.99  # quantile of a panel: one artifact patch must not darken all others
 
 
 @torch.no_grad()
 def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention from each class token to each patch: float32 (B, class tokens, heads, h, w).
 
-    Probabilities, as the model itself returns them with `output_attentions`; over the patches they sum to less than 1,
-    the rest goes to class and register tokens. That needs eager attention, so the model computes with it here and goes
-    back to its own implementation afterwards. One image at a time: all blocks' probabilities of an image are in memory
-    at once, layers * heads * tokens^2 * 4 bytes (1.1 GB for ViT-H/16 at 432 px).
+    They are probabilities, as the model itself returns them with `output_attentions`. Over the patches they sum to
+    less than 1, as class and register tokens get attention too. They need eager attention, which the model uses here
+    before it returns to its own implementation. Images are computed one at a time: all blocks' probabilities of an
+    image are in memory at once, layers * heads * tokens^2 * 4 bytes (1.1 GB for ViT-H/16 at 432 px).
 
     Args:
         model: a student in eval mode.
@@ -45,16 +45,16 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
             f"Block {layer} attends within windows of {config.window_size} patches, outside of which its class tokens "
             f"see nothing: choose a layer among {config.global_blocks}."
         )
-    rows, columns = (side // model.patch_size for side in images.shape[2:])
     implementation = config._attn_implementation
     model.set_attn_implementation("eager")
     maps = []
     try:
         for image in tqdm(images.to(model.dtype), desc="attention", unit="image"):
-            attention = model(image[None], adaptors=[], output_attentions=True).attentions[layer][0]  # (heads, L, L)
+            output = model(image[None], adaptors=[], output_attentions=True)
+            attention = output.attentions[layer][0]  # (heads, L, L)
             to_patches = attention[:, : config.num_cls_tokens, config.num_summary_tokens :].float()
             # (heads, cls, h*w) -> (cls, heads, h*w) -> (cls, heads, h, w)
-            maps.append(to_patches.transpose(0, 1).unflatten(2, (rows, columns)))
+            maps.append(to_patches.transpose(0, 1).unflatten(2, output.grid))
     finally:
         model.set_attn_implementation(implementation)
     return torch.stack(maps)
@@ -63,7 +63,7 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
 def attention_figure(
     images: torch.Tensor, attention: torch.Tensor, path: str | Path, titles: Sequence[str], subtitle: str
 ) -> Path:
-    """Write a PNG: a row per image; the input, then its attention maps patch by patch.
+    """Writes a PNG: a row per image; the input, then its attention maps patch by patch.
 
     Each map is scaled to its own brightest patches.
 
@@ -71,8 +71,8 @@ def attention_figure(
         images: (N, 3, H, W), uint8 or float in [0, 1].
         attention: (N, maps, h, w).
         titles: of the maps.
-        subtitle: below each of them, such as "block 12 of 12"; a second line has the share of the attention that is
-            on patches, and their grid.
+        subtitle: below each title, such as "block 12 of 12"; a second line has the share of the attention that is on
+            patches, and their grid.
     """
     shown = [photographs(list(images))]
     for number, title in enumerate(titles):

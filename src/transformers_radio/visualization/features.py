@@ -12,7 +12,7 @@ Columns = dict[str, Features]
 
 
 def own_columns(encoders: Sequence[VisionEncoder], images: Mapping[str, torch.Tensor]) -> Columns:
-    """The models' own features for `visualize.teacher_student_figure`: name -> (N, h*w, C) on the CPU, and (h, w).
+    """The models' own features for `teacher_student_figure`: name -> (features (N, h*w, C) on the CPU, grid (h, w)).
 
     Args:
         images: name -> float (N, 3, H, W) in [0, 1], the same images at each model's size.
@@ -26,8 +26,8 @@ def common_columns(
     """Features that share a space, and for each column the one whose basis it takes.
 
     A teacher's own features and those of a student's adaptor to it are in one space: each teacher is followed by every
-    student as that teacher, in the teacher's basis. Models of one kind alone share the first one's basis; that makes
-    sense for checkpoints of one run, and it takes features of one width.
+    student's adaptor to it, in the teacher's basis. Without teachers, or without students, all share the first model's
+    basis; that makes sense for checkpoints of one run, and needs features of one width.
 
     Args:
         images: as for `own_columns`.
@@ -39,7 +39,7 @@ def common_columns(
     students = [encoder for encoder in encoders if encoder.is_student]
     if not teachers or not students:
         return own_columns(encoders, images), {encoder.name: encoders[0].name for encoder in encoders}
-    adaptors = {(s.name, t.name): adaptor_to(s, t) for t in teachers for s in students}  # errors before long work
+    adaptors = {(s.name, t.name): adaptor_to(s, t) for t in teachers for s in students}  # raises before long work
     columns: Columns = {}
     basis_of = {}
     for teacher in teachers:
@@ -53,13 +53,13 @@ def common_columns(
 
 
 def adaptor_to(student: VisionEncoder, teacher: VisionEncoder) -> str:
-    """The student's adaptor whose features are in this teacher's space: it records the teacher, or has its name.
+    """The student's adaptor whose features are in this teacher's space: one that records it, or that has its name.
 
     Raises:
         ValueError: there is none, or it has features of another width.
     """
     adaptors = student.model.config.adaptors
-    found = [name for name, one in adaptors.items() if _same_model(one["teacher"], teacher.spec)]
+    found = [name for name, one in adaptors.items() if _same_model(one["teacher"], str(teacher.spec))]
     found = found or [name for name in adaptors if name == teacher.name]
     if not found:
         taught = ", ".join(f"{name} ({one['teacher']})" for name, one in adaptors.items()) or "none"
@@ -85,13 +85,10 @@ def _same_model(one: str, other: str) -> bool:
 
 
 def _adaptor_features(student: VisionEncoder, adaptor: str) -> Callable[[torch.Tensor], Features]:
-    factor = student.model.config.adaptors[adaptor]["upsample_factor"]
-
     @torch.no_grad()
     def encode(images: torch.Tensor) -> Features:
-        output = student.model(images.to(student.model.dtype), adaptors=[adaptor])
-        rows, columns = (side // student.model.patch_size * factor for side in images.shape[2:])
-        return output.adaptors[adaptor].features, (rows, columns)
+        output = student.model(images.to(student.model.dtype), adaptors=[adaptor]).adaptors[adaptor]
+        return output.features, output.grid
 
     return encode
 

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from transformers_radio.evaluation.classification.zero_shot import zero_shot_classifier
-from transformers_radio.evaluation.models.encoder import VisionEncoder, split_spec
+from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.evaluation.segmentation.words import PatchProjection, TextHead, summary_head_patches
 
 from .panels import Column, heat, photographs, write_panels
@@ -32,7 +32,7 @@ def text_similarity(
         encode_text: the text tower of `encoder.text_tower()`: texts -> (N, D).
 
     Raises:
-        ValueError: no prompt, a model that speaks no text tower's language, or a text tower of another width.
+        ValueError: no prompt, a model without a text tower, or a text tower of another width.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"prompts is {list(prompts)}; expected at least one text, none of them empty.")
@@ -42,12 +42,11 @@ def text_similarity(
             encoder.text_tower()  # raises, and says what is missing
         encode = summary_head_patches(encoder.model, str(encoder.adaptor))
     else:
-        kind, checkpoint = split_spec(encoder.spec)
-        if kind != "open_clip":
+        if encoder.spec.kind != "open_clip":
             raise ValueError(
-                f"{encoder.name} is no student and no OpenCLIP teacher: only their patches can be asked in words."
+                f"{encoder.name} is neither a student nor an OpenCLIP teacher: only their patches compare with texts."
             )
-        project = PatchProjection(checkpoint).to(device)
+        project = PatchProjection(encoder.spec.checkpoint).to(device)
 
         def encode(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
             features, grid = encoder.features(images)
@@ -64,10 +63,10 @@ def text_similarity(
 
 
 def heat_map_figure(images: torch.Tensor, similarity: torch.Tensor, prompts: Sequence[str], path: str | Path) -> Path:
-    """Write a PNG: a row per image; the input, then the similarity to each prompt over it, patch by patch.
+    """Writes a PNG: a row per image; the input, then the similarity to each prompt over it, patch by patch.
 
-    A prompt's colors span its lowest to its highest similarity in all the images, which stand above its column, so
-    that an image without the thing stays dark.
+    A prompt's colors span its lowest to its highest similarity over all the images, so that an image without the thing
+    stays dark. Both numbers stand above the column.
 
     Args:
         images: (N, 3, H, W), uint8 or float in [0, 1].

@@ -12,11 +12,12 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 from transformers_radio.evaluation.figure_style import OBJECT_COLORS
-from transformers_radio.evaluation.sam_coco.prompting import Encoder, SamEncoder, mask_overlap, predict_masks
+from transformers_radio.evaluation.sam_coco.metrics import mask_overlap
+from transformers_radio.evaluation.sam_coco.prompting import Encoder, SamEncoder, predict_masks
 
 from .panels import Column, photographs, write_panels
 
-MASK_SHARE = 0.6  # of the mask's colour over the image
+MASK_SHARE = 0.6  # of the mask's color in the pixels of the mask
 
 
 def masks_figure(
@@ -26,15 +27,15 @@ def masks_figure(
     encoders: Mapping[str, Encoder],
     path: str | Path,
 ) -> Path:
-    """Write a PNG: a row per image; the input with its boxes, SAM's masks, then those with each encoder in its place.
+    """Writes a PNG: a row per image; the input with its boxes, SAM's masks, then those with each encoder in its place.
 
-    Above a student's column is the mean IoU of its masks with SAM's own (no truth is involved).
+    Above a student's column is the mean IoU of its masks with SAM's own (not with annotated masks).
 
     Args:
         images: uint8 (3, H, W), of any size.
         boxes: per image (N, 4), N >= 1; x0, y0, x1, y1 in pixels.
         sam: the whole SAM that decodes, see `teachers.segment_anything.load_sam`.
-        encoders: title -> such as `StudentEncoder`.
+        encoders: title -> an encoder such as `StudentEncoder`.
 
     Raises:
         ValueError: an image without boxes, or a box that is not within its image.
@@ -49,11 +50,11 @@ def masks_figure(
             )
 
     def draw_boxes(axes: Axes, row: int) -> None:
-        for (x0, y0, x1, y1), colour in zip(boxes[row], _colours(len(boxes[row])), strict=True):
-            # a pixel's centre has whole coordinates, a box's edges lie between pixels
+        for (x0, y0, x1, y1), color in zip(boxes[row], _colors(len(boxes[row])), strict=True):
+            # a pixel's center has whole coordinates, a box's edges lie between pixels
             place = ((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0)
             axes.add_patch(Rectangle(*place, fill=False, edgecolor="black", linewidth=2.2))
-            axes.add_patch(Rectangle(*place, fill=False, edgecolor=colour, linewidth=1.2))
+            axes.add_patch(Rectangle(*place, fill=False, edgecolor=color, linewidth=1.2))
 
     shown = [photographs(list(images))]
     shown[0].draw = draw_boxes
@@ -73,24 +74,24 @@ def masks_figure(
         panels = [_overlay(image, one) for image, one in zip(images, found, strict=True)]
 
         def draw_edges(axes: Axes, row: int, masks: list[torch.Tensor] = found) -> None:
-            for mask, colour in zip(masks[row], _colours(len(masks[row])), strict=True):
+            for mask, color in zip(masks[row], _colors(len(masks[row])), strict=True):
                 if mask.any() and not mask.all():
-                    axes.contour(mask.float().numpy(), levels=[0.5], colors=[colour], linewidths=1.2)
+                    axes.contour(mask.float().numpy(), levels=[0.5], colors=[color], linewidths=1.2)
 
         shown.append(Column(title, subtitle, panels, smooth=True, draw=draw_edges))
     return write_panels(shown, path, panel_inches=2.0)
 
 
 def _overlay(image: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """uint8 (3, H, W) and bool (N, H, W) -> float (H, W, 3): each object's mask in its colour, smaller ones on top."""
+    """uint8 (3, H, W) and bool (N, H, W) -> float (H, W, 3): each object's mask in its color, smaller ones on top."""
     picture = image.cpu().permute(1, 2, 0).float() / 255  # (3, H, W) -> (H, W, 3)
-    colours = torch.tensor([to_rgb(colour) for colour in _colours(len(masks))])
+    colors = torch.tensor([to_rgb(color) for color in _colors(len(masks))])
     result = picture.clone()
     for number in masks.sum(dim=(1, 2)).argsort(descending=True).tolist():
         mask = masks[number]
-        result[mask] = MASK_SHARE * colours[number] + (1 - MASK_SHARE) * picture[mask]
+        result[mask] = MASK_SHARE * colors[number] + (1 - MASK_SHARE) * picture[mask]
     return result
 
 
-def _colours(count: int) -> list[str]:
+def _colors(count: int) -> list[str]:
     return [OBJECT_COLORS[number % len(OBJECT_COLORS)] for number in range(count)]

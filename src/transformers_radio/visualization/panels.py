@@ -1,4 +1,4 @@
-"""The layout that all pictures share: columns of panels under their titles, one row an image, written as a PNG."""
+"""The layout that all pictures share: columns of panels under their titles, one row per image, written as a PNG."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from matplotlib.textpath import TextToPath
 from transformers_radio.evaluation.figure_style import GRAY, new_figure, save_figure
 
 HEAT_SHARE = 0.65  # of the color in a heat map that lies over an image
-MARGIN, GAP, TITLE, SUBTITLE, ROW_TITLE = 0.12, 0.06, 0.26, 0.16, 0.26  # inches; a subtitle's is of each of its lines
+MARGIN, GAP, TITLE, SUBTITLE, ROW_TITLE = 0.12, 0.06, 0.26, 0.16, 0.26  # inches; SUBTITLE is one line's height
 TITLE_SIZE, SMALLEST_TITLE = 10, 6  # points
 
 
@@ -23,10 +23,11 @@ TITLE_SIZE, SMALLEST_TITLE = 10, 6  # points
 class Column:
     """A column of a picture.
 
-    title, subtitle: above it; a subtitle may have several lines.
-    panels: one a row, (h, w, 3), float in [0, 1] or uint8; stretched over the panel's place.
-    smooth: for photographs. Patches keep their edges.
-    draw: called with a panel's axes, in units of its pixels, and its row, to draw over it.
+    Attributes:
+        title, subtitle: above the column; a subtitle may have several lines.
+        panels: one per row, (h, w, 3), float in [0, 1] or uint8; stretched over the panel's place.
+        smooth: True for photographs; False keeps the edges of patches.
+        draw: called with a panel's axes, in units of its pixels, and its row, to draw over it.
     """
 
     title: str
@@ -69,7 +70,9 @@ def write_panels(
     panel_inches: float = 1.6,
     dpi: int = 160,
 ) -> Path:
-    """Write the columns side by side as a PNG; all panels are `panel_inches` wide, a row as high as its first asks.
+    """Writes the columns side by side as a PNG.
+
+    All panels are `panel_inches` wide; a row is as high as the aspect ratio of its first panel asks.
 
     Raises:
         ValueError: no column or row, or columns of different lengths.
@@ -117,7 +120,7 @@ def write_panels(
 
 
 def _lines(text: str, count: int) -> list[str]:
-    """The lines of a text, filled up with empty ones."""
+    """The lines of a text, and empty ones up to `count`."""
     lines = text.split("\n")
     return lines + [""] * (count - len(lines))
 
@@ -125,7 +128,7 @@ def _lines(text: str, count: int) -> list[str]:
 def _fit(
     texts: Sequence[str], inches: float, largest: float = TITLE_SIZE, weight: str = "bold"
 ) -> tuple[list[str], float]:
-    """The texts and one size in points at which each stays over its panel; what is too long is cut in the middle."""
+    """The texts and one size in points at which each fits over its panel; too long ones are cut in the middle."""
     room = 72 * inches
     widths = [_width(text, weight) for text in texts]
     size = max(SMALLEST_TITLE, min(largest, room / max(widths)))
@@ -141,6 +144,6 @@ def _fit(
 
 
 def _width(text: str, weight: str) -> float:
-    """Of the text in points at a size of 1 point; never 0."""
+    """The width of a text in points at a font size of 1 point; never 0."""
     width, _, _ = TextToPath().get_text_width_height_descent(text, FontProperties(size=100, weight=weight), False)
     return max(width / 100, 1e-3)

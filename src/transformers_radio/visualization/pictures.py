@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 
 from transformers_radio.data.files import kind_of
-from transformers_radio.data.images import SkippedImage, decode_rgb
-from transformers_radio.data.source import read_image
-from transformers_radio.evaluation.images.labelled import IMAGE_COLUMNS
+from transformers_radio.data.images import SkippedImage
+from transformers_radio.data.source import read_rgb
+from transformers_radio.evaluation.images.labeled import IMAGE_COLUMNS
 from transformers_radio.evaluation.images.split_files import find_split, load_builder
 from transformers_radio.evaluation.paths import expand_home
 
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Picture:
-    """An RGB image of any size; `boxes` are x0, y0, x1, y1 in pixels, the largest first."""
+    """An image to look at."""
 
     name: str
-    image: Image.Image
-    boxes: list[list[float]] = field(default_factory=list)
+    image: Image.Image  # RGB, of any size
+    boxes: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1 in pixels, the largest first
 
 
 def load_pictures(
     data: str | None, count: int, split: str = "validation", image_column: str | None = None
 ) -> list[Picture]:
-    """The first `count` readable images, decoded as training decodes; the unreadable ones are named in a warning.
+    """The first `count` readable images, decoded as training decodes; warnings name the unreadable ones.
 
     Args:
         data: an image file; a folder with image files in it, in the order of their names; or what
             `datasets.load_dataset` opens: WebDataset tars, class folders, Parquet, a Hub id. A `json` column with
-            `{"objects": [{"box": [x0, y0, x1, y1]}]}`, as the quickstart's world has it, gives the boxes.
-        count: at least 1; what there is if there are fewer.
-        split, image_column: of a dataset.
+            `{"objects": [{"box": [x0, y0, x1, y1]}]}`, as the quickstart's scenes have it, gives the boxes.
+        count: at least 1; all if there are fewer.
+        split, image_column: used if the data is a dataset.
 
     Raises:
         ValueError: no data, no image column, no readable image.
@@ -59,7 +59,7 @@ def load_pictures(
     pictures: list[Picture] = []
     for name, value, boxes in samples:
         try:
-            pictures.append(Picture(name, decode_rgb(read_image(value)), boxes))
+            pictures.append(Picture(name, read_rgb(value), boxes))
         except SkippedImage as error:
             logger.warning("%s of %s is left out: %s", name, data, error.reason)
         if len(pictures) == count:
@@ -90,7 +90,7 @@ def _dataset_samples(data: str, split: str, image_column: str | None) -> Iterato
         raise ValueError(
             f"{data} has no image column among {list(candidates)}; it has {columns}. Name one with image_column."
         )
-    # Undecoded, so that one broken file is one image left out.
+    # undecoded, so that one broken file is one image left out
     for number, sample in enumerate(stream.cast_column(column, datasets.Image(decode=False))):
         about = sample.get("json")
         objects = about.get("objects", []) if isinstance(about, dict) else []

@@ -1,4 +1,4 @@
-"""A student's learned position table: its principal components, and which places it holds for similar."""
+"""A student's learned position table: its principal components, and how similar its places are."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from .panels import Column, heat, write_panels
 PLACES = {
     "Upper left": (1 / 6, 1 / 6),
     "Upper right": (1 / 6, 5 / 6),
-    "Centre": (1 / 2, 1 / 2),
+    "Center": (1 / 2, 1 / 2),
     "Lower left": (5 / 6, 1 / 6),
     "Lower right": (5 / 6, 5 / 6),
 }
@@ -26,14 +26,14 @@ PLACES = {
 def position_similarity(table: torch.Tensor, row: int, column: int) -> torch.Tensor:
     """Cosine similarity of one place's embedding to every place's, less the table's mean: (side, side) in [-1, 1].
 
-    The mean is subtracted because it tells no place from another, yet would make all of them similar.
+    The mean is subtracted because it does not tell one place from another, yet would make all of them similar.
     """
-    centred = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
-    return centred @ centred[row, column]
+    centered = F.normalize(table - table.mean(dim=(0, 1)), dim=2)
+    return centered @ centered[row, column]
 
 
 def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path:
-    """Write a PNG: a row per model; the PCA of its table, then the similarity of five places (crosses) to all others.
+    """Writes a PNG: a row per model; the PCA of its table, then the similarity of five places (crosses) to all others.
 
     Similarity is dark at -1 and bright at 1 in every panel, so panels compare.
     """
@@ -43,9 +43,9 @@ def positions_figure(models: Mapping[str, RadioModel], path: str | Path) -> Path
         assert table is not None  # every student has one
         tables[name] = table.float().cpu()
     sides = [len(table) for table in tables.values()]
-    colours = [pca_rgb([table.flatten(0, 1)], [(len(table), len(table))])[0] for table in tables.values()]
+    colors = [pca_rgb([table.flatten(0, 1)], [(len(table), len(table))])[0] for table in tables.values()]
     label = f"table of {sides[0]} × {sides[0]}" if len(set(sides)) == 1 else "the whole table"
-    shown = [Column("Positions", f"PCA, {label}", colours)]
+    shown = [Column("Positions", f"PCA, {label}", colors)]
     for title, (down, across) in PLACES.items():
         places = [(int(down * side), int(across * side)) for side in sides]
         panels = [

@@ -1,4 +1,4 @@
-"""`transformers-radio visualize KIND`: loads models and a few images, writes PNG files."""
+"""`transformers-radio visualize KIND`: loads models and a few images, and writes PNG files."""
 
 import logging
 from collections.abc import Callable
@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from transformers_radio.evaluation.classification.zero_shot import load_text_tower
-from transformers_radio.evaluation.images.labelled import resize_image
-from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder, split_spec, split_title
+from transformers_radio.evaluation.images.resize import cover_image
+from transformers_radio.evaluation.models.encoder import VisionEncoder, load_encoder
+from transformers_radio.evaluation.models.specs import ModelSpec
+from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import expand_home
 from transformers_radio.evaluation.result import slug
 from transformers_radio.evaluation.run import check_pictures, load_config
@@ -40,23 +42,23 @@ class VisualizeConfig:
     data: str | None = None  # an image, a folder of images, or anything datasets.load_dataset opens
     split: str = "validation"
     image_column: str | None = None  # null: found among the usual names
-    images: int = 6
-    image_size: int | None = None  # of the students, in pixels; null: their preferred one
+    images: int = 6  # the first ones of the data
+    image_size: int | None = None  # side of students' input in pixels; null: the size that each prefers
     teacher_image_size: int | None = None  # null: each teacher's own
     dtype: str = "float32"
-    # features. images: a model's PCA is one basis for all images. image: each image has its own.
-    # models: a teacher and the students' adaptors to it have one basis; students alone share the first one's.
+    # features: which patches share a PCA basis. images: those of a model, over all images. image: those of an image.
+    # models: those of a teacher and of the students' adaptors to it; students alone share the first one's basis.
     basis: str = "images"
-    layer: int = -1  # attention: block, from 0, or from the end
+    layer: int = -1  # attention: number of the block, from 0; negative: from the end
     heads: bool = False  # attention: each head of one class token, instead of each class token over all heads
     token: int = 0  # attention: the class token whose heads are shown
     prompts: list[str] = field(default_factory=list)  # heat-map: texts
-    adaptor: str | None = None  # heat-map: the student's adaptor; null: the one to its text tower
-    text: str | None = None  # heat-map: text tower, as open_clip:... or transformers:...; null: the adaptor's teacher
+    adaptor: str | None = None  # heat-map: a student's adaptor; null: the one whose teacher has a text tower
+    text: str | None = None  # heat-map: text tower, open_clip:... or transformers:...; null: the adaptor's teacher
     sam: str | None = None  # masks: segment_anything's own file; null: the teacher that the adaptor names
     sam_adaptor: str = "sam"
     boxes: list[list[float]] = field(default_factory=list)  # masks: x0, y0, x1, y1 in pixels; empty: the data's own
-    boxes_per_image: int = 4  # masks: of the data's own, the largest
+    boxes_per_image: int = 4  # masks: the number of the data's own boxes, the largest, that are used
 
 
 def visualize(
@@ -67,17 +69,17 @@ def visualize(
     output: str | Path = "runs/visualize",
     overrides: list[str] | None = None,
 ) -> list[Path]:
-    """Write the pictures of one kind and return their paths.
+    """Writes the pictures of one kind and returns their paths.
 
     Args:
-        kind: "features", PCA, teachers against students; "attention" of the summary tokens; "positions", the position
-            table; "heat-map" of texts; "masks" of prompts; or "all" that these models and settings allow, the rest
-            named in a warning.
+        kind: "features": PCA, teachers beside students; "attention" of the summary tokens; "positions": the position
+            table; "heat-map" of texts; "masks" of prompts; or "all" that these models and settings allow (warnings
+            name the others).
         models: see `encoder.load_encoder`.
         data: the field `data` of `VisualizeConfig`. Images are scaled and cropped to squares, except for masks.
         recipe: a YAML file of settings.
-        output: the folder of the pictures; those that are there are replaced.
-        overrides: `key=value`, over the recipe's.
+        output: the folder of the pictures; existing ones are replaced.
+        overrides: `key=value`, stronger than the recipe.
 
     Raises:
         ValueError, OSError: an unknown kind or setting, models or data that cannot be used or do not suit the kind.
@@ -106,7 +108,7 @@ def visualize(
 
 
 def _load(spec: str, config: VisualizeConfig) -> VisionEncoder:
-    is_student = split_spec(split_title(spec)[1])[0] == "student"
+    is_student = ModelSpec.parse(spec).is_student
     side = config.image_size if is_student else config.teacher_image_size
     device = Accelerator(mixed_precision="no").device
     return load_encoder(spec, side, config.dtype, device, config.adaptor if is_student else None)
@@ -150,7 +152,7 @@ def _attention(
 
 
 def _token_title(model: RadioModel, token: int) -> str:
-    """The class token, with the adaptors whose summaries it makes where there are several tokens."""
+    """A name for a class token; with several tokens, the adaptors whose summaries it makes are added."""
     if model.config.num_cls_tokens == 1:
         return "Summary token"
     readers = [
@@ -187,8 +189,8 @@ def _masks(
     students = _students(encoders, "prompted masks")
     sam_path = config.sam
     for encoder in [*encoders, *students]:
-        if sam_path is None and not encoder.is_student and encoder.spec.startswith("segment_anything:"):
-            sam_path = encoder.spec.partition(":")[2]
+        if sam_path is None and encoder.spec.kind == "segment_anything":
+            sam_path = encoder.spec.checkpoint
         if sam_path is None and encoder.is_student and config.sam_adaptor in encoder.model.config.adaptors:
             kind, _, checkpoint = encoder.model.config.adaptors[config.sam_adaptor]["teacher"].partition(":")
             sam_path = checkpoint if kind == "segment_anything" else None
@@ -202,12 +204,12 @@ def _masks(
     if bare:
         raise ValueError(f"The data has no boxes for {bare[0]}: give some, as boxes=[[x0,y0,x1,y1],...] in pixels.")
     sam = load_sam(sam_path).to(Accelerator(mixed_precision="no").device)
-    # SAM's own size for all unless told, so that students see what SAM sees
+    # SAM's own size for all by default, so that students see what SAM sees
     student_encoders = {
         encoder.name: StudentEncoder(encoder.model.float(), sam, config.sam_adaptor, config.image_size)
         for encoder in students
     }
-    images = [torch.from_numpy(np.array(picture.image)).permute(2, 0, 1) for picture in pictures]  # (3, H, W)
+    images = [pil_to_tensor(picture.image) for picture in pictures]  # (3, H, W)
     return [masks_figure(images, boxes, sam, student_encoders, output / "masks.png")]
 
 
@@ -228,13 +230,13 @@ def _students(encoders: list[VisionEncoder], what: str) -> list[VisionEncoder]:
 
 
 def _squares(encoder: VisionEncoder, pictures: list[Picture]) -> torch.Tensor:
-    """float (N, 3, image_size, image_size) in [0, 1]: scaled until they cover the square, the centre cut out."""
+    """float (N, 3, image_size, image_size) in [0, 1]: scaled until they cover the square, the center cut out."""
     side = encoder.image_size
-    images = torch.stack([resize_image(picture.image, (side, side)) for picture in pictures])
+    images = torch.stack([cover_image(picture.image, (side, side)) for picture in pictures])
     return images.float().div(255).to(next(encoder.model.parameters()).device)
 
 
 def _shown(pictures: list[Picture]) -> list[torch.Tensor]:
-    """The same squares for the eye, uint8 (3, side, side): as large as the largest image allows."""
+    """The same squares to look at, uint8 (3, side, side): as large as the largest image allows."""
     side = min(MAX_SHOWN, max(min(picture.image.size) for picture in pictures))
-    return [resize_image(picture.image, (side, side)) for picture in pictures]
+    return [cover_image(picture.image, (side, side)) for picture in pictures]

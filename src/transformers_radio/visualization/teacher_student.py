@@ -19,17 +19,17 @@ def teacher_student_figure(
     basis_of: Mapping[str, str] | None = None,
     basis_per_image: bool = False,
 ) -> Path:
-    """Write a PNG: a row per image; the input, then one column per model with its `pca_rgb` and the patch grid's size.
+    """Writes a PNG: a row per image; the input, then a column per model with its `pca_rgb` and the patch grid's size.
 
     Args:
         images: (N, 3, H, W), uint8 or float in [0, 1].
         columns: title -> (features (N, h * w, C), grid (h, w)), in the order of the columns. Each model's features are
-            stretched over its panel, as they cover the whole image. Colours compare within a column only, or between
+            stretched over its panel, as they cover the whole image. Colors compare within a column only, or between
             columns of one basis.
-        path: where the PNG goes; replaced in one step, so that a reader never meets half a file.
-        basis_of: title -> title of the column whose basis and colours it takes: for features in one space, such as a
+        path: of the PNG, which is written whole.
+        basis_of: title -> title of the column whose basis and colors it takes: for features in one space, such as a
             teacher's and those of the student's adaptor to it.
-        basis_per_image: each image with a basis of its own, so that colours compare within a panel only.
+        basis_per_image: each image has its own basis, so that colors compare within a panel only.
 
     Raises:
         ValueError: no image or column, features of other images, or a basis of another width.

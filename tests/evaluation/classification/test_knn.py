@@ -13,8 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from helpers.classification_world import run_processes
 from transformers_radio.evaluation import knn_accuracy
-from transformers_radio.evaluation.classification.knn import knn_accuracy_of_stores, plan_search
-from transformers_radio.evaluation.classification.metrics import KnnAccuracy
+from transformers_radio.evaluation.classification.knn import KnnAccuracy, knn_accuracy_of_stores, plan_search
 from transformers_radio.evaluation.images.summaries import SummaryStore
 
 torch.set_num_threads(1)  # as in the processes that the tests start: bits are equal only for the same number
@@ -22,9 +21,9 @@ torch.set_num_threads(1)  # as in the processes that the tests start: bits are e
 
 def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(6, 12, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(6, 12, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, 6, (count,), generator=generator)
-    vectors = centres[labels] + 1.6 * torch.randn(count, 12, generator=generator)
+    vectors = centers[labels] + 1.6 * torch.randn(count, 12, generator=generator)
     return vectors * torch.rand(count, 1, generator=generator).add(0.1), labels  # lengths must not matter
 
 
@@ -113,7 +112,7 @@ def test_stores_equal_scikit_learn_in_any_memory(memory, tmp_path):
     bank, bank_labels = clusters(2000, seed=0)
     queries, query_labels = clusters(1500, seed=1)
     plan = plan_search(memory, 12, 20, 6)
-    passes = -(-1500 // (plan.query_rows * plan.blocks_a_pass))
+    passes = -(-1500 // (plan.query_rows * plan.blocks_per_pass))
     assert (passes, plan.bank_rows < 2000) == {30e3: (37, True), 100e3: (11, True), 1e9: (1, False)}[memory]
     reference = KNeighborsClassifier(
         20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
@@ -179,7 +178,7 @@ def memory_of(field):
 def test_the_papers_bank_fits_4_gb():
     plan = plan_search(4e9, 3840, 20, 1000)
     assert (
-        plan.query_rows == 1024 and plan.query_rows * plan.blocks_a_pass >= 50_000
+        plan.query_rows == 1024 and plan.query_rows * plan.blocks_per_pass >= 50_000
     )  # ImageNet's validation, one pass
     assert 20_000 < plan.bank_rows
     with pytest.raises(ValueError, match="1e-05 GB are too little to search 3840 dimensions and 1000 classes"):
@@ -213,7 +212,7 @@ def test_the_metric_of_evaluate_is_the_function():
         metric.compute()
     with pytest.raises(ValueError, match="label is 6, but there are only 6 classes"):
         metric.add_batch(predictions=queries[:1], references=torch.tensor([6]))
-    with pytest.raises(ValueError, match="bank has 12 dimensions, the summaries 3"):
+    with pytest.raises(ValueError, match="bank has 12 dimensions, the queries 3"):
         metric.add_batch(predictions=torch.ones(1, 3), references=torch.tensor([0]))
     with pytest.raises(ValueError, match="k is 301"):
         KnnAccuracy(bank, bank_labels, k=301)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from transformers_radio.evaluation import openai_imagenet_templates, zero_shot_accuracy, zero_shot_classifier
-from transformers_radio.evaluation.classification.metrics import ZeroShotAccuracy
 from transformers_radio.evaluation.classification.words import load_class_names, load_templates
-from transformers_radio.evaluation.classification.zero_shot import load_text_tower
+from transformers_radio.evaluation.classification.zero_shot import ZeroShotAccuracy
+from transformers_radio.evaluation.models.text import load_text_tower
 
 
 def text_vector(text: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
     generator = np.random.default_rng(seed)
-    return generator.normal(size=16) * generator.uniform(0.1, 10)  # lengths differ, so normalising each text shows
+    return generator.normal(size=16) * generator.uniform(0.1, 10)  # lengths differ, so normalizing each text shows
 
 
 def encode_text(texts: list[str]) -> torch.Tensor:
@@ -138,5 +138,5 @@ def test_templates_that_cannot_be_used_are_named(tmp_path):
 
 @pytest.mark.parametrize("spec", ["timm:vit", "ViT-H-14", "open_clip"])
 def test_text_towers_of_no_known_kind_are_named(spec):
-    with pytest.raises(ValueError, match="is no text tower; expected TYPE:CHECKPOINT"):
+    with pytest.raises(ValueError, match="is not a text tower; expected TYPE:CHECKPOINT"):
         load_text_tower(spec)

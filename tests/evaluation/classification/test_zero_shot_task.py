@@ -17,7 +17,7 @@ from transformers import Siglip2Tokenizer, SiglipConfig, SiglipImageProcessor, S
 
 from helpers.classification_world import CLASSES, pictures, run_processes, write_folders, write_parquet
 from transformers_radio.evaluation.classification import zero_shot_task as zero_shot
-from transformers_radio.evaluation.models.encoder import VisionEncoder
+from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.run import run_task
 from transformers_radio.modeling import RadioConfig, RadioModel
 
@@ -35,13 +35,13 @@ def as_batch(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def expected_accuracy(summarise, side, classifier):
+def expected_accuracy(summarize, side, classifier):
     """Percent, from one image at a time; `classifier` (C, D)."""
     correct = 0
     with torch.no_grad():
         for pixels, label in VALIDATION:
             image = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC)
-            correct += int((summarise(as_batch(image)) @ classifier.T).argmax() == label)
+            correct += int((summarize(as_batch(image)) @ classifier.T).argmax() == label)
     return 100 * correct / len(VALIDATION)
 
 
@@ -144,7 +144,7 @@ def test_teacher_and_student_in_open_clips_space(student, words, parquet, clip_c
     assert second.metrics == {"Zero-shot": pytest.approx(expected)} and 10 < expected < 100
     assert first.counts == {"images": 60, "classes": 3, "classes_without_images": 0, "skipped": 0}
     assert second.protocol == (
-        f"3 classes, 2 templates, text tower open_clip:{CLIP}; 32 x 32 px, scaled to cover, centre cut out"
+        f"3 classes, 2 templates, text tower open_clip:{CLIP}; 32 x 32 px, scaled to cover, center cut out"
     )
     assert (first.resolution, second.resolution, second.settings["adaptor"]) == (64, 32, "clip")
     assert json.loads((tmp_path / "mine-student" / "zero-shot.pictures.json").read_text())["metrics"] == second.metrics
@@ -199,7 +199,7 @@ def test_a_teacher_that_has_moved_is_asked_for_by_the_setting(kind, words, parqu
 
 def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, tmp_path, monkeypatch):
     made, alive = [], []
-    create_model, language = open_clip.create_model, VisionEncoder.language
+    create_model, language = open_clip.create_model, VisionStudent.language
 
     def create(*arguments, **options):
         model = create_model(*arguments, **options)
@@ -213,7 +213,7 @@ def test_while_a_student_looks_no_teacher_is_in_memory(student, words, parquet, 
         return language(self, images)
 
     monkeypatch.setattr(open_clip, "create_model", create)
-    monkeypatch.setattr(VisionEncoder, "language", watched)
+    monkeypatch.setattr(VisionStudent, "language", watched)
     run_task("zero-shot", [str(student[0])], str(parquet), None, tmp_path, [*SETTINGS, *words])
     assert len(made) == 3 and len(alive) > 3 and set(alive) == {0}
 
@@ -222,8 +222,8 @@ def test_a_continued_run_encodes_nothing_twice(student, words, parquet, tmp_path
     arguments = ("zero-shot", [str(student[0])], str(parquet), None, tmp_path, [*SETTINGS, *words])
     (first,) = run_task(*arguments)
     images = []
-    language = VisionEncoder.language
-    monkeypatch.setattr(VisionEncoder, "language", lambda self, batch: images.extend(batch) or language(self, batch))
+    language = VisionStudent.language
+    monkeypatch.setattr(VisionStudent, "language", lambda self, batch: images.extend(batch) or language(self, batch))
     monkeypatch.setattr(zero_shot, "zero_shot_classifier", None)  # cannot be called
     assert run_task(*arguments) == [first] and len(images) == 1  # one that shows the width of a summary
     work = tmp_path / "mine-student" / "zero-shot.pictures"
@@ -266,7 +266,7 @@ def test_what_cannot_be_used_is_named_before_the_first_image(student, siglip, wo
     refused("2 class names, but .* has 3 classes", [folder], "classes=[a,b]")
     refused("needs one {} for the class name", [folder], "templates=[photo]")
     refused("no adaptor 'sam' with a summary", [folder], "adaptor=sam")
-    refused("is no text tower; expected TYPE:CHECKPOINT", [folder], "text=ViT-B-32", *words)
+    refused("is not a text tower; expected TYPE:CHECKPOINT", [folder], "text=ViT-B-32", *words)
     refused(r"classifier is \(3, 24\) and the embeddings have 128", [folder], f"text=transformers:{siglip}", *words)
     make_student(tmp_path / "mute")
     refused("no adaptor to a teacher with a text tower", [str(tmp_path / "mute")], *words)
@@ -277,7 +277,7 @@ def test_what_cannot_be_used_is_named_before_the_first_image(student, siglip, wo
 
 def test_labels_beyond_the_class_names_are_named(student, tmp_path):
     data = write_parquet(tmp_path / "labels", "validation", VALIDATION, files=1, names=None)
-    with pytest.raises(ValueError, match="2 in column 'label'.*no class index; expected an integer from 0 to 1"):
+    with pytest.raises(ValueError, match="2 in column 'label'.*not a class index; expected an integer from 0 to 1"):
         run_task("zero-shot", [str(student[0])], str(data), None, tmp_path, [*SETTINGS, "classes=[a,b]"])
 
 

@@ -36,16 +36,16 @@ def folders(tmp_path):
             folder = tmp_path / "animals" / split / name
             folder.mkdir(parents=True)
             for number in range(12):
-                colour = (60 * label, 10 * number, 255 if split == "val" else 0)
-                Image.new("RGB", (40, 32), colour).save(folder / f"{number}.png")
+                color = (60 * label, 10 * number, 255 if split == "val" else 0)
+                Image.new("RGB", (40, 32), color).save(folder / f"{number}.png")
     return tmp_path / "animals"
 
 
 def pixels(folder, *overrides):
     """(label, number, is of validation) of the images that are taken."""
     files, _ = _read(load_config(FeaturesConfig, str(folder), None, list(overrides)))
-    colours = [Image.open(io.BytesIO(file)).getpixel((0, 0)) for file in files]
-    return [(red // 60, green // 10, blue == 255) for red, green, blue in colours]
+    colors = [Image.open(io.BytesIO(file)).getpixel((0, 0)) for file in files]
+    return [(red // 60, green // 10, blue == 255) for red, green, blue in colors]
 
 
 def test_images_come_from_all_classes_of_the_split_that_is_called_val(folders):

@@ -11,9 +11,10 @@ from helpers.classification_world import CLASSES, pictures, png, write_folders, 
 from transformers_radio.data import SourceConfig
 from transformers_radio.data.source import Source, read_image
 from transformers_radio.evaluation import load_labelled_images
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.images.split_files import find_split
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SegmentationSplit, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.data import SegmentationSplit
 from transformers_radio.visualization.pictures import load_pictures
 
 MADE = pictures(6, seed=0)
@@ -38,10 +39,10 @@ def plain(tmp_path_factory):
 def test_any_place_has_the_rows_of_a_plain_one_and_the_images_of_training(place, plain, tmp_path):
     there = shutil.copytree(plain, tmp_path / place)
     for kind in WRITERS:
-        rows, expected = (list(LabelledSplit(root / kind, "validation").rows()) for root in (there, plain))
+        rows, expected = (list(LabeledSplit(root / kind, "validation").rows()) for root in (there, plain))
         assert [label for _, label in rows] == [label for _, label in expected] and len(rows) == 6
         assert [read_image(image) for image, _ in rows] == [read_image(image) for image, _ in expected]
-        assert LabelledSplit(there / kind, "train").count() == 6
+        assert LabeledSplit(there / kind, "train").count() == 6
         source = Source(SourceConfig(str(there / kind), "validation"))
         trained = [source.read(image) for shard in range(len(source.shards)) for _, image in source.records(shard)]
         assert sorted(trained) == sorted(read_image(image) for image, _ in rows)
@@ -104,7 +105,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
     for name in ("train/test/1.png", "train/dev set/2.png", "valid/test/3.png", "valid/dev set/4.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(png(MADE[0][0]))
-    split = LabelledSplit(tmp_path, "validation")
+    split = LabeledSplit(tmp_path, "validation")
     assert split.class_names == ["dev set", "test"] and [label for _, label in split.rows()] == [0, 1]
 
 
@@ -112,10 +113,10 @@ def test_a_label_means_the_same_in_all_splits_and_images_without_a_class_have_no
     for name in ("train/a/1.png", "train/b/1.png", "train/c/1.png", "val/b/2.png", "val/c/2.png", "test/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png(MADE[0][0]))
-    split = LabelledSplit(tmp_path, "val")
+    split = LabeledSplit(tmp_path, "val")
     assert split.class_names == ["a", "b", "c"] and [label for _, label in split.rows()] == [1, 2]
     with pytest.raises(ValueError, match="no label column"):
-        LabelledSplit(tmp_path, "test")
+        LabeledSplit(tmp_path, "test")
 
 
 def test_patterns_files_and_tables_of_labels_beside_the_images(plain, tmp_path):
@@ -142,4 +143,4 @@ def test_a_file_met_by_two_names_of_its_split_is_one(tmp_path):
 
 
 def test_class_names_are_those_of_the_folders(plain):
-    assert LabelledSplit(plain / "folders", "train").class_names == sorted(CLASSES)
+    assert LabeledSplit(plain / "folders", "train").class_names == sorted(CLASSES)

@@ -25,7 +25,7 @@ from helpers.classification_world import (
     write_parquet,
     write_tar,
 )
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.images.summaries import StoreConfig, SummaryStore, store_summaries
 from transformers_radio.modeling.image_processing_radio import RadioImageProcessor
 
@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # as in the processes that the tests start: bits are e
 
 MADE = pictures(45, seed=0)
 SMALL = {"image_size": (24, 32), "batch_size": 4, "num_workers": 2, "block_images": 8}
-SETTINGS = {"model": "colours", "weights": "0"}
+SETTINGS = {"model": "colors", "weights": "0"}
 
 
 def encode(images):
@@ -60,7 +60,7 @@ def by_class(made):
 
 
 def store(folder, data, split="train", settings=SETTINGS, encode=encode, **changes):
-    return store_summaries(folder, encode, settings, LabelledSplit(data, split), StoreConfig(**{**SMALL, **changes}))
+    return store_summaries(folder, encode, settings, LabeledSplit(data, split), StoreConfig(**{**SMALL, **changes}))
 
 
 def contents(folder):
@@ -78,11 +78,11 @@ def parquet(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["folders", "parquet", "tar"])
-def test_two_numbers_scale_to_cover_and_cut_the_centre(kind, tmp_path, request):
+def test_two_numbers_scale_to_cover_and_cut_the_center(kind, tmp_path, request):
     data = write_tar(tmp_path / "data", "train", MADE) if kind == "tar" else request.getfixturevalue(kind)
     made = by_class(MADE) if kind == "folders" else MADE
     expected = expected_rows(made, lambda image: ImageOps.fit(image, (32, 24), Image.Resampling.BICUBIC))
-    assert LabelledSplit(data, "train").count() == 45
+    assert LabeledSplit(data, "train").count() == 45
     done = store(tmp_path / "store", data)
     assert len(done) == 45 and done.dim == 14 and done.skipped == {}
     assert done.labels.tolist() == [label for _, label in made]
@@ -239,7 +239,7 @@ def test_the_need_of_disk_is_known_before_the_first_image(parquet, tmp_path, mon
 
 def store_without_room(folder, data):
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))  # no file may be longer
-    with pytest.raises(OSError, match="could not be written.*Make room on the disk"):
+    with pytest.raises(OSError, match="could not be written.*make room on the disk"):
         store(folder, data)
 
 
@@ -254,10 +254,10 @@ def test_a_disk_that_is_full_keeps_what_is_there(parquet, tmp_path):
 
 def test_what_cannot_be_used_is_named(tmp_path):
     no_class = [(pixels, -1 if number == 3 else label) for number, (pixels, label) in enumerate(MADE[:5])]
-    data = write_parquet(tmp_path / "unlabelled", "train", no_class, files=1, names=None)
-    with pytest.raises(ValueError, match="-1 in column 'label'.*no class index; expected an integer from 0"):
+    data = write_parquet(tmp_path / "unlabeled", "train", no_class, files=1, names=None)
+    with pytest.raises(ValueError, match="-1 in column 'label'.*not a class index; expected an integer from 0"):
         store(tmp_path / "store", data)
-    split = LabelledSplit(write_parquet(tmp_path / "labelled", "train", MADE[:5], files=1, names=None), "train")
+    split = LabeledSplit(write_parquet(tmp_path / "labeled", "train", MADE[:5], files=1, names=None), "train")
     split.num_classes = 2
     with pytest.raises(ValueError, match="2 in column 'label'.*expected an integer from 0 to 1"):
         store_summaries(tmp_path / "store2", encode, SETTINGS, split, StoreConfig(**SMALL))
@@ -267,12 +267,12 @@ def test_what_cannot_be_used_is_named(tmp_path):
     with pytest.raises(ValueError, match="no readable image"):
         store(tmp_path / "store4", empty)
     with pytest.raises(ValueError, match="has no split 'test'"):
-        LabelledSplit(empty, "test")
+        LabeledSplit(empty, "test")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        LabelledSplit(tmp_path / "nowhere", "train")
+        LabeledSplit(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match=r"NaN or infinite summaries \(as float16\)"):
         store(tmp_path / "store5", data, encode=lambda images: 1e6 * encode(images), dtype="float16")
-    with pytest.raises(ValueError, match="one row an image"):
+    with pytest.raises(ValueError, match="one row per image"):
         store(tmp_path / "store6", data, encode=lambda images: images)
     for change in ({"dtype": "int8"}, {"batch_size": 0}, {"image_size": (0, 3)}, {"num_workers": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(change))} is|dtype of the store is 'int8'"):
@@ -285,14 +285,14 @@ def test_a_source_that_breaks_off_is_noticed(tmp_path):
     splits = [{"name": "train", "num_bytes": 1, "num_examples": 46}]
     card = yaml.safe_dump({"dataset_info": {"splits": splits}})
     (data / "README.md").write_text(f"---\n{card}---\n")
-    assert LabelledSplit(data, "train").stated == 46
+    assert LabeledSplit(data, "train").stated == 46
     for _ in range(2):
         with pytest.raises(ValueError, match="should hold 46 images, but 45 were read"):
             store(tmp_path / "store", data)
 
 
 def test_a_limit_takes_the_first(folders, tmp_path):
-    split = LabelledSplit(folders, "train", limit=7)
+    split = LabeledSplit(folders, "train", limit=7)
     assert split.count() == 7
     done = store_summaries(tmp_path, encode, SETTINGS, split, StoreConfig(**SMALL))
     assert len(done) == 7 and done.labels.tolist() == [label for _, label in by_class(MADE)][:7]

@@ -20,10 +20,10 @@ from helpers.paths import ROOT
 from helpers.tiny_llava import make_world, save_language_model, save_student, settings
 from transformers_radio import RadioModel
 from transformers_radio.evaluation.llava.answers import AnswerLog, answer_questions, read_questions
+from transformers_radio.evaluation.llava.config import LlavaConfig, LlavaQuestions
 from transformers_radio.evaluation.llava.model import load_llava
-from transformers_radio.evaluation.llava.task import LlavaQuestions
 from transformers_radio.evaluation.result import Result
-from transformers_radio.evaluation.run import run_task
+from transformers_radio.evaluation.run import load_config, run_task
 from transformers_radio.teachers import digest_weights
 
 LEARNING = {
@@ -77,7 +77,7 @@ def test_answers_come_from_the_image(root, trained):
     shuffled = [images[number - 4] for number in range(len(images))]  # two questions an image: two images further
     for question, image in zip(questions, shuffled, strict=True):
         question.image = image
-    answers = answer_questions(llava, processor, questions, LlavaQuestions(), root / "shuffled", 16, "shuffled")
+    answers = answer_questions(llava, processor, questions, LlavaQuestions(), root / "shuffled", 16)
     right = sum(answer == question.answers[0] for answer, question in zip(answers, questions, strict=True))
     assert 100 * right / len(questions) < 45 < trained.metrics["made"] - 30
 
@@ -205,7 +205,7 @@ def test_wrong_settings_are_refused_before_any_work(root, tmp_path, overrides, e
 
 def test_other_models_are_refused(root, tmp_path):
     overrides = settings(root / "short", root / "language_model")
-    with pytest.raises(ValueError, match="no student"):
+    with pytest.raises(ValueError, match="not a student"):
         run_task("llava", ["transformers:anything"], output=tmp_path, overrides=overrides)
 
 
@@ -221,7 +221,7 @@ def test_a_student_in_transformers_own_layout(root, tmp_path):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        (['{"question_id": 1, "text": "?"}'], "Line 1 .* is no question"),
+        (['{"question_id": 1, "text": "?"}'], "Line 1 .* is not a question"),
         (['{"question_id": 1, "text": "?", "answer": "a"}'] * 2, "Line 2 .* question_id '1' again"),
         (['{"question_id": 1, "text": "?", "answers": []}'], "has answers"),
         (["no json"], "Line 1"),
@@ -236,13 +236,13 @@ def test_wrong_questions_are_named(tmp_path, lines, message):
 
 @pytest.mark.slow
 def test_trained_on_blank_images_it_guesses(root, trained):
-    """The blind baseline: the same training and questions, every image grey."""
+    """The blind baseline: the same training and questions, every image gray."""
     blind = root / "blind"
     shutil.copytree(root / "world", blind)
     for path in (blind / "images").iterdir():
         with Image.open(path) as image:
-            grey = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
-        Image.fromarray(grey).save(path)
+            gray = np.full((image.height, image.width, 3), 128, dtype=np.uint8)
+        Image.fromarray(gray).save(path)
     (result,) = run(root, root / "out-blind", "blind", **LEARNING)
     assert result.metrics["made"] < 40 < trained.metrics["made"] - 40
 
@@ -275,9 +275,6 @@ def test_two_processes_train_and_answer_together(root, tmp_path):
 
 
 def test_the_recipe_is_lla_va_s():
-    from transformers_radio.evaluation.llava.task import LlavaConfig
-    from transformers_radio.evaluation.run import load_config
-
     recipe = ROOT / "recipes" / "evaluation" / "llava.yaml"
     config = load_config(LlavaConfig, None, recipe, None)
     assert (config.pretrain.learning_rate, config.pretrain.batch_size, config.pretrain.epochs) == (1e-3, 256, 1)

@@ -58,7 +58,7 @@ def test_only_answers_are_learned(tmp_path, built):
     processor = built[1]
     Image.new("RGB", (64, 40)).save(tmp_path / "a.png")
     items = [
-        {"image": "a.png", "conversations": turns("What colour?\n<image>", "red", "Where is it?", "at the left, red")},
+        {"image": "a.png", "conversations": turns("What color?\n<image>", "red", "Where is it?", "at the left, red")},
         {"conversations": [{"from": "gpt", "value": "early"}, *turns("Who are you?", "ASSISTANT: nobody")]},
     ]
     examples = conversations(tmp_path, items).examples
@@ -69,7 +69,7 @@ def test_only_answers_are_learned(tmp_path, built):
     assert first["pixel_values"].shape == (3, 48, 64) and second["pixel_values"] is None
     text = processor.tokenizer.decode(first["input_ids"])
     assert text.endswith(
-        f"USER: {IMAGE_TOKEN * 12}\nWhat colour? ASSISTANT: red</s>USER: Where is it? ASSISTANT: at the left, red</s>"
+        f"USER: {IMAGE_TOKEN * 12}\nWhat color? ASSISTANT: red</s>USER: Where is it? ASSISTANT: at the left, red</s>"
     )
     assert "early" not in processor.tokenizer.decode(second["input_ids"])
 
@@ -176,9 +176,9 @@ def test_an_image_that_does_not_fit_in_max_length_is_refused(root, built):
         ({"image": "a.png", "conversations": turns("What?", "red")}, "0 <image> for one image"),
         ({"conversations": turns("<image>What?", "red")}, "1 <image> for no image"),
         ({"image": "a.png", "conversations": turns("<image><image>?", "red")}, "2 <image> for one image"),
-        ({"messages": []}, "is no conversation"),
-        ({"conversations": [{"from": "robot", "value": "?"}]}, "is no conversation"),
-        ("text", "is no conversation"),
+        ({"messages": []}, "is not a conversation"),
+        ({"conversations": [{"from": "robot", "value": "?"}]}, "is not a conversation"),
+        ("text", "is not a conversation"),
     ],
 )
 def test_wrong_items_are_named(tmp_path, item, message):
@@ -190,7 +190,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json"):
         read_conversations(tmp_path / "none.json", tmp_path, 0.0)
     (tmp_path / "a.json").write_text("[{")
-    with pytest.raises(ValueError, match="a.json is no JSON"):
+    with pytest.raises(ValueError, match="a.json is not JSON"):
         read_conversations(tmp_path / "a.json", tmp_path, 0.0)
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="no list of conversations"):

@@ -12,11 +12,11 @@ from transformers_radio import RadioModel
 from transformers_radio.evaluation.llava import lmms as llava_lmms
 from transformers_radio.evaluation.llava.answers import generate
 from transformers_radio.evaluation.llava.data import encode_image
-from transformers_radio.evaluation.llava.lmms import check_lmms_eval, evaluate_lmms
+from transformers_radio.evaluation.llava.lmms import LmmsTasks, check_lmms_eval, evaluate_lmms
 from transformers_radio.evaluation.llava.model import build_llava
 
 DOCUMENTS = [
-    {"image": Image.new("RGB", (64, 40), "red"), "question": "What colour is the shape?"},
+    {"image": Image.new("RGB", (64, 40), "red"), "question": "What color is the shape?"},
     {"image": Image.new("RGB", (40, 64), "blue").convert("P"), "question": "Where is the shape?"},
     {"image": None, "question": "Who are you?"},
 ]
@@ -81,7 +81,7 @@ def lmms_eval(monkeypatch):
 
 def test_requests_are_answered_and_metrics_named(built, lmms_eval, tmp_path, monkeypatch):
     llava, processor = built
-    metrics = evaluate_lmms(llava, processor, ["gqa", "pope_pop"], tmp_path, batch_size=2)
+    metrics = evaluate_lmms(llava, processor, LmmsTasks(["gqa", "pope_pop"]), tmp_path, batch_size=2)
     assert metrics == {"GQA": 25.0, "POPE accuracy": 50.0, "POPE F1": 75.0}
     images = [one["image"] and encode_image(processor, one["image"].convert("RGB")) for one in DOCUMENTS]
     expected = [
@@ -96,13 +96,13 @@ def test_requests_are_answered_and_metrics_named(built, lmms_eval, tmp_path, mon
         raise AssertionError("asked again")
 
     monkeypatch.setattr(llava_lmms, "generate", refuse)
-    assert evaluate_lmms(llava, processor, ["gqa", "pope_pop"], tmp_path, batch_size=2) == metrics
+    assert evaluate_lmms(llava, processor, LmmsTasks(["gqa", "pope_pop"]), tmp_path, batch_size=2) == metrics
     assert lmms_eval.answers[2:] == lmms_eval.answers[:2]
 
 
 @pytest.mark.parametrize(("ocr", "column"), [(True, "TextVQA (OCR tokens)"), (False, "TextVQA (no OCR tokens)")])
 def test_textvqa_is_named_by_its_prompt(built, lmms_eval, tmp_path, ocr, column):
-    metrics = evaluate_lmms(*built, ["textvqa_val", "gqa"], tmp_path, batch_size=4, limit=1, textvqa_ocr=ocr)
+    metrics = evaluate_lmms(*built, LmmsTasks(["textvqa_val", "gqa"], 1, ocr), tmp_path, batch_size=4)
     assert metrics == {column: 25.0, "GQA": 25.0}
     (((textvqa, gqa), *_),) = lmms_eval.calls
     asked_with = textvqa["lmms_eval_specific_kwargs"]["default"]["ocr"] if ocr else textvqa
@@ -112,7 +112,7 @@ def test_textvqa_is_named_by_its_prompt(built, lmms_eval, tmp_path, ocr, column)
 def test_a_metric_that_is_not_there_is_an_error(built, lmms_eval, tmp_path, monkeypatch):
     monkeypatch.setitem(llava_lmms.LMMS_TASKS, "gqa", {"accuracy": "GQA"})
     with pytest.raises(RuntimeError, match="accuracy of gqa"):
-        evaluate_lmms(*built, ["gqa"], tmp_path, batch_size=4, limit=1)
+        evaluate_lmms(*built, LmmsTasks(["gqa"], limit=1), tmp_path, batch_size=4)
 
 
 @pytest.mark.parametrize("missing", ["lmms_eval.evaluator", "filelock._api"])

@@ -59,7 +59,7 @@ def test_mixed_sizes_in_a_batch_are_what_each_image_gives_alone(built, folders):
 def test_answers_do_not_depend_on_the_batch(built):
     llava, processor = built
     images = [one["pixel_values"] for one in features(processor, SIZES)] + [None]
-    questions = ["Where is the shape?", "What colour is the shape?", "Where?", "What colour?", "Where is the shape?"]
+    questions = ["Where is the shape?", "What color is the shape?", "Where?", "What color?", "Where is the shape?"]
     together = generate(llava, processor, images, questions, max_new_tokens=6)
     alone = [
         generate(llava, processor, [image], [question], max_new_tokens=6)[0]

@@ -12,7 +12,7 @@ from PIL import Image
 from helpers.tiny_llava import save_language_model, save_student
 from transformers_radio import RadioModel
 from transformers_radio.evaluation.llava import lmms as llava_lmms
-from transformers_radio.evaluation.llava.lmms import LMMS_TASKS, check_lmms_eval, evaluate_lmms
+from transformers_radio.evaluation.llava.lmms import LMMS_TASKS, LmmsTasks, check_lmms_eval, evaluate_lmms
 from transformers_radio.evaluation.llava.model import build_llava
 from transformers_radio.evaluation.llava.scorers import vqa_accuracy, yes_no
 
@@ -41,7 +41,7 @@ SETS = {
             {
                 "question_id": 1,
                 "image": PICTURE,
-                "question": "which colour?",
+                "question": "which color?",
                 "answers": PEOPLE,
                 "ocr_tokens": ["STOP", "all way"],
             }
@@ -66,7 +66,7 @@ SETS = {
 REPLIES = {
     f"Is it red?{SHORT}": "Yes.",
     f"What is it?{SHORT}": "a circle",
-    f"Which colour?\nReference OCR token: STOP, all way{SHORT}": "Red.",  # as LLaVA-1.5 asks it
+    f"Which color?\nReference OCR token: STOP, all way{SHORT}": "Red.",  # as LLaVA-1.5 asks it
     f"How?{SHORT}": "the red",
     f"Is there a dog?{SHORT}": "Yes",
     f"Is there a cat?{SHORT}": "yes",
@@ -119,11 +119,11 @@ def test_its_five_tasks_score_our_answers(built, hub, tmp_path, monkeypatch):
         return [REPLIES[question] for question in questions]
 
     monkeypatch.setattr(llava_lmms, "generate", reply)
-    metrics = evaluate_lmms(*built, list(LMMS_TASKS), tmp_path / "work", batch_size=2)
+    metrics = evaluate_lmms(*built, LmmsTasks(list(LMMS_TASKS)), tmp_path / "work", batch_size=2)
     assert sorted(asked) == sorted(REPLIES)
     assert metrics == pytest.approx(EXPECTED)
     # started again, nothing is asked again
-    again = evaluate_lmms(*built, list(LMMS_TASKS), tmp_path / "work", batch_size=2)
+    again = evaluate_lmms(*built, LmmsTasks(list(LMMS_TASKS)), tmp_path / "work", batch_size=2)
     assert again == metrics and len(asked) == len(REPLIES)
     # what its scorers write themselves goes to our folder, not to the one that the command was given in
     assert list((tmp_path / "work").rglob("textvqa_submission_*.json")) and not list(Path.cwd().iterdir())
@@ -132,15 +132,15 @@ def test_its_five_tasks_score_our_answers(built, hub, tmp_path, monkeypatch):
 def test_textvqa_without_ocr_tokens(built, hub, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(llava_lmms, "generate", lambda *args: asked.extend(args[3]) or ["red"] * len(args[3]))
-    metrics = evaluate_lmms(*built, ["textvqa_val"], tmp_path, batch_size=2, textvqa_ocr=False)
-    assert metrics == {"TextVQA (no OCR tokens)": pytest.approx(60.0)} and asked == [f"Which colour?{SHORT}"]
+    metrics = evaluate_lmms(*built, LmmsTasks(["textvqa_val"], textvqa_ocr=False), tmp_path, batch_size=2)
+    assert metrics == {"TextVQA (no OCR tokens)": pytest.approx(60.0)} and asked == [f"Which color?{SHORT}"]
     # the folder's answers are of their prompts: with OCR tokens it is asked again
-    assert list(evaluate_lmms(*built, ["textvqa_val"], tmp_path, batch_size=2)) == ["TextVQA (OCR tokens)"]
+    assert list(evaluate_lmms(*built, LmmsTasks(["textvqa_val"]), tmp_path, batch_size=2)) == ["TextVQA (OCR tokens)"]
     assert len(asked) == 2
 
 
 def test_a_model_answers_it(built, hub, tmp_path):
-    metrics = evaluate_lmms(*built, ["gqa", "pope_pop"], tmp_path, batch_size=4, limit=1)
+    metrics = evaluate_lmms(*built, LmmsTasks(["gqa", "pope_pop"], limit=1), tmp_path, batch_size=4)
     assert set(metrics) == {"GQA", "POPE accuracy", "POPE F1"} and all(0 <= one <= 100 for one in metrics.values())
 
 

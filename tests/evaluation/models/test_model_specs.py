@@ -5,9 +5,10 @@ import pytest
 import transformers
 
 from transformers_radio.data.errors import FileError
-from transformers_radio.evaluation.images.labelled import LabelledSplit
+from transformers_radio.evaluation.images.labeled import LabeledSplit
 from transformers_radio.evaluation.models.encoder import load_encoder
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SegmentationSplit, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.data import SegmentationSplit
 
 
 def segmentation(path):
@@ -17,7 +18,7 @@ def segmentation(path):
 
 OPENERS = {
     "model": load_encoder,
-    "data": lambda path: LabelledSplit(path, "validation"),
+    "data": lambda path: LabeledSplit(path, "validation"),
     "segmentation": segmentation,
 }
 
@@ -52,6 +53,6 @@ def test_errors_of_folders_that_are_there_are_not_those_of_missing_ones(open_, h
 
 def test_a_path_that_can_be_no_name_on_the_hub():
     with pytest.raises(FileNotFoundError, match="There is no folder /no/such/place"):
-        LabelledSplit("/no/such/place", "train")
+        LabeledSplit("/no/such/place", "train")
     with pytest.raises(FileNotFoundError, match="There is no folder /no/such/place"):
         load_encoder("/no/such/place")

@@ -9,7 +9,9 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from transformers_radio.evaluation.report.collect import read_results, report_table, write_report
+from transformers_radio.evaluation.report.collect import read_results
+from transformers_radio.evaluation.report.rows import report_table
+from transformers_radio.evaluation.report.run import write_report
 from transformers_radio.evaluation.report.table import Table
 from transformers_radio.evaluation.result import Result, result_path
 from transformers_radio.evaluation.run import run_task

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from helpers.classification_world import start_process
-from transformers_radio.evaluation.images.labelled import extract_summaries
-from transformers_radio.evaluation.images.sampled import sample_labelled_files
+from transformers_radio.evaluation.images.labeled import LabeledSplit
+from transformers_radio.evaluation.images.sampled import sample_labeled_files
+from transformers_radio.evaluation.images.summaries import extract_summaries
 from transformers_radio.evaluation.resolution import figure as resolution_plot
 from transformers_radio.evaluation.resolution.figure import curves, parse_size, resolution_figure, size_name
 from transformers_radio.evaluation.resolution.task import find_collapses
@@ -26,19 +27,19 @@ from transformers_radio.modeling import RadioConfig, RadioModel
 
 torch.set_num_threads(1)
 CLIP = str(resources.files("transformers_radio") / "quickstart" / "teachers" / "clip")
-COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "red": (220, 30, 40), "white": (230, 230, 230)}
+COLORS = {"blue": (30, 40, 220), "green": (40, 200, 60), "red": (220, 30, 40), "white": (230, 230, 230)}
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Class folders of noisy colours, wider than high."""
-    root = tmp_path_factory.mktemp("data") / "colours"
+    """Class folders of noisy colors, wider than high."""
+    root = tmp_path_factory.mktemp("data") / "colors"
     generator = np.random.default_rng(0)
     for split, count in (("train", 8), ("validation", 4)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                pixels = np.clip(generator.normal(colour, 40, (24, 36, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(generator.normal(color, 40, (24, 36, 3)), 0, 255).astype(np.uint8)
                 image = Image.fromarray(pixels).resize((72, 48), Image.Resampling.BICUBIC)
                 image.save(root / split / name / f"{number}.png")
     (root / "validation" / "red" / "broken.png").write_bytes(b"no picture")
@@ -115,7 +116,7 @@ def test_sizes_and_what_is_left_out_are_reported(results):
 def load(folder, size):
     """All images of a split, class by class, and their labels."""
     images, labels = [], []
-    for label, name in enumerate(COLOURS):
+    for label, name in enumerate(COLORS):
         for path in sorted((folder / name).glob("[0-9]*.png")):
             image = Image.open(path).resize((size[1], size[0]), Image.Resampling.BICUBIC)
             images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
@@ -154,7 +155,7 @@ def test_knn_and_cosines_are_those_of_other_libraries(results, pictures, student
 
 
 def test_teachers_skip_what_is_not_square_and_zero_shot_is_open_clips(pictures, clip, tmp_path):
-    names = list(COLOURS)
+    names = list(COLORS)
     overrides = [*SETTINGS, "templates=['a {} star']", f"classes=[{','.join(names)}]"]
     (result,) = run_task("resolution", [f"clip=open_clip:{clip}"], str(pictures), None, tmp_path, overrides)
     assert list(result.settings["left_out"]) == ["32x64"]
@@ -178,7 +179,7 @@ def test_a_finished_result_is_not_measured_again_and_the_picture_is_drawn(result
     monkeypatch.setattr(
         "transformers_radio.evaluation.resolution.task.extract_summaries", lambda *_, **__: pytest.fail("encoded")
     )
-    picture = output / "resolution.colours.png"
+    picture = output / "resolution.colors.png"
     before = picture.read_bytes()
     models = [str(students / "steady"), str(students / "two-modes")]
     assert run_task("resolution", models, str(pictures), None, output, SETTINGS) == [steady, switching]
@@ -191,7 +192,7 @@ def test_a_killed_run_goes_on_at_the_first_size_that_is_not_whole(pictures, stud
     settings = ["sizes=[32,48,80,96,112,128,[32,64]]", "k=3", "feature_images=6", "batch_size=1"]
     arguments = ("resolution", [str(students / "steady")], str(pictures), None)
     process = start_process(run_task, *arguments, tmp_path / "killed", settings)
-    work = tmp_path / "killed" / "steady" / "resolution.colours"
+    work = tmp_path / "killed" / "steady" / "resolution.colors"
     deadline = time.monotonic() + 200
     while not (work / "48.json").exists():
         assert process.is_alive() and time.monotonic() < deadline
@@ -199,7 +200,7 @@ def test_a_killed_run_goes_on_at_the_first_size_that_is_not_whole(pictures, stud
     process.kill()
     process.join()
     whole = {path.stem for path in work.glob("*.json")} - {"settings"}
-    assert {"64", "32", "48"} <= whole and len(whole) < 8 and not work.with_name("resolution.colours.json").exists()
+    assert {"64", "32", "48"} <= whole and len(whole) < 8 and not work.with_name("resolution.colors.json").exists()
 
     encoded = []
 
@@ -215,7 +216,7 @@ def test_a_killed_run_goes_on_at_the_first_size_that_is_not_whole(pictures, stud
 
 
 def test_other_files_are_another_result_and_work_of_theirs_is_refused(pictures, students, tmp_path, monkeypatch):
-    data = shutil.copytree(pictures, tmp_path / "colours")
+    data = shutil.copytree(pictures, tmp_path / "colors")
     arguments = ("resolution", [str(students / "steady")], str(data), None, tmp_path / "out")
     settings = ["sizes=[32]", "k=3", "feature_images=2"]
     (result,) = run_task(*arguments, settings)
@@ -223,9 +224,9 @@ def test_other_files_are_another_result_and_work_of_theirs_is_refused(pictures, 
     (data / "train" / "red" / "0.png").touch()
     with pytest.raises(ValueError, match=r"differs in bank.files \("):
         run_task(*arguments, settings)
-    path = tmp_path / "out" / "steady" / "resolution.colours.json"
+    path = tmp_path / "out" / "steady" / "resolution.colors.json"
     path.unlink()
-    claimed = tmp_path / "out" / "steady" / "resolution.colours" / "settings.json"
+    claimed = tmp_path / "out" / "steady" / "resolution.colors" / "settings.json"
     claimed.parent.mkdir()
     claimed.write_text(json.dumps({key: result.settings[key] for key in ("bank", "queries")}))
     with pytest.raises(ValueError, match="holds work of other settings; it differs in .*bank"):
@@ -233,7 +234,7 @@ def test_other_files_are_another_result_and_work_of_theirs_is_refused(pictures, 
 
 
 def test_classes_without_an_image_in_the_bank_are_named(pictures, students, tmp_path):
-    data = shutil.copytree(pictures, tmp_path / "colours")
+    data = shutil.copytree(pictures, tmp_path / "colors")
     for number in range(8):
         (data / "train" / "white" / f"{number}.png").unlink()
     (data / "train" / "white" / "broken.png").write_bytes(b"no picture")
@@ -283,14 +284,14 @@ def test_collapse_is_relative_to_the_reference():
 
 class TestSample:
     def test_of_class_folders_any_image_may_come_and_the_seed_decides(self, pictures):
-        labels = sample_labelled_files(pictures, "train", limit=12).labels.tolist()
+        labels = sample_labeled_files(LabeledSplit(pictures, "train"), limit=12).labels.tolist()
         assert len(labels) == 12 and len(set(labels)) >= 3  # the first twelve are of two classes
-        assert sample_labelled_files(pictures, "train", limit=12).labels.tolist() == labels
-        assert sample_labelled_files(pictures, "train", limit=12, seed=1).labels.tolist() != labels
+        assert sample_labeled_files(LabeledSplit(pictures, "train"), limit=12).labels.tolist() == labels
+        assert sample_labeled_files(LabeledSplit(pictures, "train"), limit=12, seed=1).labels.tolist() != labels
 
     def test_batches_are_the_whole_image_at_any_size(self, pictures):
-        files = sample_labelled_files(pictures, "validation")
-        assert len(files.files) == 16 and files.skipped == {"undecodable": 1} and files.class_names == list(COLOURS)
+        files = sample_labeled_files(LabeledSplit(pictures, "validation"))
+        assert len(files.files) == 16 and files.skipped == {"undecodable": 1} and files.class_names == list(COLORS)
         batches = files.batches((40, 56), 6)
         assert [tuple(batch.shape) for batch in batches] == [(6, 3, 40, 56), (6, 3, 40, 56), (4, 3, 40, 56)]
         expected, labels = load(pictures / "validation", (40, 56))
@@ -300,15 +301,15 @@ class TestSample:
     def test_a_broken_file_of_both_splits_is_one(self, pictures, students, tmp_path):
         settings = ["sizes=[32]", "k=3", "feature_images=2", "train_split=validation", "bank_images=12"]
         (result,) = run_task("resolution", [str(students / "steady")], str(pictures), None, tmp_path, settings)
-        whole = sample_labelled_files(pictures, "validation")
+        whole = sample_labeled_files(LabeledSplit(pictures, "validation"))
         assert result.counts["skipped_images"] == len(whole.unusable) == 1
-        assert whole.unusable >= sample_labelled_files(pictures, "validation", limit=12).unusable
+        assert whole.unusable >= sample_labeled_files(LabeledSplit(pictures, "validation"), limit=12).unusable
 
     def test_bad_sources_are_named(self, pictures, tmp_path):
         with pytest.raises(ValueError, match="limit is 0"):
-            sample_labelled_files(pictures, "train", limit=0)
+            sample_labeled_files(LabeledSplit(pictures, "train"), limit=0)
         with pytest.raises(ValueError, match="no label column"):
-            sample_labelled_files(pictures, "train", label_column="breed")
+            LabeledSplit(pictures, "train", label_column="breed")
 
 
 def test_bad_settings_are_refused_before_anything_is_encoded(pictures, students, tmp_path, monkeypatch):
@@ -320,7 +321,7 @@ def test_bad_settings_are_refused_before_anything_is_encoded(pictures, students,
         ("sizes=[wide]", "sizes has 'wide'"),
         ("k=0", "k is 0"),
         ("k=33", "fewer than k"),
-        ("text=word2vec:news", "'word2vec:news' is no text tower"),
+        ("text=word2vec:news", "'word2vec:news' is not a text tower"),
         ("flag_below=1.5", "flag_below is 1.5"),
         ("classes=[a,b]", "2 class names, but .* has 4 classes"),
     ]:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_radio.evaluation.sam_coco.average_precision import MaskAveragePrecision
 from transformers_radio.evaluation.sam_coco.coco import encode_mask
+from transformers_radio.evaluation.sam_coco.metrics import MaskAveragePrecision
 
 SIDE = 260
 SIZES = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}

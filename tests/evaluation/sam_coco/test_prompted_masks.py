@@ -24,12 +24,8 @@ from helpers.tiny_sam import (
     predictor_masks,
     some_boxes,
 )
-from transformers_radio.evaluation.sam_coco.prompting import (
-    SamEncoder,
-    StudentEncoder,
-    predict_masks,
-    prompted_mask_iou,
-)
+from transformers_radio.evaluation.sam_coco.measure import prompted_mask_iou
+from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, predict_masks
 from transformers_radio.teachers.segment_anything import load_sam
 
 
@@ -63,8 +59,8 @@ def test_sams_own_features_from_a_student_give_the_predictors_masks_bit_for_bit(
     # (1, h, w, C) and (1, C, h, w) -> (1, h * w, C)
     given = trunk[0].flatten(1, 2) if features == "trunk" else predictor.features.flatten(2).transpose(1, 2)
     student = make_student(WIDTH if features == "trunk" else NECK)
-    output = SimpleNamespace(adaptors={"sam": SimpleNamespace(features=given)})
-    monkeypatch.setattr(student, "forward", lambda pixel_values, adaptors, window_size: output)
+    output = SimpleNamespace(adaptors={"sam": SimpleNamespace(features=given, grid=(8, 8))})
+    monkeypatch.setattr(student, "forward", lambda pixel_values, adaptors: output)
     embedding = StudentEncoder(student, sam)(as_batch(image))
     masks, predicted = predict_masks(sam, embedding, boxes, size)
     expected, expected_iou = predictor_masks(predictor, boxes, False)
@@ -73,17 +69,17 @@ def test_sams_own_features_from_a_student_give_the_predictors_masks_bit_for_bit(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_student_that_computes_sams_trunk_is_sam(sam, monkeypatch, size):
-    """The pixels that a student gets, normalised by SAM's statistics, are SAM's own input: scale, padding, range."""
+    """The pixels that a student gets, normalized by SAM's statistics, are SAM's own input: scale, padding, range."""
     student = make_student()
 
-    def forward(pixel_values, adaptors, window_size):
+    def forward(pixel_values, adaptors):
         assert pixel_values.shape == (1, 3, SIDE, SIDE) and adaptors == ["sam"]
         assert 0 <= pixel_values.min() and pixel_values.max() <= 1
         caught = []
         handle = sam.image_encoder.blocks[-1].register_forward_hook(lambda *args: caught.append(args[2]))
         sam.image_encoder(sam.preprocess(pixel_values * 255))
         handle.remove()
-        return SimpleNamespace(adaptors={"sam": SimpleNamespace(features=caught[0].flatten(1, 2))})
+        return SimpleNamespace(adaptors={"sam": SimpleNamespace(features=caught[0].flatten(1, 2), grid=(8, 8))})
 
     monkeypatch.setattr(student, "forward", forward)
     predictor = SamPredictor(sam)
@@ -160,7 +156,7 @@ def test_a_student_that_does_not_fit_is_refused_at_once(sam, change, message):
 def test_equal_widths_are_ambiguous(sam):
     widths = SimpleNamespace(in_channels=WIDTH, out_channels=WIDTH)
     twin = SimpleNamespace(image_encoder=SimpleNamespace(img_size=SIDE, neck=[widths]))
-    with pytest.raises(ValueError, match="width 48 both before and behind its neck"):
+    with pytest.raises(ValueError, match="width 48 both before and after its neck"):
         StudentEncoder(make_student(), twin)
 
 
@@ -232,7 +228,7 @@ def test_scenes_that_do_not_fit_together(sam, boxes, instances, message):
 
 
 def test_metric_equals_a_literal_count():
-    from transformers_radio.evaluation.sam_coco.mean_mask_iou import MeanMaskIoU
+    from transformers_radio.evaluation.sam_coco.metrics import MeanMaskIoU
 
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.rand(2, *size, generator=generator) > 0.6 for size in ((5, 7), (3, 4), (9, 2))]

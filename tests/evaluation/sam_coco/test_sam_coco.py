@@ -22,12 +22,12 @@ from transformers_radio.evaluation.sam_coco.coco import (
     load_annotations,
     load_detections,
 )
+from transformers_radio.evaluation.sam_coco.config import SamCocoConfig
 from transformers_radio.evaluation.sam_coco.measure import evaluate_sam_coco, open_results
 from transformers_radio.evaluation.sam_coco.prompting import (
     SamEncoder,
     StudentEncoder,
 )
-from transformers_radio.evaluation.sam_coco.task import SamCocoTaskConfig
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_crowd_regions_count_where_they_are_asked_for(dataset, sam):
         "crowd": 0,
         "empty": 4,
     }
-    with pytest.raises(ValueError, match="another run .crowds was True and is False"):
+    with pytest.raises(ValueError, match="another run; it differs in crowds .True there, False here"):
         evaluate_sam_coco(SamEncoder(sam), sam, dataset.config(), dataset.folder / "all.jsonl")
 
 
@@ -102,7 +102,7 @@ def test_only_the_encoder_computes_in_bfloat16(dataset, sam, monkeypatch):
         expected = SamEncoder(sam)(image)
     assert given[0].dtype == torch.float32
     assert torch.equal(given[0], expected.float()) and not torch.equal(given[0], SamEncoder(sam)(image))
-    with pytest.raises(ValueError, match="another run .dtype was 'bfloat16' and is 'float32'"):
+    with pytest.raises(ValueError, match="another run; it differs in dtype .'bfloat16' there, 'float32' here"):
         evaluate_sam_coco(SamEncoder(sam), sam, dataset.config(), dataset.folder / "half.jsonl")
     with pytest.raises(ValueError, match="dtype is 'int8'; expected one of"):
         evaluate_sam_coco(SamEncoder(sam), sam, dataset.config(dtype="int8"), dataset.folder / "half.jsonl")
@@ -145,9 +145,9 @@ def test_a_killed_run_goes_on_where_it_was(dataset, sam):
     assert evaluate_sam_coco(encoder, sam, config, results) == found and encoder.calls == 3 - done
 
     before = results.read_bytes()
-    with pytest.raises(ValueError, match="another run .best_of_three was False and is True"):
+    with pytest.raises(ValueError, match="another run; it differs in best_of_three .False there, True here"):
         evaluate_sam_coco(encoder, sam, dataset.config(best_of_three=True), results)
-    with pytest.raises(ValueError, match="another run .weights was"):
+    with pytest.raises(ValueError, match="another run; it differs in weights"):
         evaluate_sam_coco(StudentEncoder(make_student(), sam), sam, config, results)
     assert results.read_bytes() == before
 
@@ -192,7 +192,7 @@ def test_results_file_keeps_whole_lines_and_refuses_others(tmp_path):
     records, file = open_results(path, settings)
     file.close()
     assert list(records) == [5, 6] and len(path.read_text().splitlines()) == 3
-    with pytest.raises(ValueError, match="image_size was 64 and is 32"):
+    with pytest.raises(ValueError, match="image_size .64 there, 32 here."):
         open_results(path, settings | {"image_size": 32})
     path.write_bytes(path.read_bytes()[:9])  # killed while the settings were written
     records, file = open_results(path, settings)
@@ -200,7 +200,7 @@ def test_results_file_keeps_whole_lines_and_refuses_others(tmp_path):
     assert records == {} and json.loads(path.read_text()) == {"settings": settings}
     for foreign in (b"my thesis", b"my thesis\nline\n", b'{"a": 1}\n', b"[1]\n"):
         path.write_bytes(foreign)
-        with pytest.raises(ValueError, match="is no results file"):
+        with pytest.raises(ValueError, match="is not a results file"):
             open_results(path, settings)
         assert path.read_bytes() == foreign
 
@@ -235,13 +235,13 @@ def test_annotations_that_do_not_fit_are_named_before_work_starts(dataset, edit,
 
 def test_annotation_files_that_are_none(dataset):
     with pytest.raises(FileNotFoundError, match="absent.json"):
-        load_annotations(dataset.config(annotations=str(dataset.folder / "absent.json")))
-    (dataset.folder / "text.json").write_text("no json")
-    with pytest.raises(ValueError, match="text.json is no JSON file"):
-        load_annotations(dataset.config(annotations=str(dataset.folder / "text.json")))
-    dataset.write([1], "list.json")
-    with pytest.raises(ValueError, match="no COCO annotation file"):
-        load_annotations(dataset.config(annotations=str(dataset.folder / "list.json")))
+        load_annotations(dataset.config(split="absent"))
+    (dataset.folder / "annotations" / "instances_text.json").write_text("no json")
+    with pytest.raises(ValueError, match="text.json is not a JSON file"):
+        load_annotations(dataset.config(split="text"))
+    dataset.write([1], "annotations/instances_list.json")
+    with pytest.raises(ValueError, match="not a COCO annotation file"):
+        load_annotations(dataset.config(split="list"))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,6 @@ def test_wrong_chunks_are_refused(dataset, sam):
 
 
 def test_the_recipe_is_a_complete_config():
-    config = load_config(SamCocoTaskConfig, None, ROOT / "recipes/evaluation/coco2017.yaml", [])
+    config = load_config(SamCocoConfig, None, ROOT / "recipes/evaluation/coco2017.yaml", [])
     assert config.image_size == 1024 and not config.best_of_three and "CC BY 4.0" in config.licence
     assert config.crowds  # as the paper's 77.18

@@ -16,9 +16,6 @@ from transformers_radio.evaluation.run import run_task
 def world(tmp_path, sam_file):
     """A folder of COCO, a SAM and a student; and the call that measures the student."""
     Dataset(tmp_path)
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "instances.json").rename(tmp_path / "annotations" / "instances_val2017.json")
-    (tmp_path / "images").rename(tmp_path / "val2017")
     (tmp_path / "sam.pth").write_bytes(Path(sam_file).read_bytes())
     make_student().save_pretrained(tmp_path / "student")
     settings = [f"sam={tmp_path / 'sam.pth'}", "image_size=64"]

@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from transformers_radio.evaluation.segmentation.confusion import confusion_matrix, iou_scores
+from transformers_radio.evaluation.segmentation.miou import confusion_matrix, iou_scores
 from transformers_radio.evaluation.segmentation.quick_probe import _bilinear_weights, probe_miou
 
 torch.set_num_threads(1)
 
 
 def pictures(count, seed, block=1, side=32):
-    """Quarters in one of four colours, the class, with noise in blocks of pixels; the last row does not count."""
+    """Quarters in one of four colors, the class, with noise in blocks of pixels; the last row does not count."""
     rng = np.random.default_rng(seed)
-    colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [190, 190, 70]])
+    colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [190, 190, 70]])
     mask = rng.integers(0, 4, (count, 2, 2)).repeat(side // 2, axis=1).repeat(side // 2, axis=2)
     noise = rng.normal(0, 60, (count, side // block, side // block, 3)).repeat(block, axis=1).repeat(block, axis=2)
-    image = colours[mask] + noise
+    image = colors[mask] + noise
     images = torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
     mask[:, -1] = 255
     return images, torch.from_numpy(mask.astype(np.uint8))
@@ -34,7 +34,7 @@ TRAIN, VALIDATION = pictures(200, 0), pictures(60, 1)
 
 def probe(size, train=TRAIN, validation=VALIDATION, **options):
     maps = patches(train[0], size), patches(validation[0], size)
-    return probe_miou(maps[0], train[1], maps[1], validation[1], num_classes=4, **options)
+    return probe_miou((maps[0], train[1]), (maps[1], validation[1]), num_classes=4, **options)
 
 
 def test_weights_are_those_of_the_bilinear_resize():
@@ -66,7 +66,7 @@ def test_it_scores_as_scikit_learns_logistic_regression(size):
 
 def test_features_without_information_are_at_chance():
     blind = [torch.randn(len(images), 8, 4, 4) for images, _ in (TRAIN, VALIDATION)]
-    assert probe_miou(blind[0], TRAIN[1], blind[1], VALIDATION[1], num_classes=4, steps=100) < 22
+    assert probe_miou((blind[0], TRAIN[1]), (blind[1], VALIDATION[1]), num_classes=4, steps=100) < 22
 
 
 def test_a_seed_fixes_the_score_and_the_callers_random_numbers_stay():
@@ -91,10 +91,10 @@ def test_bad_input_is_named():
     images, masks = VALIDATION
     maps = patches(images, 8)
     with pytest.raises(ValueError, match="train features are torch.uint8.*expected floating point"):
-        probe_miou(images, masks, maps, masks, 4)
+        probe_miou((images, masks), (maps, masks), 4)
     with pytest.raises(ValueError, match=r"validation masks are \(59, 32, 32\); expected \(60, H, W\)"):
-        probe_miou(maps, masks, maps, masks[1:], 4)
+        probe_miou((maps, masks), (maps, masks[1:]), 4)
     wrong = masks.clone()
     wrong[7, 3, 3] = 4
     with pytest.raises(ValueError, match="train mask 7 has the id 4; expected 0 to 3 or 255"):
-        probe_miou(maps, wrong, maps, masks, 4)
+        probe_miou((maps, wrong), (maps, masks), 4)

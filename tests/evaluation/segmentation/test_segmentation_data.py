@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from helpers.paths import ROOT
-from transformers_radio.evaluation.segmentation.data import (
+from transformers_radio.evaluation.segmentation.config import (
     SegmentationData,
-    SegmentationSplit,
     SplitSource,
     load_segmentation_task,
+)
+from transformers_radio.evaluation.segmentation.data import (
+    SegmentationSplit,
 )
 
 RECIPES = ROOT / "recipes" / "evaluation"
@@ -138,7 +140,7 @@ def test_faults_are_named(ade, tmp_path):
     with pytest.raises(ValueError, match="mask of ADE_1 is 10x12 and its image 12x10"):
         train[0]
     save(masks / "ADE_1.png", np.zeros((12, 10, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match="mask of ADE_1 has mode RGB.*not colours"):
+    with pytest.raises(ValueError, match="mask of ADE_1 has mode RGB.*not colors"):
         train[0]
     (masks / "ADE_1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="mask of ADE_1 cannot be read"):
@@ -191,7 +193,7 @@ def test_bad_recipes_are_named():
         load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.iterations=100", "probe.warmup_iterations=1500"])
     with pytest.raises(ValueError, match="^probe.mixed_precision is 'fp8'"):
         load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.mixed_precision=fp8"])
-    with pytest.raises(ValueError, match="crop_size is 518, no multiple of size_divisor.*use 512"):
+    with pytest.raises(ValueError, match="crop_size is 518, not a multiple of size_divisor.*use 512"):
         load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.crop_size=518"])
     with pytest.raises(ValueError, match="test_mode is 'window'; expected one of slide, whole"):
         load_segmentation_task(RECIPES / "ade20k.yaml", ["probe.test_mode=window"])

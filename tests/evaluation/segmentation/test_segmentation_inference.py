@@ -9,7 +9,7 @@ from transformers_radio.evaluation.segmentation.inference import encode_grid, im
 
 
 def patch_encoder(size):
-    """Mean colours of patches, times the brightest pixel of the input: what a window sees changes all its patches."""
+    """Mean colors of patches, times the brightest pixel of the input: what a window sees changes all its patches."""
 
     def encode(images):
         grid = F.avg_pool2d(images, size) * images.amax(dim=(1, 2, 3), keepdim=True)

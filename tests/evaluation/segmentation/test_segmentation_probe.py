@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,7 +30,7 @@ torch.set_num_threads(1)  # as in the processes that the tests start: bits are e
 
 
 def probe(folder, output, **changes):
-    return segmentation_probe(encode, "colours of patches", describe(folder), config(**changes), output)
+    return segmentation_probe(encode, "colors of patches", describe(folder), config(**changes), output)
 
 
 def config(**changes):
@@ -40,7 +39,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("colours"))
+    return write_set(tmp_path_factory.mktemp("colors"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def _run(folder, output, dies_at, rank, world, port, changes):
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(images)
 
-    segmentation_probe(mortal, "colours of patches", describe(folder), config(**changes), output)
+    segmentation_probe(mortal, "colors of patches", describe(folder), config(**changes), output)
 
 
 def weights(output):
@@ -111,7 +110,7 @@ def test_the_defaults_are_the_papers():
     assert setting.learning_rate_at(0) == pytest.approx(1e-9) and setting.learning_rate_at(1500) == 1e-3
 
 
-def test_the_loss_counts_labelled_pixels_over_all_pixels():
+def test_the_loss_counts_labeled_pixels_over_all_pixels():
     logits = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     masks = torch.tensor([0, 1, 2, 255]).repeat(2, 8, 2)  # (2, 8, 8), every fourth pixel without a label
     upsampled = F.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
@@ -133,7 +132,7 @@ def test_training_is_a_plain_loop_of_pytorch(tmp_path):
         for number in range(6)
     ]
     setting = config(iterations=5, warmup_iterations=2, weight_decay=0.01, photometric_distortion=True)
-    head = train_head(encode, samples, 3, setting, tmp_path / "checkpoint.pt", Accelerator(cpu=True))
+    head = train_head(encode, samples, 3, setting, tmp_path / "checkpoint.pt")
 
     torch.manual_seed(setting.seed)
     expected = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1))
@@ -172,7 +171,7 @@ def test_workers_change_no_bit_and_lose_no_batch(workers, folder, tmp_path):
         return encode(images)
 
     setting = config(iterations=7, num_workers=workers)
-    head = train_head(watched, samples, 3, setting, tmp_path / "checkpoint.pt", Accelerator(cpu=True))
+    head = train_head(watched, samples, 3, setting, tmp_path / "checkpoint.pt")
     assert head.batch_norm.num_batches_tracked == 7
     for step, images in enumerate(seen[1:]):  # the first call asks for the number of features
         for position, image in enumerate(images, 4 * step):
@@ -191,7 +190,7 @@ def test_the_probe_learns_and_reports_its_conditions(finished, folder):
     assert report["pixels"] == sum((height - 1) * width for height, width in sizes)
     assert "40 iterations of 4 crops of 32; test: 32 pixels, sliding window 32, stride 16" in report["protocol"]
     assert (report["train_images"], report["num_classes"], report["feature_dim"], report["processes"]) == (16, 3, 6, 1)
-    assert report["probe"]["seed"] == 0 and report["model"] == "colours of patches"
+    assert report["probe"]["seed"] == 0 and report["model"] == "colors of patches"
     assert json.loads((output / "result.json").read_text()) == report
 
 
@@ -220,7 +219,7 @@ def test_a_finished_probe_is_left_alone_and_another_is_refused(finished, folder)
         probe(folder, output, learning_rate=0.1)
     with pytest.raises(FileExistsError, match="the encoder's weights"):
         other = lambda images: (encode(images)[0] * 1.1, encode(images)[1])  # noqa: E731
-        segmentation_probe(other, "colours of patches", describe(folder), config(), output)
+        segmentation_probe(other, "colors of patches", describe(folder), config(), output)
 
 
 def test_killed_probes_end_with_the_same_bits(finished, folder, tmp_path):

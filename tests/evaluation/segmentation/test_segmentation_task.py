@@ -34,7 +34,7 @@ def student(tmp_path_factory):
 
 @pytest.fixture
 def recipe(tmp_path):
-    folder = write_set(tmp_path / "colours")
+    folder = write_set(tmp_path / "colors")
     path = tmp_path / "recipe.yaml"
     OmegaConf.save(OmegaConf.create({"data": asdict(describe(folder)), "probe": LITTLE}), path)
     return path
@@ -42,7 +42,7 @@ def recipe(tmp_path):
 
 def another_set(tmp_path):
     """Files of the same names with other pixels."""
-    folder = shutil.copytree(tmp_path / "colours", tmp_path / "other")
+    folder = shutil.copytree(tmp_path / "colors", tmp_path / "other")
     for path in folder.rglob("images/*/*.png"):
         Image.fromarray(255 - np.array(Image.open(path))).save(path)
     return folder
@@ -53,19 +53,19 @@ def test_a_finished_result_is_not_that_of_other_data(student, recipe, tmp_path):
         "segmentation", [f"mine={student}"], data, recipe, tmp_path / "out", [*SHORT, *changes]
     )
     (result,) = run()
-    moved = shutil.copytree(tmp_path / "colours", tmp_path / "moved")  # with the files' dates
+    moved = shutil.copytree(tmp_path / "colors", tmp_path / "moved")  # with the files' dates
     assert run(data=str(moved)) == [result]
     with pytest.raises(ValueError, match="differs in train files .*validation files"):
         run(data=str(another_set(tmp_path)))
     with pytest.raises(ValueError, match=r"differs in ignore_index \(255 there, 254 here\)"):
         run("data.ignore_index=254")
-    (tmp_path / "colours" / "masks" / "validation" / "4.png").touch()
+    (tmp_path / "colors" / "masks" / "validation" / "4.png").touch()
     with pytest.raises(ValueError, match=r"differs in validation files \(\S+ there, \S+ here\)\. Choose"):
         run()
 
 
 def test_a_stopped_probe_does_not_go_on_with_other_data(tmp_path):
-    folder = write_set(tmp_path / "colours")
+    folder = write_set(tmp_path / "colors")
     calls = itertools.count(1)
 
     def stopping(images):
@@ -75,21 +75,21 @@ def test_a_stopped_probe_does_not_go_on_with_other_data(tmp_path):
 
     config = SegmentationConfig(**LITTLE)
     with pytest.raises(KeyboardInterrupt):
-        segmentation_probe(stopping, "colours of patches", describe(folder), config, tmp_path / "probe")
+        segmentation_probe(stopping, "colors of patches", describe(folder), config, tmp_path / "probe")
     before = (tmp_path / "probe" / "checkpoint.pt").read_bytes()
     other = describe(another_set(tmp_path))
     with pytest.raises(FileExistsError, match="holds another probe; it differs in train files .*validation files"):
-        segmentation_probe(encode, "colours of patches", other, config, tmp_path / "probe")
+        segmentation_probe(encode, "colors of patches", other, config, tmp_path / "probe")
     data = describe(folder)
     data.ignore_index = 254
     with pytest.raises(FileExistsError, match="differs in ignore_index"):
-        segmentation_probe(encode, "colours of patches", data, config, tmp_path / "probe")
+        segmentation_probe(encode, "colors of patches", data, config, tmp_path / "probe")
     assert (tmp_path / "probe" / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
 def test_a_bad_mask_is_one_line_from_workers_too(split, student, recipe, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "colours" / "masks" / split / "3.png"
+    path = tmp_path / "colors" / "masks" / split / "3.png"
     mask = np.array(Image.open(path))
     mask[9, 5] = 200
     Image.fromarray(mask).save(path)
@@ -98,24 +98,25 @@ def test_a_bad_mask_is_one_line_from_workers_too(split, student, recipe, tmp_pat
     with pytest.raises(SystemExit) as stopped:
         main()
     message = str(stopped.value)
-    assert message.startswith("error: The mask of 3 has the id 200, but colours has 3 classes") and "\n" not in message
+    assert message.startswith("error: The mask of 3 has the id 200, but colors has 3 classes") and "\n" not in message
     # before the training, if it can be known there
     assert ("linear probe" in capsys.readouterr().err) == (split == "training")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mask_of_another_size_stops_the_probe_before_it_trains(workers, tmp_path):
-    folder = write_set(tmp_path / "colours")
+    folder = write_set(tmp_path / "colors")
     Image.fromarray(np.ones((5, 6), dtype=np.uint8)).save(folder / "masks" / "validation" / "2.png")
     config = SegmentationConfig(**{**LITTLE, "num_workers": workers})
     with pytest.raises(ValueError, match=r"^The mask of 2 is 5x6 and its image .*must be of one size\.$"):
-        segmentation_probe(encode, "colours of patches", describe(folder), config, tmp_path / "probe")
+        segmentation_probe(encode, "colors of patches", describe(folder), config, tmp_path / "probe")
     assert not (tmp_path / "probe").exists()
 
 
 def test_a_teacher_that_does_not_take_the_crop_is_named_with_the_setting(recipe, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
+    transformers.BitImageProcessor().save_pretrained(tmp_path / "dino")
     message = r"dino at probe\.crop_size=32: .*no positive multiple of this teacher's patch size 14"
     with pytest.raises(ValueError, match=message):
         run_task("segmentation", [str(tmp_path / "dino")], None, recipe, tmp_path / "out")
@@ -123,7 +124,7 @@ def test_a_teacher_that_does_not_take_the_crop_is_named_with_the_setting(recipe,
 
 def test_the_report_tells_which_data_it_is_of(tmp_path):
     config = SegmentationConfig(**{**LITTLE, "iterations": 5})
-    report = segmentation_probe(encode, "m", describe(write_set(tmp_path / "colours")), config, tmp_path / "probe")
+    report = segmentation_probe(encode, "m", describe(write_set(tmp_path / "colors")), config, tmp_path / "probe")
     assert report["reduce_labels"] is True and report["train files"] != report["validation files"]
     assert json.loads((tmp_path / "probe" / "settings.json").read_text())["train files"] == report["train files"]
 

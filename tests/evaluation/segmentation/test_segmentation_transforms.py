@@ -1,4 +1,4 @@
-"""Geometry on images that show their own label map; colours against colorsys; draws by a scripted generator."""
+"""Geometry on images that show their own label map; colors against colorsys; draws by a scripted generator."""
 
 import colorsys
 
@@ -8,9 +8,9 @@ import torch
 
 from transformers_radio.evaluation.segmentation.config import SegmentationConfig
 from transformers_radio.evaluation.segmentation.transforms import (
-    distort_colours,
+    distort_colors,
     fitted_size,
-    resize_image,
+    resize_bilinear,
     resize_mask,
     training_sample,
 )
@@ -36,7 +36,7 @@ class Scripted:
 
 
 def config(**changes):
-    """Neither scaling nor colours for images of 24 pixels a side."""
+    """Neither scaling nor colors for images of 24 pixels a side."""
     plain = {"crop_size": 16, "stride": 8, "size_divisor": 8, "short_side": 24, "scale_min": 1, "scale_max": 1}
     return SegmentationConfig(**{**plain, "photometric_distortion": False, **changes})
 
@@ -82,7 +82,7 @@ def test_masks_are_resized_to_existing_classes_and_images_without_antialiasing()
     mask = torch.tensor([[0, 149], [255, 300]])
     assert resize_mask(mask, (4, 6)).unique().tolist() == [0, 149, 255, 300]
     image = torch.tensor([[0, 100, 200, 40]], dtype=torch.uint8).expand(3, 4, 4)
-    assert resize_image(image, (2, 2))[0].tolist() == [[50, 120]] * 2  # means of the two nearest pixels alone
+    assert resize_bilinear(image, (2, 2))[0].tolist() == [[50, 120]] * 2  # means of the two nearest pixels alone
 
 
 def test_crops_of_mostly_one_class_are_drawn_again():
@@ -113,24 +113,24 @@ def test_the_number_of_draws(pixels, draws):
     assert generator.positions == 2 * draws  # top and left
 
 
-def test_each_colour_change_by_itself():
+def test_each_color_change_by_itself():
     image = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
 
-    def colour(randoms, uniforms):
-        changed = distort_colours(image, Scripted(randoms, uniforms))
+    def color(randoms, uniforms):
+        changed = distort_colors(image, Scripted(randoms, uniforms))
         assert changed.dtype == torch.uint8 and (changed == changed[:, :1, :1]).all()
         return changed[:, 0, 0].tolist()
 
     # brightness, contrast first, contrast, saturation, hue
-    assert colour([0.9, 0.9, 0.9, 0.9, 0.9], []) == [200, 100, 50]
-    assert colour([0.1, 0.9, 0.9, 0.9, 0.9], [-32]) == [168, 68, 18]
-    assert colour([0.9, 0.1, 0.1, 0.9, 0.9], [1.5]) == [255, 150, 75]
-    grey = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
-    expected = [(value + grey) / 2 for value in (200, 100, 50)]
-    assert colour([0.9, 0.9, 0.9, 0.1, 0.9], [0.5]) == pytest.approx(expected, abs=1)
+    assert color([0.9, 0.9, 0.9, 0.9, 0.9], []) == [200, 100, 50]
+    assert color([0.1, 0.9, 0.9, 0.9, 0.9], [-32]) == [168, 68, 18]
+    assert color([0.9, 0.1, 0.1, 0.9, 0.9], [1.5]) == [255, 150, 75]
+    gray = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+    expected = [(value + gray) / 2 for value in (200, 100, 50)]
+    assert color([0.9, 0.9, 0.9, 0.1, 0.9], [0.5]) == pytest.approx(expected, abs=1)
     hue, saturation, value = colorsys.rgb_to_hsv(200 / 255, 100 / 255, 50 / 255)
     expected = [255 * part for part in colorsys.hsv_to_rgb(hue + 18 / 360, saturation, value)]
-    assert colour([0.9, 0.9, 0.9, 0.9, 0.1], [18]) == pytest.approx(expected, abs=2)
+    assert color([0.9, 0.9, 0.9, 0.9, 0.1], [18]) == pytest.approx(expected, abs=2)
     # Contrast before a saturation of 1/2 clips first; after it, less or nothing is clipped.
     first, last = ([0.9, order, 0.1, 0.1, 0.9] for order in (0.1, 0.9))
-    assert colour(first, [1.5, 0.5])[0] < colour(last, [1.5, 0.5])[0]
+    assert color(first, [1.5, 0.5])[0] < color(last, [1.5, 0.5])[0]

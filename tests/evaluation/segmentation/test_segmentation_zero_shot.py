@@ -1,4 +1,4 @@
-"""Text space against open_clip's own pooling; a whole split whose colours are the classes' words."""
+"""Text space against open_clip's own pooling; a whole split whose colors are the classes' words."""
 
 from importlib import resources
 
@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from transformers_radio.evaluation.segmentation.config import SegmentationConfig
-from transformers_radio.evaluation.segmentation.data import SegmentationData, SplitSource
+from transformers_radio.evaluation.segmentation.config import SegmentationConfig, SegmentationData, SplitSource
 from transformers_radio.evaluation.segmentation.inference import encode_grid
 from transformers_radio.evaluation.segmentation.words import (
     PatchProjection,
@@ -81,7 +80,7 @@ def test_both_ways_from_a_student_to_the_text_space(student):
         projected = encode_grid(projected_patches(student, "clip", projection), images)
         torch.testing.assert_close(projected[1, :, 2, 1], projection(output.adaptors["clip"].features[1, 5]))
     assert by_head.shape == projected.shape == (2, 128, 4, 2)
-    with pytest.raises(ValueError, match="'sam' is no adaptor with a summary; the model has clip"):
+    with pytest.raises(ValueError, match="'sam' is not an adaptor with a summary; the model has clip"):
         summary_head_patches(student, "sam")
 
 
@@ -92,7 +91,7 @@ def test_similarities_are_cosines():
     torch.testing.assert_close(TextHead(classifier)(embeddings), expected)
 
 
-def test_a_split_whose_colours_are_its_words(tmp_path):
+def test_a_split_whose_colors_are_its_words(tmp_path):
     words = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]), dim=1)
     rng = np.random.default_rng(0)
     missed = pixels = 0
@@ -120,12 +119,12 @@ def test_a_split_whose_colours_are_its_words(tmp_path):
         return grid.flatten(2).transpose(1, 2), tuple(grid.shape[-2:])
 
     config.test_mode = "whole"
-    report = dense_zero_shot(encode, "colours", words, data, config, "mean colour of patches")
+    report = dense_zero_shot(encode, "colors", words, data, config, "mean color of patches")
     assert report["aAcc"] > 75 and (report["pixels_left_out"], report["pixels"]) == (missed, pixels)
-    assert report["protocol"].startswith("dense zero-shot, mean colour of patches; test: 32 pixels, whole image")
-    swapped = dense_zero_shot(encode, "colours", words[[1, 2, 0]], data, config, "wrong words")
+    assert report["protocol"].startswith("dense zero-shot, mean color of patches; test: 32 pixels, whole image")
+    swapped = dense_zero_shot(encode, "colors", words[[1, 2, 0]], data, config, "wrong words")
     assert swapped["aAcc"] < 25
     with pytest.raises(ValueError, match="classifier has 2 classes, words has 3"):
-        dense_zero_shot(encode, "colours", words[:2], data, config, "too few")
+        dense_zero_shot(encode, "colors", words[:2], data, config, "too few")
     with pytest.raises(ValueError, match="Patches have 3 dimensions and the text 5"):
-        dense_zero_shot(encode, "colours", torch.ones(3, 5), data, config, "another space")
+        dense_zero_shot(encode, "colors", torch.ones(3, 5), data, config, "another space")

@@ -30,7 +30,7 @@ def test_flops_of_a_convolution_and_nothing_else():
     assert count_flops(layers, torch.rand(2, 3, 8, 8)) == 2 * 2 * (6 * 6 * 5 * 3 * 3 * 3)
 
 
-def test_peak_of_a_chain_is_its_largest_neighbours():
+def test_peak_of_a_chain_is_its_largest_neighbors():
     # (B, 8) -> 32 -> 128 -> 4: at the widest, the input and the output of a layer are alive
     batch, layers = 16, nn.Sequential(*(nn.Linear(a, b) for a, b in [(8, 32), (32, 128), (128, 4)]))
     images = torch.rand(batch, 8)

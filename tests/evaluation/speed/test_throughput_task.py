@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor
-from transformers_radio.evaluation.throughput import task
 
 from helpers.tiny_sam import SIDE, make_student
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import run_task
+from transformers_radio.evaluation.speed import task
 from transformers_radio.evaluation.speed.task import ThroughputConfig
 from transformers_radio.teachers.segment_anything import load_sam
 
@@ -120,7 +120,7 @@ def test_sams_decoder_behind_a_student_and_sam(student, sam_file, tmp_path, dtyp
         assert result.resolution == SIDE  # SAM's own
         assert result.metrics["GFLOPs an image + sam"] > result.metrics["GFLOPs an image"]
         assert result.metrics["images/s, batch 2 + sam"] > 0
-        assert len(json.dumps(result.settings)) and "one box an image" in result.protocol
+        assert len(json.dumps(result.settings)) and "one box per image" in result.protocol
     sam = load_sam(str(sam_file))
     decoder = sum(tensor.numel() for part in (sam.prompt_encoder, sam.mask_decoder) for tensor in part.parameters())
     encoder = sum(parameter.numel() for parameter in sam.image_encoder.parameters())
@@ -164,7 +164,7 @@ def test_what_cannot_be_measured_is_refused_first(student, sam_file, tmp_path, m
         ({"classes": 0}, "classes is 0"),
         ({"image_size": 30}, "multiples of 8"),
         ({"decoder": "zero-shot"}, "no adaptor to a teacher with a text tower"),
-        ({"colour": "red"}, "colour"),
+        ({"color": "red"}, "color"),
     ]:
         with pytest.raises(ValueError, match=message):
             run_task("throughput", [student], None, None, tmp_path, settings(**changes))

@@ -1,4 +1,4 @@
-"""PHI-S against numpy: covariances, variances after standardisation, and heads with the inverse folded in."""
+"""PHI-S against numpy: covariances, variances after standardization, and heads with the inverse folded in."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -86,7 +86,7 @@ def test_moments_refuse_what_is_not_finite_too_little_or_of_another_width():
 def test_every_channel_has_variance_one_and_the_shape_of_the_cloud_stays(channels):
     x = skewed(4000, channels)
     phi_s = PhiS.from_moments(moments_of(x))
-    y = phi_s.standardise(torch.as_tensor(x)).numpy()
+    y = phi_s.standardize(torch.as_tensor(x)).numpy()
     covariance = np.cov(y, rowvar=False)
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(np.diag(covariance), 1, rtol=1e-9)
@@ -95,15 +95,20 @@ def test_every_channel_has_variance_one_and_the_shape_of_the_cloud_stays(channel
     assert phi_s.phi == pytest.approx(np.sqrt(np.var(x, axis=0, ddof=1).mean()), rel=1e-10)  # trace over channels
 
 
-def test_restore_inverts_standardise():
+def restore(phi_s, y):
+    """The inverse of `standardize`: phi R^T y + mean."""
+    return phi_s.phi * (y.to(phi_s.mean) @ phi_s.rotation) + phi_s.mean
+
+
+def test_standardize_is_a_rotation_and_a_scale():
     x = torch.as_tensor(skewed(400, 12)).reshape(4, 10, 10, 12)
     phi_s = PhiS.from_moments(moments_of(x.numpy()))
-    torch.testing.assert_close(phi_s.restore(phi_s.standardise(x)), x, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(restore(phi_s, phi_s.standardize(x)), x, rtol=1e-12, atol=1e-11)
     single = phi_s.to(dtype=torch.float32)
-    standardised = single.standardise(x)
-    assert standardised.dtype == torch.float32
-    torch.testing.assert_close(standardised.double(), phi_s.standardise(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(single.restore(standardised).double(), x, rtol=1e-5, atol=1e-4)
+    standardized = single.standardize(x)
+    assert standardized.dtype == torch.float32
+    torch.testing.assert_close(standardized.double(), phi_s.standardize(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(restore(single, standardized).double(), x, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -117,7 +122,7 @@ def test_a_folded_linear_predicts_restored_features(upsample, bias, dtype):
     folded.load_state_dict(dict(zip(("weight", "bias"), phi_s.fold(linear), strict=True)))
     assert folded.weight.dtype == folded.bias.dtype == torch.float32
     positions = linear(x).reshape(5, upsample, upsample, 12)  # channel order (u1, u2, C)
-    expected = phi_s.restore(positions).float().reshape(5, -1)
+    expected = restore(phi_s, positions).float().reshape(5, -1)
     torch.testing.assert_close(folded(x), expected, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="14 outputs; expected a multiple of 12"):
         phi_s.fold(nn.Linear(9, 14))

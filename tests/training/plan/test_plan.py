@@ -13,8 +13,9 @@ from transformers_radio.training import load_recipe
 from transformers_radio.training.distill import build_distillation
 from transformers_radio.training.groups import stage_groups
 from transformers_radio.training.plan.cost import GPU, stage_loads, stage_time, uneven_shares
-from transformers_radio.training.plan.dry_run import StepCost, TeacherCost, run_stage, run_teacher, window_saving
-from transformers_radio.training.plan.tables import describe_student, describe_teacher, print_plan
+from transformers_radio.training.plan.count import Plan, describe_student, describe_teacher
+from transformers_radio.training.plan.dry_run import StepCost, TeacherCost, run_stage, run_teacher
+from transformers_radio.training.plan.tables import print_plan
 
 GROUPS = (
     "stages.main={steps: 12, resolution: 0, groups: {low: {teachers: [clip], resolution: 32, batch_size: 12, "
@@ -111,11 +112,11 @@ def test_windows_save_what_they_save():
 
     attention = 8 * 4 * (32 * 32 + 1) ** 2 * 192
     average = 0.25 * flops(0) + 0.75 * (flops(4) + flops(8)) / 2  # 3 does not divide the grid of 32, and 32 covers it
-    assert flops(0) - attention * window_saving(config, 512) == pytest.approx(average, rel=1e-3)
-    assert window_saving(config, 512) > 0.5
-    assert window_saving(config, 32) == 0
-    config.train_window_sizes = None
-    assert window_saving(config, 512) == 0
+    assert flops(0) - attention * model.attention_saving(512, 512) == pytest.approx(average, rel=1e-3)
+    assert model.attention_saving(512, 512) > 0.5
+    assert model.attention_saving(32, 32) == 0
+    model.config.train_window_sizes = None
+    assert model.attention_saving(512, 512) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -153,7 +154,7 @@ def test_the_plan_says_what_the_run_will_be(make_recipe, tmp_path, capsys):
         "6x6",
         "1 x 2 x 2",
         "samples seen: 48",
-        "1 CLS tokens, 1 registers",
+        "2 blocks, summary 32 wide, features 32 wide",
     ):
         assert fact in text, (fact, text)
     assert "GPU-hours" not in text
@@ -174,7 +175,7 @@ def test_the_plan_refuses_what_training_would_refuse(make_recipe):
     refused("student.checkpoint=somebody/student", match="not on the disk")
     refused("stages.main.teachers=[clip]", match="teachers.sam teaches in no stage")
     refused(match="gpu 'abacus' is unknown; choose one of a100-40", gpu="abacus")
-    refused(match="utilisation is 0", gpu="h100", utilisation=0)
+    refused(match="utilisation is 0", gpu="h100", utilization=0)
     refused(match="processes is 0", processes=0)
 
 
@@ -183,7 +184,8 @@ def loads_and_shapes(recipe, processes, flops=1e12):
     teachers, student, groups = parts(recipe, processes)
     costs = {name: TeacherCost(int(flops), run_teacher(teacher).output) for name, teacher in teachers.items()}
     steps = {group.name: StepCost(int(flops), 0, 0, 5_000, 1_000) for group in groups["main"]}
-    return stage_loads(recipe, "main", groups, processes, student.config, steps, teachers, costs), teachers
+    plan = Plan(recipe, processes, groups, teachers, student, costs, {"main": steps})
+    return stage_loads(plan, "main"), teachers
 
 
 def test_a_step_lasts_as_long_as_its_slowest_process(make_recipe):
@@ -196,7 +198,7 @@ def test_a_step_lasts_as_long_as_its_slowest_process(make_recipe):
     ]
     # low: 6 images x (student + clip) in bf16; high: 4 images, the student in bf16 and SAM in float32
     low, high = 12 / 10 / 0.5, (4 / 10 + 4 / 2) / 0.5
-    time = stage_time(loads, 12, gpu, utilisation=0.5)
+    time = stage_time(loads, 12, gpu, utilization=0.5)
     assert time.seconds == pytest.approx((low + high) / 2)  # high takes part in every second step
     assert low < high
     assert time.bound_by == ("high",)
@@ -245,7 +247,7 @@ def test_the_command_line_shows_clusters(make_recipe, monkeypatch):
     assert result.exit_code == 0, result.output
     for fact in ("memory on 6 x rtx4090 (24 GB)", "30% of 165 TFLOP/s", "0-3", "4-5", "GPU-hours", "bound by high"):
         assert fact in result.output, (fact, result.output)
-    assert "note: stages.main: low 12 + high 30 = 42 images a step on average" in result.output
+    assert "note: stages.main: low 12 + high 30 = 42 images per step on average" in result.output
     assert "does not fit" not in result.output
     result = CliRunner().invoke(app, [*command, *options, "student.config.num_hidden_layers=5"])
     assert "does not fit on processes 0-3 with DDP: lower micro_batch_size" in result.output

@@ -11,14 +11,13 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from helpers.paths import HELPERS
 from transformers_radio.training import cache, load_recipe, train
 from transformers_radio.training.phi_s import statistics
 from transformers_radio.training.plan.tables import print_plan
 from transformers_radio.training.run import checkpoint, export
 from transformers_radio.training.run import folder as run_folder
 from transformers_radio.training.run import log as progress
-from transformers_radio.training.run.log import StopSignal
+from transformers_radio.training.run.signals import StopSignal
 
 LAST = "checkpoints/step-00000004"
 OPTIONS = ["stages.main.steps=6", "checkpoints.every_steps=2", "log_every_steps=1"]
@@ -33,24 +32,20 @@ def weights(run):
 def runs(tmp_path_factory, image_folder, recipe_text):
     """A run stopped in its fourth step of six, and the same run finished, both at the path that `start` trains in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HELPERS))
         folder = tmp_path_factory.mktemp("damage")
         (folder / "recipe.yaml").write_text(recipe_text.format(output=folder / "run", images=image_folder))
         patch.setattr(StopSignal, "agreed", lambda self, _: setattr(self, "number", 15) or self.steps.pop())
         patch.setattr(StopSignal, "steps", [True, False, False, False], raising=False)
         train(load_recipe(folder / "recipe.yaml", OPTIONS))
         shutil.copytree(folder / "run", folder / "unfinished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HELPERS))
-        train(load_recipe(folder / "recipe.yaml", OPTIONS))
-        shutil.copytree(folder / "run", folder / "finished")
+    train(load_recipe(folder / "recipe.yaml", OPTIONS))
+    shutil.copytree(folder / "run", folder / "finished")
     return folder
 
 
 @pytest.fixture
-def start(runs, monkeypatch):
+def start(runs):
     """Puts one of the runs into its place, lets something be damaged, and trains."""
-    monkeypatch.syspath_prepend(str(HELPERS))
 
     def start(which, change, *overrides):
         shutil.rmtree(runs / "run", ignore_errors=True)
@@ -104,7 +99,7 @@ STATISTICS = ["statistics/clip.safetensors", "statistics/sam.safetensors"]
             for name, how in zip(OF_A_CHECKPOINT, 2 * ["flip", "cut", "empty", "zeros"], strict=True)
         ],
         *[(damaged(f"{LAST}/manifest.json", text), "is damaged") for text in (b"[]", b"null", b"{}", b'{"a": 1}')],
-        (lambda run: (run / LAST).rename(run / "checkpoints/step-00000005"), "it holds step 4, of another name"),
+        (lambda run: (run / LAST).rename(run / "checkpoints/step-00000005"), "it holds step 4, not that of its name"),
         (lambda run: (run / "checkpoints/step-00000006").write_text("no folder"), "step-00000006 is damaged"),
         (lambda run: (run / f"{LAST}.tmp").write_text("no folder"), None),
         *[
@@ -126,12 +121,13 @@ def test_a_damaged_run_says_so_and_ends_with_the_same_bits(start, runs, change, 
 
 
 def test_statistics_that_cannot_be_had_again_are_refused(start, monkeypatch):
-    look = statistics._look
+    measure = statistics._measure
 
-    def look_at_others(recipe, *arguments):
-        look(replace(recipe, loss=replace(recipe.loss, statistics_images=20)), *arguments)
+    def measure_others(run, *arguments):
+        recipe = replace(run.recipe, loss=replace(run.recipe.loss, statistics_images=20))
+        return measure(replace(run, recipe=recipe), *arguments)
 
-    monkeypatch.setattr(statistics, "_look", look_at_others)
+    monkeypatch.setattr(statistics, "_measure", measure_others)
     with pytest.raises(ValueError, match=r"clip.safetensors was damaged .* restore the file, or set overwrite=true"):
         start("unfinished", damaged(STATISTICS[0], "flip"))
 
@@ -149,7 +145,7 @@ def without_checksums(run):
         manifest.write_text(json.dumps(entries))
 
 
-def test_runs_of_older_versions_go_on(start, runs, caplog):
+def test_runs_of_older_versions_resume(start, runs, caplog):
     assert start("unfinished", without_checksums).step == 6 and weights(runs / "run") == weights(runs / "finished")
     assert "damaged" not in caplog.text
 
@@ -177,22 +173,37 @@ def both(*changes):
 @pytest.mark.parametrize(
     ("which", "change", "message"),
     [
-        *[("finished", damaged(f"student/{name}", how), rf"student is damaged \({name} has .*delete this folder")
-          for name, how in (("model.safetensors", "flip"), ("model.safetensors", "cut"), ("config.json", "empty"))],
+        *[
+            ("finished", damaged(f"student/{name}", how), rf"student is damaged \({name} has .*delete this folder")
+            for name, how in (("model.safetensors", "flip"), ("model.safetensors", "cut"), ("config.json", "empty"))
+        ],
         ("finished", lambda run: (run / "student/config.json").unlink(), "config.json is missing"),
-        ("finished", both(lambda run: shutil.rmtree(run / "checkpoints"), damaged("student/model.safetensors", "cut")),
-         "student is damaged .*restore it, or set overwrite=true"),
-        ("unfinished", lambda run: (run / "student").mkdir(), "delete this folder, and the same command goes on from"),
+        (
+            "finished",
+            both(lambda run: shutil.rmtree(run / "checkpoints"), damaged("student/model.safetensors", "cut")),
+            "student is damaged .*restore it, or set overwrite=true",
+        ),
+        ("unfinished", lambda run: (run / "student").mkdir(), "delete this folder, and the same command resumes from"),
         ("unfinished", lambda run: (run / "student").write_text("no folder"), "delete this folder"),
-        *[(which, damaged("run.yaml", how), "run.yaml cannot be read .*nobody knows which run this is")
-          for which, how in (("finished", b"data: ["), ("unfinished", "empty"), ("unfinished", b"[]"))],
-        ("unfinished", swapped("checkpoints/step-00000002", LAST),
-         r"all checkpoints .* \(step-00000004: it holds step 2, .*; step-00000002: it holds step 4, .*restore one"),
-        ("unfinished", both(damaged(f"{LAST}/config.json", "cut"),
-                            damaged("checkpoints/step-00000002/training_state/optimizer.pt", "flip")),
-         r"step-00000004: config.json has .*step-00000002: training_state/optimizer.pt has another checksum"),
+        *[
+            (which, damaged("run.yaml", how), "run.yaml cannot be read .*it is unknown which run this is")
+            for which, how in (("finished", b"data: ["), ("unfinished", "empty"), ("unfinished", b"[]"))
+        ],
+        (
+            "unfinished",
+            swapped("checkpoints/step-00000002", LAST),
+            r"all checkpoints .* \(step-00000004: it holds step 2, .*; step-00000002: it holds step 4, .*restore one",
+        ),
+        (
+            "unfinished",
+            both(
+                damaged(f"{LAST}/config.json", "cut"),
+                damaged("checkpoints/step-00000002/training_state/optimizer.pt", "flip"),
+            ),
+            r"step-00000004: config.json has .*step-00000002: training_state/optimizer.pt has another checksum",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_go_on_is_refused_and_overwrite_begins_anew(start, runs, which, change, message):
     with pytest.raises(ValueError, match=message) as error:
         start(which, change)
@@ -239,7 +250,7 @@ CACHED = ["data.frozen_crops=true", "teacher_cache={run}/cache"]
         (cache, "save_file", r"run/cache/\w+-48/pending.tmp/\S+", CACHED),
     ],
 )
-def test_a_full_disk_names_the_file_and_the_same_command_goes_on(owner, name, file, options, runs, start, monkeypatch):
+def test_a_full_disk_names_the_file_and_the_same_command_resumes(owner, name, file, options, runs, start, monkeypatch):
     options = [option.format(run=runs / "run") for option in options]
     full = Full(getattr(owner, name))
     shutil.rmtree(runs / "run")
@@ -271,11 +282,11 @@ def test_a_second_start_is_refused_before_it_loads_anything(runs, start, monkeyp
     [
         (
             "output_dir=/dev/null/run",
-            "output_dir /dev/null/run cannot be written: /dev/null is no folder",
+            "output_dir /dev/null/run cannot be written: /dev/null is not a folder",
         ),
         (
             "teacher_cache=/dev/null",
-            "teacher_cache /dev/null cannot be written: /dev/null is no folder",
+            "teacher_cache /dev/null cannot be written: /dev/null is not a folder",
         ),
     ],
 )
@@ -287,4 +298,4 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_is_loaded(make_re
 
 def test_a_plan_notes_that_this_machine_has_no_such_folder(make_recipe, capsys):
     print_plan(load_recipe(make_recipe(), ["output_dir=/dev/null/run"]))
-    assert "note: output_dir /dev/null/run cannot be written: /dev/null is no folder" in capsys.readouterr().out
+    assert "note: output_dir /dev/null/run cannot be written: /dev/null is not a folder" in capsys.readouterr().out

@@ -1,7 +1,6 @@
-"""Runs that go on elsewhere: with other passes, less memory, several data sets, or a server that was down."""
+"""Runs that resume elsewhere: with other passes, less memory, several data sets, or a server that was down."""
 
 import functools
-import importlib
 import itertools
 import json
 import shutil
@@ -12,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.paths import HELPERS
 from transformers_radio.data import SourceError, listing
 from transformers_radio.data.files import find_files
 from transformers_radio.teachers import digest_weights
-from transformers_radio.training import load_recipe, train
-from transformers_radio.training.run.log import StopSignal
+from transformers_radio.training import load_recipe, stage, train
+from transformers_radio.training.run.signals import StopSignal
 
 # Nothing is drawn at random by each pass, so that runs with other passes can be compared.
 PLAIN = ["student.config.cpe_sampling=false", "student.config.pos_dropout=0", "optimizer.eps=1e-3"]
@@ -89,7 +87,7 @@ def test_a_new_stage_has_passes_of_its_own(make_recipe, tmp_path):
     assert_close(tmp_path / "whole", tmp_path / "moved", atol=0)
 
 
-def test_a_run_goes_on_with_less_memory_and_learns_the_same(make_recipe, tmp_path):
+def test_a_run_resumes_with_less_memory_and_learns_the_same(make_recipe, tmp_path):
     train(load_recipe(make_recipe("whole"), PLAIN))
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
     cut_back(tmp_path / "moved", 9)
@@ -101,7 +99,7 @@ def test_a_run_goes_on_with_less_memory_and_learns_the_same(make_recipe, tmp_pat
         train(load_recipe(make_recipe("moved"), [*PLAIN, "teachers.sam.options.width=24"]))
 
 
-def test_a_mixture_goes_on_to_the_bit(make_recipe, image_folder, tmp_path):
+def test_a_mixture_resumes_to_the_bit(make_recipe, image_folder, tmp_path):
     sources = [f"{part}: {{path: {image_folder / part}, weight: {n}}}" for n, part in enumerate(("part0", "part1"), 1)]
     mixture = ["data.path=null", f"data.sources={{{', '.join(sources)}}}"]
     train(load_recipe(make_recipe("whole"), mixture))
@@ -114,8 +112,7 @@ def test_a_mixture_goes_on_to_the_bit(make_recipe, image_folder, tmp_path):
         train(load_recipe(make_recipe("cut"), [*mixture, "data.sources.part1.weight=5"]))
 
 
-def test_a_lost_server_stops_the_run_and_the_same_command_goes_on(make_recipe, image_folder, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(HELPERS))
+def test_a_lost_server_stops_the_run_and_the_same_command_resumes(make_recipe, image_folder, tmp_path, monkeypatch):
     from helpers.flaky_server import FlakyServer, HttpFileSystem
     from helpers.sample_images import write_tar
 
@@ -128,8 +125,7 @@ def test_a_lost_server_stops_the_run_and_the_same_command_goes_on(make_recipe, i
     url, options = f"{server.url}/train.tar", ["data.retry_seconds=0.5"]
     train(load_recipe(make_recipe("whole", images=url), options))
 
-    module = importlib.import_module("transformers_radio.training.train")
-    batches, to_device = itertools.count(1), module.to_device
+    batches, to_device = itertools.count(1), stage.to_device
 
     def stop_at_the_fifth(batch, device):
         if next(batches) == 5:  # of 6 in a pass over the data
@@ -138,7 +134,7 @@ def test_a_lost_server_stops_the_run_and_the_same_command_goes_on(make_recipe, i
 
     recipe = load_recipe(make_recipe("stopped", images=url), options)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "to_device", stop_at_the_fifth)
+        patch.setattr(stage, "to_device", stop_at_the_fifth)
         with pytest.raises(SourceError, match="train.tar"):
             train(recipe)
     assert {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()} == {
@@ -163,7 +159,7 @@ def test_a_run_does_not_go_on_with_other_weights_under_the_same_name(make_recipe
     clip = PatchTeacher("", 24, width=16)
     assert manifest["clip"] == {
         "type": "python",
-        "checkpoint": "tiny_teachers:PatchTeacher",
+        "checkpoint": "helpers.tiny_teachers:PatchTeacher",
         "weights": digest_weights(clip),
         "dtype": "float32",
         "image_size": 24,
@@ -177,6 +173,7 @@ def test_a_run_does_not_go_on_with_other_weights_under_the_same_name(make_recipe
 
     with monkeypatch.context() as changed:
         changed.setattr(PatchTeacher, "__init__", other)
-        with pytest.raises(ValueError, match=r"teachers\.sam is not the one that taught until .*weights '\w+' there"):
+        message = r"teachers\.sam is not the one that taught until .* differs in weights \('\w+' there"
+        with pytest.raises(ValueError, match=message):
             train(recipe)
     assert train(recipe).step == 4

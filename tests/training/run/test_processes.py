@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -12,14 +11,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
+from helpers import forked
 from helpers.forked import fork_group
 from helpers.groups_of_processes import FSDP, children, run, start
-from helpers.paths import HELPERS
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training import teachers as placement
 from transformers_radio.training.groups import stage_groups
-from transformers_radio.training.run.log import StopSignal
+from transformers_radio.training.run.signals import StopSignal
+from transformers_radio.training.stage import Stage
 from transformers_radio.training.teachers import build_teachers
 
 # Two groups, as the paper's second stage: SAM sees fewer images, at a higher student resolution, every second step.
@@ -56,7 +57,6 @@ def assert_close(left, right, atol):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, image_folder, recipe_text):
     """One process that runs all groups in turn."""
-    sys.path.insert(0, str(HELPERS))
     folder = tmp_path_factory.mktemp("alone")
     path = folder / "recipe.yaml"
     path.write_text(recipe_text.format(output=folder / "run", images=image_folder))
@@ -66,7 +66,7 @@ def alone(tmp_path_factory, image_folder, recipe_text):
 
 @pytest.fixture(scope="module")
 def half_alone(tmp_path_factory, image_folder, recipe_text):
-    """As `alone`, in bfloat16; in a process of its own, as the precision is one for all of a process."""
+    """As `alone`, in bfloat16; in another process, as a process has one precision."""
     folder = tmp_path_factory.mktemp("half_alone")
     path = folder / "recipe.yaml"
     path.write_text(recipe_text.format(output=folder / "run", images=image_folder))
@@ -95,6 +95,31 @@ def test_the_update_of_several_processes_is_that_of_one(processes, engine, alone
             assert one[key] == pytest.approx(many[key], abs=2e-5), (key, one["step"])
     # Half of the steps have the second group.
     assert ["sam/features" in line for line in metrics(several)] == [True, False, True, False]
+
+
+def train_and_look_at_the_blocks(*arguments):
+    train_step = Stage.train_step
+
+    def look(stage):
+        blocks = stage.distillation.student.blocks
+        assert len(blocks) == 2 and all(isinstance(module, FSDPModule) for module in (*blocks, stage.model))
+        train_step(stage)
+
+    Stage.train_step = look
+    return forked.train(*arguments)
+
+
+def test_the_blocks_that_the_student_names_are_sharded_one_by_one(make_recipe):
+    """No environment or YAML file names a class."""
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in FSDP
+    run(
+        2,
+        make_recipe(),
+        "stages.main.steps=2",
+        "stages.main.warmup_steps=1",
+        target=train_and_look_at_the_blocks,
+        **FSDP,
+    )
 
 
 @pytest.mark.parametrize("placement", ["offloaded", "sharded"])
@@ -131,7 +156,7 @@ def test_everything_at_once_on_sharded_weights_is_that_of_one_process(balancing,
         assert_close(weights(tmp_path / "one" / name), weights(tmp_path / "two" / name), atol=1e-6)
 
 
-def test_a_checkpoint_goes_on_with_other_processes_and_another_engine(alone, make_recipe, tmp_path):
+def test_a_checkpoint_resumes_with_other_processes_and_another_engine(alone, make_recipe, tmp_path):
     """Two processes with DDP to step 2, then FSDP2, then one process: as if nothing had changed."""
     recipe = make_recipe("moved")
     moved = tmp_path / "moved"
@@ -147,7 +172,7 @@ def test_a_checkpoint_goes_on_with_other_processes_and_another_engine(alone, mak
     assert_close(weights(alone / "student"), weights(moved / "student"), atol=1e-6)
 
 
-def test_a_dead_process_stops_all_and_the_same_command_goes_on_to_the_bit(make_recipe, tmp_path):
+def test_a_dead_process_stops_all_and_the_same_command_resumes_to_the_bit(make_recipe, tmp_path):
     options = ["stages.main.steps=60", "checkpoints.every_steps=5", "data.lanes=2"]
     run(2, make_recipe("reference"), *options)
     recipe, checkpoints = make_recipe("killed"), tmp_path / "killed" / "checkpoints"
@@ -212,7 +237,7 @@ def test_two_processes_in_half_precision_are_close_to_one(engine, half_alone, ma
     assert metrics(tmp_path / "two")[0]["clip/features"] * 2**13 % 1 != 0
 
 
-def test_a_position_of_two_processes_goes_on_in_one_with_the_same_passes(make_recipe, tmp_path):
+def test_a_position_of_two_processes_resumes_in_one_with_the_same_passes(make_recipe, tmp_path):
     options = [*GROUPS[1:], "stages.main.steps=4", "stages.main.batch_size=8"]
     recipe = make_recipe("moved")
     run(2, recipe, *options)
@@ -225,7 +250,7 @@ def test_a_position_of_two_processes_goes_on_in_one_with_the_same_passes(make_re
     assert_close(weights(tmp_path / "whole" / "student"), weights(tmp_path / "moved" / "student"), atol=1e-6)
 
 
-def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(make_recipe, tmp_path, capsys):
+def test_sigterm_to_the_launcher_saves_and_the_same_command_resumes(make_recipe, tmp_path, capsys):
     options = ["stages.main.steps=400", "checkpoints.every_steps=1000", "log_every_steps=1", "data.lanes=2"]
     options += ["stages.main.micro_batch_size=2"]
     recipe, stopped = make_recipe("stopped"), tmp_path / "stopped"

@@ -73,19 +73,13 @@ def pixels():
 
 def test_the_raw_keys_and_which_linears_have_them():
     plain = set(tiny_student().state_dict())
-    for heads in (False, True):
-        model = tiny_student()
-        linears = list(LINEARS)
-        if heads:
-            adaptors = model.get_submodule("adaptors").named_modules(prefix="adaptors")
-            linears += [name for name, module in adaptors if isinstance(module, torch.nn.Linear)]
-            assert len(linears) == len(LINEARS) + 4
-        assert not has_spectral_reparam(model)
-        add_spectral_reparam(model, heads=heads)
-        assert has_spectral_reparam(model)
-        parts = ("original", "0.scale", "0._u", "0._v", "0._sn_version")
-        raw = {f"{name}.parametrizations.weight.{part}" for name in linears for part in parts}
-        assert set(model.state_dict()) == plain - {f"{name}.weight" for name in linears} | raw
+    model = tiny_student()
+    assert not has_spectral_reparam(model)
+    add_spectral_reparam(model)
+    assert has_spectral_reparam(model)
+    parts = ("original", "0.scale", "0._u", "0._v", "0._sn_version")
+    raw = {f"{name}.parametrizations.weight.{part}" for name in LINEARS for part in parts}
+    assert set(model.state_dict()) == plain - {f"{name}.weight" for name in LINEARS} | raw
     with pytest.raises(ValueError, match="already"):
         add_spectral_reparam(model)
 
@@ -94,22 +88,22 @@ def test_the_function_and_the_random_state_stay_as_they_are(pixels):
     model = tiny_student().eval()
     before = outputs(model, pixels)
     random_state = torch.get_rng_state()
-    add_spectral_reparam(model, heads=True)
+    add_spectral_reparam(model)
     assert torch.equal(torch.get_rng_state(), random_state)
     torch.testing.assert_close(outputs(model, pixels), before, atol=1e-5, rtol=0)
 
 
 def test_the_largest_singular_value_is_the_scale_once_power_iteration_has_converged():
     model = tiny_student()
-    add_spectral_reparam(model, heads=True)
+    add_spectral_reparam(model)
     with torch.no_grad():
         for index, reparam in enumerate(reparams(model)):
             reparam.scale.fill_(index / 4 - 2)
     for _ in range(300):
         power_steps(model)
-    assert len(reparams(model)) == len(LINEARS) + 4
+    assert len(reparams(model)) == len(LINEARS)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith(("encoder.", "adaptors.")):
+        if isinstance(module, torch.nn.Linear) and name.startswith("encoder."):
             rho = module.parametrizations.weight[0].scale.item()
             norm = torch.linalg.matrix_norm(module.weight, ord=2).item()
             assert norm == pytest.approx(math.log1p(math.exp(rho)) + 0.05, rel=1e-4), name
@@ -156,7 +150,8 @@ def test_weight_decay_applies_to_scale_and_matrix():
     model = tiny_student()
     add_spectral_reparam(model)
     recipe = Recipe(optimizer=OptimizerRecipe(weight_decay=0.02))
-    groups = build_optimizer(model, recipe, StageRecipe(steps=1, resolution=32)).param_groups
+    trained = torch.nn.ModuleDict({"student": model})
+    groups = build_optimizer(trained, recipe, StageRecipe(steps=1, resolution=32)).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] == 0.02 for parameter in group["params"]}
     for name in LINEARS:
         weights = model.get_submodule(name).parametrizations.weight
@@ -165,7 +160,7 @@ def test_weight_decay_applies_to_scale_and_matrix():
 
 def test_folded_weights_after_training_load_strictly_and_compute_the_same(pixels, tmp_path):
     model = tiny_student()
-    add_spectral_reparam(model, heads=True)
+    add_spectral_reparam(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     start = model.state_dict()["encoder.layer.0.mlp.fc1.parametrizations.weight.0.scale"].clone()
     losses = [train_step(model, optimizer, pixels) for _ in range(4)]
@@ -187,7 +182,7 @@ def test_folded_weights_after_training_load_strictly_and_compute_the_same(pixels
 def test_a_folded_average_has_the_averaged_scale_as_its_spectral_norm():
     """u and v belong to the last weights: for their average, u^T W v is far from the largest singular value."""
     model = tiny_student()
-    add_spectral_reparam(model, heads=True)
+    add_spectral_reparam(model)
     generator = torch.Generator().manual_seed(4)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The words of zero-shot classification: class names and prompt templates from files."""
+"""Class names and prompt templates of zero-shot classification."""
 
 import logging
 import re
@@ -13,16 +13,16 @@ from .zero_shot import Template, openai_imagenet_templates
 
 logger = logging.getLogger(__name__)
 
-OPENAI_IMAGENET = "openai_imagenet"  # in place of a file: what OpenAI published for ImageNet-1k, from open_clip
+OPENAI_IMAGENET = "openai_imagenet"  # instead of a file: what OpenAI published for ImageNet-1k, from open_clip
 IMAGENET, IMAGENET_CLASSES = "ImageNet-1k", 1000
 
 
 def load_class_names(given: str | Sequence[str] | None, stated: list[str] | None, data: str) -> list[str]:
-    """One name a class, in the order of the labels.
+    """One name per class, in the order of the labels.
 
     Args:
-        given: a text file with one name a line, "openai_imagenet", a list, or None for the names of the data.
-        stated: the names that the data states, if it does.
+        given: a text file with one name per line, "openai_imagenet", a list, or None for the names of the data.
+        stated: the names that the data states; None where it states none.
         data: what the data is called, for messages.
 
     Raises:
@@ -50,19 +50,19 @@ def load_class_names(given: str | Sequence[str] | None, stated: list[str] | None
         raise ValueError(f"classes has an empty name or none at all; expected a name for each class: {names[:5]} ...")
     if stated is not None and len(names) != len(stated):
         raise ValueError(
-            f"There are {len(names)} class names, but {data} has {len(stated)} classes: give one name a class, in the "
-            "order of the labels."
+            f"There are {len(names)} class names, but {data} has {len(stated)} classes: give one name per class, in "
+            "the order of the labels."
         )
     return names
 
 
 def warn_of_other_classes(name: str | None, given: Any, data: str, there: int) -> None:
-    """A warning where results would be called by the name of a set of another number of classes.
+    """Warns if results would have the name of a set with another number of classes.
 
     Args:
-        name: of the data, in results.
+        name: what results call the data.
         given: the names of the classes as for `load_class_names`, which tell how many there should be.
-        there: classes that the data has.
+        there: number of classes that the data has.
     """
     if given is None or given == OPENAI_IMAGENET:
         is_imagenet = given == OPENAI_IMAGENET or (name or "").lower().startswith(IMAGENET.lower())
@@ -81,7 +81,7 @@ def warn_of_other_classes(name: str | None, given: Any, data: str, there: int) -
 
 
 def load_templates(given: str | Sequence[str]) -> Sequence[Template]:
-    """The templates of a text file (one a line, with one {} for the class name), of a list, or "openai_imagenet".
+    """The templates of a text file (one per line, with one {} for the class name), of a list, or "openai_imagenet".
 
     Raises:
         FileNotFoundError: no such file.
@@ -102,8 +102,8 @@ def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, without spaces around them; empty lines only at its end."""
     path = Path(expand_home(str(path)))
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; expected a text file with one entry a line.")
+        raise FileNotFoundError(f"There is no file {path}; expected a text file with one entry per line.")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
     if "" in lines:
-        raise ValueError(f"Line {lines.index('') + 1} of {path} is empty; expected one entry a line.")
+        raise ValueError(f"Line {lines.index('') + 1} of {path} is empty; expected one entry per line.")
     return lines

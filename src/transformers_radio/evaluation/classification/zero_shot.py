@@ -4,12 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
-from transformers_radio.evaluation.images.labelled import check_labelled
-from transformers_radio.teachers import load_text_encoder
-from transformers_radio.teachers.text_transformers import load_transformers_text_encoder
+from .metrics import SummaryAccuracy
 
 Template = str | Callable[[str], str]
 
@@ -21,39 +18,11 @@ def openai_imagenet_templates() -> Sequence[Template]:
     return OPENAI_IMAGENET_TEMPLATES
 
 
-def load_text_tower(spec: str) -> nn.Module:
-    """The text tower "TYPE:CHECKPOINT" of a teacher, on the CPU: a list of N texts -> (N, D) float32.
-
-    Args:
-        spec: "open_clip:..." with a checkpoint as for `OpenClipTeacher`, or "transformers:..." with a CLIP, SigLIP or
-            SigLIP2.
-
-    Raises:
-        ValueError: another type, or a checkpoint that does not fit.
-        OSError: a checkpoint that is not there. All name the setting `text`, by which another one is chosen.
-    """
-    towers = {"open_clip": load_text_encoder, "transformers": load_transformers_text_encoder}
-    kind, colon, checkpoint = spec.partition(":")
-    if not colon or kind not in towers:
-        raise ValueError(
-            f"{spec!r} is no text tower; expected TYPE:CHECKPOINT with a type of {', '.join(towers)}, such as "
-            "open_clip:ViT-H-14-378-quickgelu:dfn5b."
-        )
-    try:
-        return towers[kind](checkpoint)
-    except (OSError, ValueError, RuntimeError) as error:
-        kind_of_error = OSError if isinstance(error, OSError) else ValueError
-        raise kind_of_error(
-            f"The text tower {spec} cannot be loaded ({' '.join(str(error).split())}). If it is the teacher that an "
-            "adaptor names and it has moved, say where it is with text=TYPE:CHECKPOINT."
-        ) from error
-
-
 @torch.no_grad()
 def zero_shot_classifier(
     encode_text: Callable[[list[str]], torch.Tensor], class_names: Sequence[str], templates: Sequence[Template]
 ) -> torch.Tensor:
-    """One unit vector a class, float32 (C, D): every prompt normalised, their mean, normalised again.
+    """One unit vector per class, float32 (C, D): every prompt normalized, their mean, normalized again.
 
     Args:
         encode_text: a list of texts -> (len(texts), D), of any scale.
@@ -78,27 +47,50 @@ def zero_shot_classifier(
     return torch.stack(classifier)
 
 
-@torch.no_grad()
+class ZeroShotAccuracy(SummaryAccuracy):
+    """Percent of the summaries whose most similar class is the right one; a metric of `evaluate`.
+
+    Equal similarities go to the lowest class index.
+
+        metric = ZeroShotAccuracy(zero_shot_classifier(text_encoder, class_names, templates))
+        for images, labels in batches:
+            metric.add_batch(predictions=encoder.language(images), references=labels)
+        metric.compute()  # {"zero_shot_accuracy": 76.9, "images": 50000}
+
+    Args:
+        classifier: (C, D) from `zero_shot_classifier`; it is moved to the device of each batch.
+    """
+
+    score_name = "zero_shot_accuracy"
+    description = "Accuracy of the class whose text embedding is most similar to an image's summary, in percent."
+
+    def __init__(self, classifier: torch.Tensor):
+        check_classifier(classifier, classifier.shape[-1])
+        self.classifier = classifier
+        super().__init__(len(classifier))
+
+    @torch.no_grad()
+    def _predict(self, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+        for block in blocks:
+            check_classifier(self.classifier, block.shape[1])
+        # The length of an embedding scales all of its similarities alike, so the arg-max needs no normalizing.
+        similarities = (block.float() @ self.classifier.to(block.device).float().T for block in blocks)  # (N, C) each
+        return [one.argmax(dim=1) for one in similarities]
+
+
 def zero_shot_accuracy(embeddings: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor) -> float:
-    """Percent of the images whose most similar class is their label; equal similarities go to the lowest class index.
+    """Percent of the images whose most similar class is their label; see `ZeroShotAccuracy`.
 
     Args:
         embeddings: (N, D) summaries in the text encoder's space, any float dtype and any scale.
         classifier: (C, D) from `zero_shot_classifier`.
         labels: integers (N,), 0 to C - 1.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, a label without a class.
     """
-    check_labelled(embeddings, labels, "embeddings")
-    check_classifier(classifier, embeddings.shape[1])
-    if labels.max() >= len(classifier):
-        raise ValueError(f"A label is {labels.max()}, but the classifier has only {len(classifier)} classes.")
-    predictions = zero_shot_predictions(embeddings, classifier)
-    return 100 * (predictions == labels.to(embeddings.device)).float().mean().item()
-
-
-def zero_shot_predictions(embeddings: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-    """The most similar class of each embedding: (N, D) and (C, D) -> int64 (N,) on the embeddings' device."""
-    # The length of an embedding scales all of its similarities alike, so the arg-max needs no normalising.
-    return (embeddings.float() @ classifier.to(embeddings.device).float().T).argmax(dim=1)  # (N, D) (D, C) -> (N, C)
+    metric = ZeroShotAccuracy(classifier)
+    return metric.compute(predictions=embeddings, references=labels)["zero_shot_accuracy"]
 
 
 def check_classifier(classifier: torch.Tensor, dim: int) -> None:

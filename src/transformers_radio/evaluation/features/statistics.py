@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# what libraries call a learned table of absolute positions; relative ones (rel_pos_h, ...) are none
+# what libraries call a learned table of absolute positions; relative ones (rel_pos_h, ...) have other names
 POSITION_NAME = re.compile(r"(^|[._])pos(ition|itional)?_?embed(ding|dings)?(\.weight)?$")
 MAX_PREFIX_TOKENS = 16  # class and register tokens that a table may hold besides a square grid
 HALF_NYQUIST = 0.25  # cycles per patch; a grid of patches carries up to 0.5
@@ -44,17 +44,12 @@ def _resize(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 @dataclass
 class PatchNorms:
-    """L2 norms of patch tokens.
+    """L2 norms of patch tokens."""
 
-    norms: float64 (N, h, w).
-    median, p99: of the norms.
-    threshold: a patch above it is an outlier.
-    """
-
-    norms: torch.Tensor
-    median: float
-    p99: float
-    threshold: float
+    norms: torch.Tensor  # float64 (N, h, w)
+    median: float  # of the norms
+    p99: float  # their 99th percentile
+    threshold: float  # a patch above it is an outlier
 
     @property
     def positions(self) -> torch.Tensor:
@@ -63,12 +58,12 @@ class PatchNorms:
 
     @property
     def share(self) -> float:
-        """Of outliers among all patches, 0 to 1."""
+        """The share of outliers among all patches, 0 to 1."""
         return self.positions.mean().item()
 
     @property
     def border_share(self) -> float:
-        """Of outliers that are in the outermost rows and columns, 0 to 1; NaN without outliers."""
+        """The share of the outliers that are in the outermost rows and columns, 0 to 1; NaN without outliers."""
         positions = self.positions
         return (1 - positions[1:-1, 1:-1].sum() / positions.sum()).item()
 
@@ -105,7 +100,7 @@ def patch_norms(features: torch.Tensor, grid: tuple[int, int], factor: float = 3
 
 
 def _quantile(ascending: torch.Tensor, share: float) -> float:
-    """Linear between neighbours, as numpy; `torch.quantile` refuses more than 16 million values."""
+    """Linear between neighbors, as numpy; `torch.quantile` refuses more than 16 million values."""
     place = share * (len(ascending) - 1)
     low, high = math.floor(place), math.ceil(place)
     return torch.lerp(ascending[low], ascending[high], place - low).item()
@@ -113,18 +108,13 @@ def _quantile(ascending: torch.Tensor, share: float) -> float:
 
 @dataclass
 class ChannelStatistics:
-    """Per channel over all patches of all images, float64 (C,).
-
-    mean, std: of the population. rms: root of the mean square.
-    kurtosis: excess (0 for a normal distribution); NaN in a dead channel.
-    dead: bool (C,), std below 1e-4 of the median channel's.
-    """
+    """Statistics of each channel over all patches of all images, float64 (C,)."""
 
     mean: torch.Tensor
-    std: torch.Tensor
-    rms: torch.Tensor
-    kurtosis: torch.Tensor
-    dead: torch.Tensor
+    std: torch.Tensor  # of the population
+    rms: torch.Tensor  # root of the mean square
+    kurtosis: torch.Tensor  # excess (0 for a normal distribution); NaN in a dead channel
+    dead: torch.Tensor  # bool (C,): std below 1e-4 of the median channel's
 
     @property
     def largest(self) -> int:
@@ -133,7 +123,7 @@ class ChannelStatistics:
 
     @property
     def largest_ratio(self) -> float:
-        """Its rms over the median channel's; far above 1 is a "massive activation"."""
+        """The largest channel's rms over the median channel's; far above 1 is a "massive activation"."""
         return (self.rms.max() / self.rms.median()).item()
 
 
@@ -163,7 +153,7 @@ def position_table(model: nn.Module) -> torch.Tensor | None:
     """The learned absolute positions of a vision transformer, float32 (h, w, D) on the CPU; None where there are none.
 
     Rotary and relative positions, and convolutions, have no table. Class and register tokens in front of the grid are
-    dropped. Of several tables it is the one with the most positions.
+    dropped. If there are several tables, it is the one with the most positions.
     """
     tables = [
         table

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from tqdm import tqdm
 from transformers_radio.data.config import SourceConfig
 from transformers_radio.data.images import SkippedImage, decode_rgb
 from transformers_radio.data.source import Source
-from transformers_radio.evaluation.images.labelled import resize_image
+from transformers_radio.disk import write_text
+from transformers_radio.evaluation.images.resize import stretch_image
 from transformers_radio.evaluation.images.sampled import SAMPLE_SEED, shuffled
 from transformers_radio.evaluation.images.split_files import in_words_of_evaluation, own_split_name
 from transformers_radio.evaluation.models.encoder import ENCODER_COUNTED, VisionEncoder, load_encoder
 from transformers_radio.evaluation.paths import path_name
-from transformers_radio.evaluation.result import Result, done, result_path, work_folder
+from transformers_radio.evaluation.task import Job, Measured, Task
+from transformers_radio.precision import DTYPES
 
 from .figure import features_figure
 from .statistics import (
@@ -38,46 +40,101 @@ from .statistics import (
 )
 
 POSITIONS_NAMED = 10
-# What a result is known by, of its settings.
-RESULT_COUNTED = (*ENCODER_COUNTED, "image_size", "images", "outlier_factor", "seed", "files")
 
 
 @dataclass
 class FeaturesConfig:
     """Settings of the task."""
 
-    data: str = MISSING  # images, with or without labels; what training reads
-    name: str | None = None  # of the data, in results; null: the last part of `data`
-    config_name: str | None = None  # of a Hub dataset that has several configurations
-    split: str = "validation"
-    image_column: str | None = None  # null: the only one
-    images: int = 64  # drawn with seed 0
-    image_size: int | None = None  # side in pixels; null: each model's own
-    outlier_factor: float = 3.0  # a patch whose norm is above so many times the median is an outlier
-    dtype: str = "float32"
-    batch_size: int = 8
-    overwrite: bool = False
+    data: str = field(
+        default=MISSING, metadata={"help": "Images, with or without labels: everything that training reads."}
+    )
+    name: str | None = field(
+        default=None, metadata={"help": "What results call the data. null: the last part of `data`."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
+    )
+    split: str = field(default="validation", metadata={"help": "The images that are encoded."})
+    image_column: str | None = field(default=None, metadata={"help": "null: the only one."})
+    images: int = field(default=64, metadata={"help": "How many are drawn, with seed 0."})
+    image_size: int | None = field(default=None, metadata={"help": "Side in pixels. null: each model's own."})
+    outlier_factor: float = field(
+        default=3.0, metadata={"help": "A patch whose norm is above so many times the median is an outlier."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the models.", "choices": tuple(DTYPES)})
+    batch_size: int = field(default=8, metadata={"help": "Images that are encoded together."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the result."})
 
 
-def run(models: list[str], config: FeaturesConfig, output: Path) -> list[Result]:
-    """One `Result` a model; its picture is beside it, and all channels are in the work folder's statistics.json.
+class Features(Task):
+    """Norms, channels and position noise. A picture is beside each result, all channels are in its statistics.json.
 
     Raises:
         FileNotFoundError, ValueError: data, settings or a model that cannot be used; before any image is encoded.
     """
-    for name in ("images", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
-    if not config.outlier_factor > 1:
-        raise ValueError(f"outlier_factor is {config.outlier_factor}; expected more than 1.")
-    device = Accelerator(mixed_precision="no").device
-    encoders = [load_encoder(spec, config.image_size, config.dtype, device) for spec in models]
-    files, skipped = _read(config)
-    return [_measure(encoder, files, skipped, config, output) for encoder in encoders]
+
+    name = "features"
+    config_class = FeaturesConfig
+    config: FeaturesConfig
+    counted = (*ENCODER_COUNTED, "image_size", "images", "outlier_factor", "seed", "files")
+
+    def open(self, models: list[str]) -> list[Job]:
+        config = self.config
+        for name in ("images", "batch_size"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+        if not config.outlier_factor > 1:
+            raise ValueError(f"outlier_factor is {config.outlier_factor}; expected more than 1.")
+        device = Accelerator(mixed_precision="no").device
+        encoders = [load_encoder(spec, config.image_size, config.dtype, device) for spec in models]
+        self.files, self.skipped = _read(config)
+        files = _digest(self.files)
+        jobs = []
+        for encoder in encoders:
+            settings = {
+                **{name: value for name, value in asdict(config).items() if name not in ("overwrite", "batch_size")},
+                **encoder.settings(),
+                "image_size": encoder.image_size,
+                "seed": SAMPLE_SEED,
+                "files": files,
+            }
+            jobs.append(Job.of(encoder, config.name or path_name(config.data), settings))
+        return jobs
+
+    def measure(self, job: Job, folder: Path) -> Measured:
+        encoder, factor = job.encoder, self.config.outlier_factor
+        features, grid = _encode(encoder, self.files, self.config.batch_size)
+        norms, channels = patch_norms(features, grid, factor), channel_statistics(features)
+        table = position_table(encoder.model)
+        _write_statistics(norms, channels, folder / "statistics.json")
+        title = f"{encoder.name}, {encoder.image_size} px"
+        features_figure(title, norms, channels, table, folder.with_name(f"{folder.name}.png"))
+        metrics = {**_metrics(norms, channels), **_noise(encoder, table, grid)}
+        return Measured(
+            # if all features are constant, some metrics have no value
+            {name: value for name, value in metrics.items() if math.isfinite(value)},
+            f"{len(self.files)} whole images at {encoder.image_size} x {encoder.image_size}, {grid[0]} x {grid[1]} "
+            f"patches; high-norm: above {factor:g} x the median; dead: a channel whose deviation is below "
+            f"{DEAD_SHARE:g} of the median channel's; kurtosis: excess; position noise: share of the table's energy "
+            "above 1/4 cycle a patch, white noise has 80 %",
+            {
+                "images": len(self.files),
+                "skipped_images": self.skipped,
+                "patches": norms.norms.numel(),
+                "channels": len(channels.std),
+            },
+            {
+                # row, column, share of the images
+                "high_norm_positions": [list(one) for one in norms.most_frequent(POSITIONS_NAMED)],
+                "largest_channel": channels.largest,
+                "position_table": None if table is None else list(table.shape),
+            },
+        )
 
 
 def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
-    """Readable images, undecoded, and the number of unreadable ones among them."""
+    """Readable images, undecoded, and the number of unreadable ones that were met."""
     source = _open(config)
 
     def read(shard: int) -> Iterator[tuple[Any, str]]:
@@ -85,7 +142,7 @@ def _read(config: FeaturesConfig) -> tuple[list[bytes], int]:
 
     files: list[bytes] = []
     skipped = Counter[str]()
-    # The first ones would be of the first class, where the data comes class by class.
+    # If the data comes class by class, the first ones would all be of the first class.
     for image, _ in shuffled(len(source.shards), read):
         content = source.read(image)
         try:
@@ -109,23 +166,24 @@ def _open(config: FeaturesConfig) -> Source:
         raise type(error)(in_words_of_evaluation(str(error))) from error
 
 
-def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: FeaturesConfig, output: Path) -> Result:
-    name = config.name or path_name(config.data)
-    path = result_path(output, encoder.name, "features", name)
-    settings = {
-        **{key: value for key, value in asdict(config).items() if key not in ("overwrite", "batch_size")},
-        **encoder.settings(),
-        "image_size": encoder.image_size,
-        "seed": SAMPLE_SEED,
-        "files": _digest(files),
-    }
-    finished = done(path, settings, RESULT_COUNTED, config.overwrite)
-    if finished is not None:
-        return finished
-    features, grid = _encode(encoder, files, config.batch_size)
-    norms = patch_norms(features, grid, config.outlier_factor)
-    channels = channel_statistics(features)
-    table = position_table(encoder.model)
+def _digest(files: list[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(hashlib.blake2b(file).digest())
+    return digest.hexdigest()
+
+
+def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """float32 (N, h*w, C) on the CPU, and (h, w)."""
+    encoded, grid, size = [], (0, 0), (encoder.image_size, encoder.image_size)
+    for start in tqdm(range(0, len(files), batch_size), desc=f"{encoder.name} features", unit="batch"):
+        images = [stretch_image(decode_rgb(file), size) for file in files[start : start + batch_size]]
+        features, grid = encoder.features(torch.stack(images).to(encoder.device).float() / 255)
+        encoded.append(features.cpu())
+    return torch.cat(encoded), grid
+
+
+def _metrics(norms: PatchNorms, channels: ChannelStatistics) -> dict[str, float]:
     metrics = {
         "Norm, median": norms.median,
         "Norm, 99 %": norms.p99,
@@ -139,59 +197,11 @@ def _measure(encoder: VisionEncoder, files: list[bytes], skipped: int, config: F
     }
     if norms.share > 0:
         metrics["High-norm patches at the border"] = 100 * norms.border_share
-    metrics |= _noise(encoder, table, grid)
-    folder = work_folder(path)
-    _write_statistics(norms, channels, folder / "statistics.json")
-    features_figure(f"{encoder.name}, {encoder.image_size} px", norms, channels, table, path.with_suffix(".png"))
-    return Result(
-        "features",
-        encoder.name,
-        name,
-        # where all features are constant, some have no value
-        {metric: value for metric, value in metrics.items() if math.isfinite(value)},
-        f"{len(files)} whole images at {encoder.image_size} x {encoder.image_size}, {grid[0]} x {grid[1]} patches; "
-        f"high-norm: above {config.outlier_factor:g} x the median; dead: a channel whose deviation is below "
-        f"{DEAD_SHARE:g} of the median channel's; kurtosis: excess; position noise: share of the table's energy above "
-        "1/4 cycle a patch, white noise has 80 %",
-        {
-            **settings,
-            "high_norm_positions": [
-                list(one) for one in norms.most_frequent(POSITIONS_NAMED)
-            ],  # row, column, share of the images
-            "largest_channel": channels.largest,
-            "position_table": None if table is None else list(table.shape),
-        },
-        {
-            "images": len(files),
-            "skipped_images": skipped,
-            "patches": norms.norms.numel(),
-            "channels": len(channels.std),
-        },
-        encoder.params,
-        encoder.image_size,
-    ).write(path)
-
-
-def _digest(files: list[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(hashlib.blake2b(file).digest())
-    return digest.hexdigest()
-
-
-def _encode(encoder: VisionEncoder, files: list[bytes], batch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """float32 (N, h*w, C) on the CPU, and (h, w)."""
-    device = next(encoder.model.parameters()).device
-    encoded, grid = [], (0, 0)
-    for start in tqdm(range(0, len(files), batch_size), desc=f"{encoder.name} features", unit="batch"):
-        images = [resize_image(decode_rgb(file), encoder.image_size) for file in files[start : start + batch_size]]
-        features, grid = encoder.features(torch.stack(images).to(device).float() / 255)
-        encoded.append(features.cpu())
-    return torch.cat(encoded), grid
+    return metrics
 
 
 def _noise(encoder: VisionEncoder, table: torch.Tensor | None, grid: tuple[int, int]) -> dict[str, float]:
-    """Of the table as it is stored; and as a student resizes it to its patches, where these are others."""
+    """Noise of the table as it is stored; and as a student resizes it, if its patches are not those of the table."""
     if table is None:
         return {}
     tables = {"Position noise": table}
@@ -207,7 +217,6 @@ def _noise(encoder: VisionEncoder, table: torch.Tensor | None, grid: tuple[int, 
 
 
 def _write_statistics(norms: PatchNorms, channels: ChannelStatistics, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     statistics = {
         "mean": channels.mean.tolist(),
         "std": channels.std.tolist(),
@@ -216,4 +225,4 @@ def _write_statistics(norms: PatchNorms, channels: ChannelStatistics, path: Path
         "mean_norm": norms.norms.mean(dim=0).tolist(),  # (h, w)
         "high_norm_share": norms.positions.tolist(),  # (h, w)
     }
-    path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(statistics) + "\n")

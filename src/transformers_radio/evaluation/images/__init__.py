@@ -1,1 +1,1 @@
-"""Labelled images, resizing, and stored summaries."""
+"""Labeled images, resizing, and stored summaries."""

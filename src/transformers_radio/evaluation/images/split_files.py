@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import hashlib
 import logging
 import os
 import re
@@ -14,43 +13,42 @@ from typing import Any
 
 from transformers_radio.data.errors import FileError, one_line
 from transformers_radio.data.files import find_files, kind_of
+from transformers_radio.disk import digest, fingerprint_files
 from transformers_radio.evaluation.models.specs import folder_or_hub
-from transformers_radio.evaluation.paths import expand_home, fingerprint_files
+from transformers_radio.evaluation.paths import expand_home
 
 logger = logging.getLogger(__name__)
 
-# Names of the usual splits, as `datasets` knows them: whichever of a row is asked for, any of the row may be there.
+# Names of the usual splits, as `datasets` knows them. Those of a row mean the same.
 SPLITS = (
     ("train", "training"),
     ("validation", "val", "valid", "dev"),
     ("test", "testing", "eval", "evaluation"),
 )
-# Of class folders: labels of the images, and other columns; read by `datasets` alone.
+# Tables beside class folders with labels and other columns of the images; only `datasets` reads them.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass
 class SplitFiles:
-    """kind: the builder of `datasets` that reads the files, None where it is left to `datasets` to find that out too.
-    folder: that the files are named from. files: in the order of their names.
-    """
+    """The files of a split."""
 
     source: str
     split: str
-    kind: str | None
-    folder: str
-    files: list[str]
-    revisions: Any = None  # of files elsewhere, as `datasets` has them
+    kind: str | None  # the builder of `datasets` that reads the files; None where `datasets` finds that out too
+    folder: str  # that the files are named from
+    files: list[str]  # in the order of their names
+    revisions: Any = None  # of files on servers, as `datasets` has them
 
     def load_arguments(self, config_name: str | None) -> dict[str, Any]:
-        """For `datasets.load_dataset` and `load_dataset_builder`."""
+        """Arguments of `datasets.load_dataset` and `load_dataset_builder`."""
         if self.kind is None:
             return {"path": self.source, "name": config_name}
         files = [file if "://" in file else glob.escape(file) for file in self.files]
         return {"path": self.kind, "data_files": {self.split: files}}
 
     def take_files(self, data_files: Any) -> None:
-        """What `datasets` has found, where finding it was left to it or the files are elsewhere."""
+        """Takes the files that `datasets` has found, if finding them was left to it or they are on servers."""
         if self.kind is None or self.is_remote:
             self.files, self.folder = [str(file) for file in data_files], os.path.realpath(self.folder)
             self.revisions = getattr(data_files, "origin_metadata", None)
@@ -61,13 +59,13 @@ class SplitFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names, sizes and dates below the folder, wherever it lies; of files on servers, places and revisions."""
+        """A hash of names below the folder, sizes and dates; for files on servers, of places and revisions."""
         if self.is_remote or not self.files:
             return _digest(self.files, self.revisions)
         return fingerprint_files(self.files, self.folder)
 
     def fingerprint_before(self, folder: str) -> str:
-        """Of these files as results of earlier versions have it, when they lay in `folder`."""
+        """The fingerprint that earlier versions gave these files when they lay in `folder`."""
         if self.is_remote or not self.files:
             return self.fingerprint
         files = [os.path.join(os.path.realpath(folder), os.path.relpath(file, self.folder)) for file in self.files]
@@ -75,21 +73,17 @@ class SplitFiles:
 
 
 def _digest(files: list[str], revisions: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(f"{file}\n".encode())
-    digest.update(repr(revisions).encode())
-    return digest.hexdigest()
+    return digest([*(f"{file}\n" for file in files), repr(revisions)])
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """The names that a split may have, the one that is asked for first."""
+    """The names that a split may have, beginning with the one that is asked for."""
     others = next((row for row in SPLITS if split in row), ())
     return (split, *(name for name in others if name != split))
 
 
 def own_split_name(source: str, split: str) -> str:
-    """What the split is called there, among its names; `split` itself where none is."""
+    """Which of its names the split has there; `split` itself where none is."""
     folder = expand_home(source)
     names = split_names(split)
     there = os.listdir(folder) if os.path.isdir(folder) else []
@@ -160,7 +154,7 @@ def _find(path: str, split: str) -> tuple[str, str, list[str]]:
 
 
 def _above_class(file: str, kind: str, folder: str) -> str:
-    """The part of a file's path that may name its split; the folder of a class may have any name."""
+    """The part of a file's path that may name its split; a class may have any name, so its folder does not count."""
     parts = Path(os.path.relpath(file, folder)).parts
     return os.path.join("", *(parts[:-2] if kind == "imagefolder" else parts))
 
@@ -171,12 +165,12 @@ def _mentions(path: str, names: Sequence[str] | set[str]) -> bool:
 
 
 def in_words_of_evaluation(message: str) -> str:
-    """Of a message in the words of a training recipe, whose data have a path of their own."""
+    """A message about a field of a training recipe, such as `data.path`, with the name that evaluation has for it."""
     return re.sub(r"\bdata\.path\b", "data", re.sub(r"\bdata\.(split|image_column)\b", r"\1", message))
 
 
 def _has_card(path: str) -> bool:
-    """Whether the folder has a data set's card with settings for `datasets`: configurations, numbers of images."""
+    """Whether the folder has a README.md with settings for `datasets`: configurations, numbers of images."""
     card = os.path.join(path, "README.md")
     if not os.path.isfile(card):
         return False
@@ -196,10 +190,10 @@ def _is_for_datasets(path: str) -> bool:
 
 @contextlib.contextmanager
 def naming(found: SplitFiles) -> Iterator[None]:
-    """Turn what is said of a damaged file within into a line with the name of the split, or of its only file.
+    """Turns an error about a damaged file into one line with the name of the split, or of its only file.
 
     Raises:
-        FileError: in place of an error of pyarrow, some of which are an OSError that names no file.
+        FileError: in place of an error of pyarrow, or an OSError that does not name the file.
     """
     import pyarrow
 
@@ -213,7 +207,7 @@ def naming(found: SplitFiles) -> Iterator[None]:
 
 
 def load_builder(found: SplitFiles, config_name: str | None) -> Any:
-    """The `datasets.DatasetBuilder` of a split that is no class folder of images.
+    """The `datasets.DatasetBuilder` of a split that is not made of class folders.
 
     Raises:
         FileNotFoundError: neither a folder nor a data set on the Hub has this name.
@@ -225,8 +219,10 @@ def load_builder(found: SplitFiles, config_name: str | None) -> Any:
 
 
 def class_names(found: SplitFiles) -> list[str] | None:
-    """The names of class folders, sorted; of all splits together, so that a label means the same in each. None where
-    the images do not lie in two or more folders at one depth, or a table of metadata is there."""
+    """The names of the class folders of all splits together, sorted, so that a label means the same in each.
+
+    None if the images do not lie in two or more folders at one depth, or a table of metadata is there.
+    """
     if found.kind != "imagefolder" or any(os.path.basename(file) in METADATA for file in found.files):
         return None
     folders = {os.path.dirname(file) for file in found.files}

@@ -1,6 +1,5 @@
 """Questions about images, and a LLaVA's greedy answers to them, kept on disk as they come."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,44 +8,34 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from omegaconf import MISSING
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from transformers_radio.data.images import SkippedImage, decode_rgb
+from transformers_radio.data.images import SkippedImage
+from transformers_radio.data.source import read_rgb
+from transformers_radio.disk import digest
 
+from .config import LlavaQuestions
 from .data import IMAGE_TOKEN, LlavaCollator, encode_image, expand_image_token, render
 from .scorers import SCORERS
 
 
 @dataclass
-class LlavaQuestions:
-    """A set of questions that is scored here: JSON lines of {"question_id", "image": path below `images` or left out,
-    "text", "answer": one text, or "answers": several people's}."""
-
-    questions: str = MISSING  # the file, below data
-    images: str = MISSING  # the folder, below data
-    scorer: str = "exact_match"  # or yes_no (POPE) or vqa (several people's answers)
-    prompt: str = "\nAnswer the question using a single word or phrase."  # after each question; LLaVA-1.5's own
-    max_new_tokens: int = 16
-
-
-@dataclass
 class Question:
-    """`text` has no image token and no `prompt`; `answers` holds at least one text."""
+    """A question about an image, or about none."""
 
     id: str
     image: Path | None
-    text: str
-    answers: list[str]
+    text: str  # without an image token and without `LlavaQuestions.prompt`
+    answers: list[str]  # at least one
 
 
 def read_questions(path: str | Path, images: str | Path, scorer: str) -> tuple[list[Question], str]:
-    """The questions of a file (see `LlavaQuestions`), and the digest of its bytes.
+    """The questions of a file (see `LlavaQuestions.questions`), and the digest of its bytes.
 
     Raises:
-        FileNotFoundError: no such file, or images that are missing: a score over a part is no score.
-        ValueError: an unknown scorer, no such format, or an id twice; the line being named.
+        FileNotFoundError: no such file, or images that are missing: a score over a part is not a score.
+        ValueError: an unknown scorer, another format, or an id twice; the message names the line.
     """
     path, images = Path(path), Path(images)
     if scorer not in SCORERS:
@@ -64,7 +53,7 @@ def read_questions(path: str | Path, images: str | Path, scorer: str) -> tuple[l
             question = Question(str(item["question_id"]), image, text, answers)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"Line {number} of {path} is no question ({error!r}); expected 'question_id', 'image', 'text' and "
+                f"Line {number} of {path} is not a question ({error!r}); expected 'question_id', 'image', 'text' and "
                 "'answer' or 'answers'."
             ) from error
         if question.id in questions:
@@ -81,13 +70,13 @@ def read_questions(path: str | Path, images: str | Path, scorer: str) -> tuple[l
         raise FileNotFoundError(
             f"{len(missing)} images of {path} are missing, the first is {missing[0]}: complete {images}."
         )
-    return list(questions.values()), hashlib.blake2b(data, digest_size=16).hexdigest()
+    return list(questions.values()), digest([data])
 
 
 class AnswerLog:
-    """Answers by question id in FOLDER/<rank>.jsonl, one file a process; written through after each batch.
+    """Answers by question id in FOLDER/<rank>.jsonl, one file per process, which grows with each batch.
 
-    Whatever processes wrote there before, killed ones too, counts: `answers` has the answers of all files as of now.
+    `answers` has those of all files, also of earlier processes that were killed.
     """
 
     def __init__(self, folder: Path, rank: int):
@@ -100,6 +89,7 @@ class AnswerLog:
         self.answers = self.read()
 
     def read(self) -> dict[str, str]:
+        """The answers that all processes have written so far."""
         answers = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
@@ -121,11 +111,10 @@ def answer_questions(
     settings: LlavaQuestions,
     folder: Path,
     batch_size: int,
-    name: str,
 ) -> list[str]:
-    """Answers in the order of the questions; those that are in `folder` already are not asked again.
+    """Answers in the order of the questions; a question that has an answer in `folder` is not asked again.
 
-    Call it on all processes; each answers a share, and all return everything.
+    Call it on all processes: each answers a share, and all return everything.
 
     Raises:
         ValueError: an image that cannot be read.
@@ -135,7 +124,7 @@ def answer_questions(
     state.wait_for_everyone()  # all agree on what is left before one adds to it
     left = [question for question in questions if question.id not in log.answers]
     share = left[state.process_index :: state.num_processes]
-    for batch in batches(share, batch_size, name, not state.is_main_process):
+    for batch in batches(share, batch_size, folder.name, not state.is_main_process):
         images = [None if question.image is None else _read_image(processor, question.image) for question in batch]
         texts = [question.text + settings.prompt for question in batch]
         replies = generate(llava, processor, images, texts, settings.max_new_tokens)
@@ -147,7 +136,7 @@ def answer_questions(
 
 def _read_image(processor: LlavaProcessor, path: Path) -> torch.Tensor:
     try:
-        return encode_image(processor, decode_rgb(path.read_bytes()))
+        return encode_image(processor, read_rgb(path))
     except SkippedImage as error:
         raise ValueError(f"{path} cannot be read ({error.reason}); replace it and start again.") from error
 
@@ -169,7 +158,11 @@ def generate(
     questions: list[str],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers. images: pixels in [0, 1], (3, height, width) each, sizes may differ; None for text alone."""
+    """Greedy answers to a batch of questions.
+
+    Args:
+        images: pixels in [0, 1], (3, height, width) each, whose sizes may differ; None for a question without one.
+    """
     features = []
     for pixel_values, question in zip(images, questions, strict=True):
         content = question if pixel_values is None else f"{IMAGE_TOKEN}\n{question}"

@@ -1,6 +1,5 @@
 """LLaVA's conversations as training examples: tokens, labels on the answers alone, and the image at its own aspect."""
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import LlavaProcessor
 
-from transformers_radio.data.images import SkippedImage, decode_rgb
+from transformers_radio.data.images import SkippedImage
+from transformers_radio.data.source import read_rgb
+from transformers_radio.disk import digest
 
 from .model import IMAGE_TOKEN
 
@@ -34,12 +35,11 @@ class Example:
 
 @dataclass
 class Conversations:
-    """`examples` of a file; items whose image is one of the `missing` files are left out; `digest` of the
-    file's bytes."""
+    """The examples of a file."""
 
-    examples: list[Example]
-    missing: int
-    digest: str
+    examples: list[Example]  # without those whose image is missing
+    missing: int  # number of missing images
+    digest: str  # hash of the file's bytes
 
 
 def read_conversations(path: str | Path, images: str | Path, max_skipped_share: float) -> Conversations:
@@ -50,7 +50,7 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no such format, the item being named; or more images missing than `max_skipped_share` allows.
+        ValueError: another format (the message names the item), or more missing images than `max_skipped_share`.
     """
     path, images = Path(path), Path(images)
     if not path.is_file():
@@ -61,7 +61,7 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
     try:
         items = json.loads(data)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}).") from error
+        raise ValueError(f"{path} is not JSON ({error}).") from error
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path} holds no list of conversations; expected [{{'image': ..., 'conversations': ...}}].")
     examples, left_out, missing = [], 0, set()
@@ -83,7 +83,7 @@ def read_conversations(path: str | Path, images: str | Path, max_skipped_share: 
             f"{left_out} of {len(items)} images of {path} are missing below {images}, more than the allowed share of "
             f"{max_skipped_share}: complete the folder, or raise max_skipped_share."
         )
-    return Conversations(examples, len(missing), hashlib.blake2b(data, digest_size=16).hexdigest())
+    return Conversations(examples, len(missing), digest([data]))
 
 
 def _read_messages(item: Any, name: str) -> Messages:
@@ -91,7 +91,7 @@ def _read_messages(item: Any, name: str) -> Messages:
         turns = [(ROLES[turn["from"]], turn["value"].strip()) for turn in item["conversations"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{name} is no conversation; expected 'conversations' of {{'from': 'human' or 'gpt', 'value': text}}."
+            f"{name} is not a conversation; expected 'conversations' of {{'from': 'human' or 'gpt', 'value': text}}."
         ) from error
     while turns and turns[0][0] != "user":
         turns = turns[1:]
@@ -110,8 +110,8 @@ def _read_messages(item: Any, name: str) -> Messages:
 class LlavaDataset(Dataset):
     """Examples as {"input_ids" (L,), "labels" (L,), "pixel_values" (3, height, width) or None}.
 
-    The labels are the tokens of the answers and of their ends, and IGNORED elsewhere. An image that cannot be read
-    is replaced by the next example; its path is appended to `unreadable`, one a line.
+    The labels are the tokens of the answers and of their ends, and IGNORED elsewhere. An example whose image cannot be
+    read is replaced by the next one; the image's path is appended to the file `unreadable`, one per line.
 
     Args:
         plain: the format of LLaVA's first phase, the image and its caption alone; otherwise the chat template.
@@ -144,8 +144,7 @@ class LlavaDataset(Dataset):
                 return self._encode(example, None)
             self.seen += 1
             try:
-                image = decode_rgb(example.image.read_bytes())
-                return self._encode(example, encode_image(self.processor, image))
+                return self._encode(example, encode_image(self.processor, read_rgb(example.image)))
             except SkippedImage as error:
                 self._skip(example.image, error.reason)
         raise ValueError("No image of the conversations can be read.")
@@ -200,7 +199,7 @@ def render(tokenizer, messages: Messages) -> str:
 
 
 def expand_image_token(processor: LlavaProcessor, text: str, pixel_values: torch.Tensor | None) -> str:
-    """One image token a patch, as LLaVA's processor does for one image, (3, height, width)."""
+    """The text with one image token per patch, as LLaVA's processor does for an image (3, height, width)."""
     if pixel_values is None:
         return text
     rows, columns = (side // processor.patch_size for side in pixel_values.shape[1:])
@@ -224,8 +223,8 @@ class LlavaCollator:
             for f in features
         ]
         if not images:
-            # Text alone: one black image outside of the attention and the loss, so that every process of a run has
-            # gradients for the projector; with DDP and FSDP all wait for the one that has none.
+            # text alone: one black image outside of the attention and the loss, so that every process of a run has
+            # gradients for the projector; with DDP and FSDP all would wait for the one that has none
             step = self.processor.image_processor.size_divisor
             images = [torch.zeros(3, step, step)]
             tokens = torch.full(((step // self.processor.patch_size) ** 2,), self.processor.image_token_id)

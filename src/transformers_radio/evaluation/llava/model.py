@@ -16,8 +16,8 @@ from transformers_radio.modeling import RadioImageProcessor, RadioLlavaProcessor
 
 IMAGE_TOKEN = "<image>"
 
-# The conversation format of Vicuna 1.1, which LLaVA-1.5 is tuned and asked in. The reply's beginning belongs to the
-# question, so a prompt for generation is the text of a conversation that ends with a question.
+# The conversation format of Vicuna 1.1, in which LLaVA-1.5 is tuned and asked. A question ends with the beginning of
+# the reply, so a prompt for generation is simply a conversation that ends with a question.
 CHAT_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -71,7 +71,7 @@ def build_llava(
         vision_feature_select_strategy="default",
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
-    with torch.device("meta"):  # only the frame: all its parts are put in below
+    with torch.device("meta"):  # only the frame: its parts are put in below
         llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower = tower.requires_grad_(False).to(dtype)
     llava.model.language_model = language.base_model

@@ -1,6 +1,6 @@
 """Scores of short answers: exact match, yes or no (POPE), and VQA accuracy against several people's answers.
 
-Published figures come from lmms-eval's own scorers (see llava_lmms.py); these score any question file, without it.
+Published numbers come from lmms-eval's own scorers (see lmms.py); these score any question file without it.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers_radio.evaluation.counting_metric import CountingMetric
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
 NUMBERS["none"] = "0"
 ARTICLES = {"a", "an", "the"}
-# words that people write without their apostrophe: "dont" is "don't", "theyre" is "they're"
+# words that people write without the apostrophe: "dont" is "don't", "theyre" is "they're"
 CONTRACTIONS = {
     stem + ending.replace("'", ""): stem + ending
     for ending, stems in {
@@ -34,12 +34,12 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 def normalize_answer(text: str) -> str:
     """An answer as the VQA evaluation compares it: lower case, no punctuation or articles, digits for number words.
 
-    The rules are those of the VQA challenge's evaluation. Of its list of contractions the common ones are kept.
+    The rules are those of the VQA challenge's evaluation, with the common ones of its contractions.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip().lower()
     original = text
     for mark in PUNCTUATION:
-        # at a word's border, and in every text that holds a number with commas, a mark goes; between two words it
+        # a mark is deleted at a word's border, and everywhere in a text that holds a number with commas; elsewhere it
         # becomes a space
         at_border = f"{mark} " in original or f" {mark}" in original
         text = text.replace(mark, "" if at_border or re.search(r"\d,+\d", original) else " ")
@@ -64,7 +64,7 @@ def vqa_accuracy(answer: str, expected: list[str]) -> float:
     """
     people = [normalize_answer(text) for text in expected]
     agreeing = Counter(people)[normalize_answer(answer)]
-    # The subset without somebody who agrees has one such person less; there are `agreeing` of these subsets.
+    # a subset without somebody who agrees has one such person less; there are `agreeing` of these subsets
     with_all, with_one_less = min(agreeing / 3, 1), min((agreeing - 1) / 3, 1)
     return (agreeing * with_one_less + (len(people) - agreeing) * with_all) / len(people)
 
@@ -111,7 +111,7 @@ class _AnswerMetric(CountingMetric):
         """Counts one question.
 
         Raises:
-            ValueError: no list of texts, or an empty one.
+            ValueError: the reference is not a list of texts, or is empty.
         """
         if isinstance(reference, str) or not reference:
             raise ValueError(f"The reference of {prediction!r} is {reference!r}; expected a list of answers.")

@@ -1,65 +1,38 @@
 """The two phases of LLaVA-1.5 on transformers' Trainer: first the projector alone, then the language model with it.
 
 FOLDER/                one phase
-  settings.json        what it was trained with; other settings do not continue it
-  checkpoint-N/        the Trainer's own; a killed phase goes on from the newest whole one
-  unreadable.txt       images that could not be read, with every start and epoch again
+  settings.json        what it is trained with; other settings are refused
+  checkpoint-N/        the Trainer's own; a killed phase resumes from the newest whole one
+  unreadable.txt       images that could not be read; every start and epoch adds them again
   projector/           the result of the first phase: model.safetensors
   llava/               the result of the second: a LLaVA with its processor
 """
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
 
-from transformers_radio.evaluation.result import differences
+from transformers_radio.disk import remove, replace_whole
 
+from .config import LlavaHardware, LlavaPhase
 from .data import Conversations, LlavaCollator, LlavaDataset
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class LlavaPhase:
-    """One phase; the defaults are those that the two stock phases share (AdamW, cosine, no weight decay)."""
-
-    conversations: str = MISSING  # JSON in LLaVA's format, below data
-    images: str = MISSING  # folder that its images are named from, below data
-    learning_rate: float = MISSING
-    batch_size: int = MISSING  # in examples, over all processes and accumulated steps
-    epochs: float = 1.0
-    warmup: float = 0.03  # share of the steps
-    max_length: int = 2048  # in tokens, image tokens included
-    save_steps: int = 1000
-
-
-@dataclass
-class LlavaHardware:
-    """How a phase is run; of these only `bf16` changes the numbers."""
-
-    per_device_batch_size: int = 16
-    num_workers: int = 4
-    bf16: bool = True  # autocast; the weights that are trained stay float32
-    gradient_checkpointing: bool = True
-    log_steps: int = 10
-
-
 class LlavaTrainer(Trainer):
-    """A Trainer whose checkpoints do bring the weights back.
+    """A Trainer whose checkpoints really bring the weights back.
 
-    A LLaVA is saved under other names than its weights have in memory. The Trainer reads a checkpoint by the names in
-    memory and does not mind those it misses, so it would go on from the fresh model.
+    A LLaVA's weights have other names in its files than in memory. The Trainer reads a checkpoint by the names in
+    memory and ignores missing ones, so it would continue with the fresh model.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -71,36 +44,68 @@ class LlavaTrainer(Trainer):
         target.load_state_dict(saved.state_dict())  # strict: nothing may be missing
 
 
+@dataclass(frozen=True)
+class PhaseWork:
+    """A phase with its data and its folder.
+
+    The first phase (`projector_only`) sees images and captions alone, the second conversations in the chat template.
+    """
+
+    settings: LlavaPhase
+    data: Conversations
+    folder: Path
+    projector_only: bool
+
+    @property
+    def result(self) -> Path:
+        return self.folder / ("projector" if self.projector_only else "llava")
+
+
 def train_phase(
     llava: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    data: Conversations,
-    phase: LlavaPhase,
-    folder: Path,
-    projector_only: bool,
+    work: PhaseWork,
     hardware: LlavaHardware,
     max_skipped_share: float,
     seed: int,
 ) -> Path:
-    """Train, or go on from the newest whole checkpoint in `folder`; returns the folder of the result.
+    """Trains, or resumes from the newest whole checkpoint in the folder; returns the folder of the result.
 
-    The first phase (`projector_only`) sees images and captions alone, the second conversations in the chat template;
-    the loss is on captions and answers. The tower is frozen in both. Call it on all processes.
+    The loss is on captions and answers. The tower is frozen in both phases. Call it on all processes.
 
     Raises:
         ValueError: a batch size that the processes cannot share, too many unreadable images.
     """
-    result = folder / ("projector" if projector_only else "llava")
-    if result.exists():
-        return result
+    if work.result.exists():
+        return work.result
     state = PartialState()
-    at_once = hardware.per_device_batch_size * state.num_processes
-    check_batch_size(phase, hardware, state.num_processes)
-    llava.requires_grad_(not projector_only)
+    check_batch_size(work.settings, hardware, state.num_processes)
+    llava.requires_grad_(not work.projector_only)
     llava.model.vision_tower.requires_grad_(False)
     llava.model.multi_modal_projector.requires_grad_(True)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
+    dataset = LlavaDataset(
+        work.data.examples,
+        processor,
+        plain=work.projector_only,
+        max_length=work.settings.max_length,
+        unreadable=work.folder / "unreadable.txt",
+        max_skipped_share=max_skipped_share,
+    )
+    arguments = _arguments(work, hardware, seed)
+    trainer = LlavaTrainer(llava, arguments, train_dataset=dataset, data_collator=LlavaCollator(processor))
+    checkpoint = newest_checkpoint(work.folder)
+    if checkpoint is not None:
+        logger.warning("%s resumes from %s", work.folder, checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _save_result(trainer, processor, work)
+    return work.result
+
+
+def _arguments(work: PhaseWork, hardware: LlavaHardware, seed: int) -> TrainingArguments:
+    phase = work.settings
+    at_once = hardware.per_device_batch_size * PartialState().num_processes
+    return TrainingArguments(
+        output_dir=str(work.folder),
         learning_rate=phase.learning_rate,
         per_device_train_batch_size=hardware.per_device_batch_size,
         gradient_accumulation_steps=phase.batch_size // at_once,
@@ -119,45 +124,34 @@ def train_phase(
         report_to="none",
         remove_unused_columns=False,
     )
-    dataset = LlavaDataset(
-        data.examples,
-        processor,
-        plain=projector_only,
-        max_length=phase.max_length,
-        unreadable=folder / "unreadable.txt",
-        max_skipped_share=max_skipped_share,
-    )
-    trainer = LlavaTrainer(llava, arguments, train_dataset=dataset, data_collator=LlavaCollator(processor))
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        logger.warning("%s goes on from %s", folder, checkpoint.name)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+
+def _save_result(trainer: LlavaTrainer, processor: LlavaProcessor, work: PhaseWork) -> None:
+    """Writes what the phase has trained, and deletes the checkpoints, which are of no use afterwards."""
+    state = PartialState()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all shards: on all processes
     if state.is_main_process:
-        temporary = folder / f"{result.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        if projector_only:
-            prefix = "model.multi_modal_projector."
-            projector = {
-                name.removeprefix(prefix): tensor.detach().cpu().contiguous()
-                for name, tensor in weights.items()
-                if name.startswith(prefix)
-            }
-            save_file(projector, temporary / "model.safetensors")
-        else:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=weights)
-            processor.save_pretrained(temporary)
-        os.replace(temporary, result)
-        for path in folder.glob("checkpoint-*"):
+        with replace_whole(work.result) as temporary:
+            remove(temporary)  # what a kill has left
+            temporary.mkdir()
+            if work.projector_only:
+                prefix = "model.multi_modal_projector."
+                projector = {
+                    name.removeprefix(prefix): tensor.detach().cpu().contiguous()
+                    for name, tensor in weights.items()
+                    if name.startswith(prefix)
+                }
+                save_file(projector, temporary / "model.safetensors")
+            else:
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=weights)
+                processor.save_pretrained(temporary)
+        for path in work.folder.glob("checkpoint-*"):
             shutil.rmtree(path)
     state.wait_for_everyone()
-    return result
 
 
 def load_projector(llava: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Put the projector that the first phase left in `folder` into a LLaVA."""
+    """Puts the projector that the first phase left in `folder` into a LLaVA."""
     llava.model.multi_modal_projector.load_state_dict(load_file(folder / "model.safetensors"))
 
 
@@ -178,45 +172,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return path
         except (OSError, json.JSONDecodeError):
-            logger.warning("%s was not written to its end and is left out", path)
+            logger.warning("%s was not written to its end and is not used", path)
     return None
-
-
-def claim_folder(
-    folder: Path,
-    settings: dict[str, Any],
-    counted: Sequence[str],
-    overwrite: bool,
-    before: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> None:
-    """Make `folder` the place of work with these settings; what is there with the same settings is kept.
-
-    Args:
-        counted, before: which settings must be the same, and those of earlier versions, as for `results.done`.
-
-    Raises:
-        ValueError: work of other settings is there, and `overwrite` is False.
-    """
-    state = PartialState()
-    file = folder / "settings.json"
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    state.wait_for_everyone()  # all have read before one writes
-    if there is not None:
-        changed = differences(there if before is None else before(there), settings, counted)
-        if not changed:
-            return
-        if not overwrite:
-            raise ValueError(
-                f"{folder} holds work of other settings; it differs in {', '.join(changed)}. Choose another --output, "
-                "or replace it with overwrite=true."
-            )
-    if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        temporary = folder / "settings.json.tmp"
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    state.wait_for_everyone()
 
 
 def count_unreadable(folder: Path) -> int:

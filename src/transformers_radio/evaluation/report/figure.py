@@ -64,12 +64,12 @@ class _Point:
 
 
 def quality_throughput_figure(table: Table, students: Collection[str], path: str | Path) -> list[Path]:
-    """Write a PNG and, beside it, the same as a PDF; nothing where no metric has two models with a throughput.
+    """Write a PNG and, beside it, the same as a PDF; nothing if no metric has two models with a throughput.
 
     Students are filled circles, teachers open squares; better is further up and to the right. A model stands over its
     throughput at the resolution that the metric was measured at (`Row.speeds`); a panel leaves out the models that
     lack either. An axis of quality spans at least 10 points (in other units a quarter of its largest value); one of
-    throughput begins at 0, or is logarithmic where the fastest model is three times as fast as the slowest.
+    throughput begins at 0, or is logarithmic if the fastest model is three times as fast as the slowest.
 
     Args:
         table: throughput in images/s; metrics in percent, or in `table.units`.
@@ -148,7 +148,7 @@ def _draw_panel(axes: Axes, metric: str, points: Sequence[_Point], students: Col
 
 
 def _limits(values: Sequence[float], unit: str) -> tuple[float, float]:
-    """Of the axis of quality: room around the values, a least span, and nothing outside of 0 to 100 percent."""
+    """The ends of the axis of quality: room around the values, a least span, percentages within 0 to 100."""
     low, high = min(values), max(values)
     least = LEAST_POINTS if unit == "%" else LEAST_SHARE * max(abs(low), abs(high)) or 1.0
     span = max(1.3 * (high - low), least)
@@ -202,6 +202,6 @@ def _label_points(axes: Axes, renderer: Any, points: Sequence[_Point], students:
 
 
 def _common_area(box: np.ndarray, others: np.ndarray) -> float:
-    """Of one box (4,) with each of the others (n, 4), summed."""
+    """The area that one box (4,) has in common with each of the others (n, 4), summed."""
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])  # (n, 2)
     return float(sides.clip(min=0).prod(axis=1).sum())

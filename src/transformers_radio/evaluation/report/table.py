@@ -36,7 +36,7 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows with their title and notes. The best value of a column is bold, where there is one to compare it with;
+    """Rows with their title and notes. The best value of a column is bold if there is another to compare it with;
     larger is better except in the columns named in `lower_is_better`. Metrics are percentages unless `units` says
     otherwise."""
 

@@ -1,6 +1,5 @@
-"""COCO-format annotations and detections as box prompts with masks, one list entry an image."""
+"""COCO-format annotations and detections as box prompts with masks, one list entry per image."""
 
-import hashlib
 import importlib
 import json
 import math
@@ -10,55 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from transformers_radio.data.images import SkippedImage, decode_rgb
+from transformers_radio.data.images import SkippedImage
+from transformers_radio.data.source import read_rgb
+from transformers_radio.disk import digest
+
+from .config import SamCocoConfig
 
 EXTRA = 'pip install "transformers_radio[evaluation]"'
 
 
 @dataclass
-class SamCocoConfig:
-    """The prompted-mask evaluation on one split of a COCO-format dataset.
-
-    images: folder that the annotations' file names are in.
-    annotations: the split's instance annotations (JSON).
-    detections: boxes to prompt with instead of the true ones, a COCO results file (JSON) of entries with image_id,
-        category_id, bbox and score. The figure is then COCO's mask AP instead of the mean mask IoU.
-    sam: original SAM checkpoint whose prompt encoder, neck and decoder are used.
-    adaptor: the student's adaptor to SAM.
-    image_size: side of the student's input in pixels; None for SAM's own (1024).
-    window_size: of the student, in patches; None for its default, 0 for global attention.
-    best_of_three: take the mask with the highest predicted IoU out of SAM's three, instead of the single mask.
-    prompts_per_chunk: boxes that are decoded at once; memory grows with it, the result does not.
-    crowds: with true boxes, whether crowd regions are prompted for and scored like objects. In COCO's mask AP they
-        always are what COCO makes of them.
-    dtype: of the image encoder's products, as autocast computes them; prompts and decoder stay in float32.
-    """
-
-    images: str
-    annotations: str
-    detections: str | None = None
-    sam: str = "sam_vit_h_4b8939.pth"
-    adaptor: str = "sam"
-    image_size: int | None = None
-    window_size: int | None = None
-    best_of_three: bool = False
-    prompts_per_chunk: int = 64
-    crowds: bool = False
-    dtype: str = "float32"
-
-
-@dataclass
 class PromptedImage:
-    """An image and the objects to prompt for: annotations (with a segmentation) or detections (with a score).
-
-    `size` is (H, W) as the annotation file states it.
-    """
+    """An image and the objects to prompt for."""
 
     id: int
     path: Path
-    size: tuple[int, int]
-    objects: list[dict[str, Any]]
+    size: tuple[int, int]  # (H, W) as the annotation file states it
+    objects: list[dict[str, Any]]  # annotations (with a segmentation) or detections (with a score)
 
     def read(self) -> torch.Tensor:
         """uint8 RGB (3, H, W).
@@ -67,18 +36,20 @@ class PromptedImage:
             ValueError: the file cannot be decoded, or is of another size than the annotations are made for.
         """
         try:
-            image = decode_rgb(self.path.read_bytes())
+            image = read_rgb(self.path)
         except SkippedImage as error:
-            raise ValueError(f"{self.path} cannot be decoded ({error.reason}): restore the file and go on.") from error
+            raise ValueError(
+                f"{self.path} cannot be decoded ({error.reason}): restore the file and run the same command again."
+            ) from error
         if (image.height, image.width) != self.size:
             raise ValueError(
                 f"{self.path} is {image.height}x{image.width} pixels, but its annotations are made for "
                 f"{self.size[0]}x{self.size[1]}: the masks would not fit. Use the dataset's original images."
             )
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+        return pil_to_tensor(image).contiguous()  # (3, H, W)
 
     def boxes(self) -> np.ndarray:
-        """COCO's x, y, width, height as float64 (N, 4) x0, y0, x1, y1 in pixels."""
+        """The objects' boxes as float64 (N, 4): x0, y0, x1, y1 in pixels. COCO has x, y, width, height."""
         boxes = np.array([entry["bbox"] for entry in self.objects], dtype=np.float64).reshape(-1, 4)
         return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
@@ -89,7 +60,7 @@ def load_annotations(config: SamCocoConfig) -> tuple[list[PromptedImage], int]:
 
     Raises:
         FileNotFoundError: the annotations or an image file are missing.
-        ValueError: the file is no COCO annotation file of instances, or an annotation has no image in it.
+        ValueError: the file is not a COCO annotation file of instances, or an annotation has no image in it.
     """
     images, entries, _ = _read_annotations(config)
     kept = [entry for entry in entries if config.crowds or not entry.get("iscrowd", 0)]
@@ -104,7 +75,7 @@ def load_detections(config: SamCocoConfig) -> list[PromptedImage]:
 
     Raises:
         FileNotFoundError: the detections, the annotations or an image file are missing.
-        ValueError: the file is no COCO results file of boxes, or a detection's image or category is not in the
+        ValueError: the file is not a COCO results file of boxes, or a detection's image or category is not in the
             annotations.
     """
     assert config.detections is not None
@@ -130,27 +101,20 @@ def load_detections(config: SamCocoConfig) -> list[PromptedImage]:
 
 
 def file_digests(config: SamCocoConfig, images: list[PromptedImage]) -> dict[str, str | None]:
-    """What the masks depend on: contents of annotations and detections; of images names, sizes and dates."""
-    dated = hashlib.blake2b(digest_size=16)
-    for image in images:
-        status = image.path.stat()
-        dated.update(repr((image.path.name, status.st_size, status.st_mtime_ns)).encode())
+    """Hashes of what the masks depend on: the annotations, the detections; names, sizes and dates of the images."""
+    dated = ((image.path.name, image.path.stat()) for image in images)
     return {
-        "annotations_digest": _digest(config.annotations),
-        "detections_digest": None if config.detections is None else _digest(config.detections),
-        "images_digest": dated.hexdigest(),
+        "annotations_digest": digest([Path(config.annotations).read_bytes()]),
+        "detections_digest": None if config.detections is None else digest([Path(config.detections).read_bytes()]),
+        "images_digest": digest(repr((name, status.st_size, status.st_mtime_ns)) for name, status in dated),
     }
-
-
-def _digest(path: str) -> str:
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def _read_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def _read_annotations(config: SamCocoConfig) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], set[int]]:
@@ -163,13 +127,13 @@ def _read_annotations(config: SamCocoConfig) -> tuple[dict[int, dict[str, Any]],
     }
     for part, keys in parts.items():
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise ValueError(f"{config.annotations} is no COCO annotation file: it has no list of {part}.")
+            raise ValueError(f"{config.annotations} is not a COCO annotation file: it has no list of {part}.")
         for entry in content[part]:
             missing = [key for key in keys if key not in entry]
             if missing:
                 raise ValueError(
-                    f"{config.annotations} is no file of COCO's instance annotations: entry {entry.get('id')} of its "
-                    f"{part} lacks {', '.join(missing)}."
+                    f"{config.annotations} is not a file of COCO's instance annotations: entry {entry.get('id')} of "
+                    f"its {part} lacks {', '.join(missing)}."
                 )
     images = {entry["id"]: entry for entry in content["images"]}
     return images, content["annotations"], {entry["id"] for entry in content["categories"]}
@@ -197,8 +161,8 @@ def _group(
     missing = [image.path for image in grouped.values() if not image.path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(grouped)} image files are missing, the first is {missing[0]}: set images to the "
-            "folder that the file names of the annotations are in."
+            f"{len(missing)} of {len(grouped)} image files are missing, the first is {missing[0]}: set data and "
+            "split, which name the folder that the file names of the annotations are in."
         )
     return [grouped[image_id] for image_id in sorted(grouped)]
 

@@ -1,18 +1,17 @@
 """SAM's prompt encoder and mask decoder behind another image encoder: box prompts in, masks out.
 
 The paper's COCO column (Table 1) uses the teacher's decoder without finetuning it: the student's features take the
-place of SAM's own, and nothing is trained.
-An encoder is any callable: uint8 images (B, 3, H, W) -> embeddings (B, C, g, g) that SAM's decoder reads.
+place of SAM's own, and nothing is trained. An encoder is any callable: uint8 images (B, 3, H, W) -> embeddings
+(B, C, g, g) that SAM's decoder reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 Encoder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,7 +41,7 @@ class StudentEncoder(nn.Module):
     """A student's adaptor to SAM in place of SAM's image encoder.
 
     Images are scaled as SAM scales them, longest side to image_size, and filled up to a square at the right and the
-    bottom with SAM's mean colour, so that the student sees what SAM sees. Its feature grid is brought to SAM's by
+    bottom with SAM's mean color, so that the student sees what SAM sees. Its feature grid is brought to SAM's by
     bilinear interpolation. Features of the width of SAM's blocks then pass SAM's own neck; features of the neck's
     output width are the embedding already.
 
@@ -91,16 +90,16 @@ class StudentEncoder(nn.Module):
         images = resize_longest_side(images, size).float() / 255
         pixel_values = self.padding.repeat(len(images), 1, size, size)  # (3, 1, 1) -> (B, 3, size, size)
         pixel_values[..., : images.shape[2], : images.shape[3]] = images
-        output = self.student(pixel_values, adaptors=[self.adaptor], window_size=self.window_size)
-        features = output.adaptors[self.adaptor].features
-        grid = self.student.features_to_grid(features, size, size)  # (B, h * w, C) -> (B, C, h, w)
-        if grid.shape[2:] != self.grid:
-            grid = F.interpolate(grid, size=self.grid, mode="bilinear", align_corners=False)
-        return self.neck(grid)
+        options = {} if self.window_size is None else {"window_size": self.window_size}
+        output = self.student(pixel_values, adaptors=[self.adaptor], **options).adaptors[self.adaptor]
+        maps = output.features.transpose(1, 2).unflatten(2, output.grid)  # (B, h*w, C) -> (B, C, h*w) -> (B, C, h, w)
+        if maps.shape[2:] != self.grid:
+            maps = F.interpolate(maps, size=self.grid, mode="bilinear", align_corners=False)
+        return self.neck(maps)
 
 
 def _needs_neck(student: Any, sam: Any, adaptor: str) -> bool:
-    """Whether the adaptor speaks the language of SAM's blocks (True) or of its neck's output (False)."""
+    """Whether the adaptor's features are those of SAM's blocks (True) or of its neck's output (False)."""
     adaptors = student.config.adaptors
     if adaptor not in adaptors:
         raise ValueError(
@@ -113,11 +112,11 @@ def _needs_neck(student: Any, sam: Any, adaptor: str) -> bool:
         teacher = adaptors[adaptor].get("teacher") or "unknown"
         raise ValueError(
             f"The adaptor {adaptor!r} (teacher: {teacher}) has features of width {width}, but this SAM's have {trunk} "
-            f"before its neck and {neck} behind it: use the SAM checkpoint that the adaptor was distilled from."
+            f"before its neck and {neck} after it: use the SAM checkpoint that the adaptor was distilled from."
         )
     if trunk == neck:
         raise ValueError(
-            f"This SAM's features have width {trunk} both before and behind its neck, so the adaptor {adaptor!r} does "
+            f"This SAM's features have width {trunk} both before and after its neck, so the adaptor {adaptor!r} does "
             "not tell which of them it was distilled from: use a SAM with two widths."
         )
     return width == trunk
@@ -175,55 +174,3 @@ def predict_masks(
     input_size = ResizeLongestSide.get_preprocess_shape(*original_size, side)
     masks = sam.postprocess_masks(logits, input_size, original_size)[:, 0] > sam.mask_threshold  # (N, H, W)
     return masks, predicted_iou
-
-
-def mask_overlap(predictions: torch.Tensor, truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels in the intersection and in the union of boolean masks (..., H, W): two int64 tensors (...)."""
-    return (predictions & truths).sum(dim=(-2, -1)), (predictions | truths).sum(dim=(-2, -1))
-
-
-@torch.no_grad()
-def prompted_mask_iou(
-    embed: Encoder,
-    sam: Any,
-    images: torch.Tensor,
-    boxes: Sequence[torch.Tensor],
-    instances: torch.Tensor,
-    batch_size: int = 64,
-) -> float:
-    """Percent mean IoU over all objects of small images in memory, each prompted by its true box (single mask).
-
-    Args:
-        embed: such as `SamEncoder` or `StudentEncoder`.
-        sam: the whole SAM that decodes.
-        images: uint8 (N, 3, H, W).
-        boxes: per image (K, 4), x0, y0, x1, y1 in pixels; its k-th object has the number k + 1 in `instances`.
-        instances: integers (N, H, W), 0 for background. An object without a pixel is left out.
-        batch_size: images that are encoded at once.
-
-    Raises:
-        ValueError: images, boxes and instances that do not fit together, or no object at all.
-    """
-    if not len(images) == len(boxes) == len(instances) or images.shape[2:] != instances.shape[1:]:
-        raise ValueError(
-            f"There are images {tuple(images.shape)}, boxes of {len(boxes)} images and instances "
-            f"{tuple(instances.shape)}; expected (N, 3, H, W), N and (N, H, W)."
-        )
-    height, width = images.shape[2:]
-    scores = []
-    for start in tqdm(range(0, len(images), batch_size), desc="prompted masks", unit="batch"):
-        embeddings = embed(images[start : start + batch_size].to(sam.device))
-        for embedding, box, instance in zip(
-            embeddings, boxes[start : start + batch_size], instances[start : start + batch_size], strict=True
-        ):
-            if len(box) == 0:
-                continue
-            masks, _ = predict_masks(sam, embedding[None], box.cpu().numpy(), (height, width))
-            numbers = torch.arange(1, len(box) + 1, device=sam.device)
-            truths = instance.to(sam.device) == numbers[:, None, None]  # (K, H, W)
-            intersection, union = mask_overlap(masks, truths)
-            visible = truths.flatten(1).any(dim=1)
-            scores.append((intersection[visible] / union[visible]).cpu())
-    if not sum(len(score) for score in scores):
-        raise ValueError("No image has an object with a visible pixel, so there is no mask to score.")
-    return 100 * torch.cat(scores).mean().item()

@@ -1,9 +1,59 @@
-"""The numbers of the linear segmentation probe, with the paper's values as defaults."""
+"""The settings of segmentation: the set of images and masks, and the linear probe with the paper's numbers."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
+from transformers_radio.evaluation.run import load_config
+from transformers_radio.precision import DTYPES
+
+from .miou import IGNORE_INDEX
+
 WARMUP = 1500  # iterations
+METHODS = ("probe", "summary_head", "projection")
+CHOICES = {
+    "test_mode": ("slide", "whole"),
+    "whole_fit": ("pad", "resize"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+}
+
+
+@dataclass
+class SplitSource:
+    """A part of a split: two folders below the set's path, or (with `split`) a split of a `datasets` source."""
+
+    images: str | None = field(default=None, metadata={"help": "Folder of images."})
+    masks: str | None = field(default=None, metadata={"help": "Folder of PNGs that have the images' names."})
+    names: str | None = field(
+        default=None,
+        metadata={"help": "File with one image name per line, without extension. null: all images of the folder."},
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split of a source that datasets.load_dataset opens, in place of the folders."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of such a source."})
+    image_column: str = field(default="image", metadata={"help": "Column of images in such a source."})
+    mask_column: str = field(default="annotation", metadata={"help": "Column of masks in such a source."})
+
+
+@dataclass
+class SegmentationData:
+    """A segmentation set; see recipes/evaluation/ for ADE20K and PASCAL VOC 2012."""
+
+    name: str = field(default=MISSING, metadata={"help": "What results call the set."})
+    path: str = field(default=MISSING, metadata={"help": "Folder, or what datasets.load_dataset understands."})
+    classes: list[str] = field(default=MISSING, metadata={"help": "Names, in the order of the class indices."})
+    splits: dict[str, list[SplitSource]] = field(
+        default=MISSING, metadata={"help": '"train" and "validation"; the parts of a split are joined.'}
+    )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "Masks number the classes from 1, and 0 means no class."}
+    )
+    ignore_index: int = field(default=IGNORE_INDEX, metadata={"help": "Value of mask pixels without a class."})
+    licence: str = field(default="", metadata={"help": "The set's, for people who read the recipe."})
+    source: str = field(default="", metadata={"help": "Where to get the set."})
 
 
 @dataclass
@@ -16,35 +66,63 @@ class SegmentationConfig:
     augmentation are the usual ones of ADE20K in mmsegmentation.
     """
 
-    iterations: int = 160_000
-    batch_size: int = 16  # images an iteration, over all processes
-    learning_rate: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    warmup_iterations: int | None = None  # null: 1500, of a probe that is not longer a tenth
-    warmup_ratio: float = 1e-6  # of the learning rate, at the first iteration
-    power: float = 1.0  # of the polynomial decay to 0
+    iterations: int = field(default=160_000, metadata={"help": "Training steps."})
+    batch_size: int = field(default=16, metadata={"help": "Images per iteration, over all processes."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "The highest, after the warm-up."})
+    beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's first moment."})
+    beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's second moment."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
+    warmup_iterations: int | None = field(
+        default=None, metadata={"help": "null: 1500, but a tenth of the iterations if there are no more than 1500."}
+    )
+    warmup_ratio: float = field(
+        default=1e-6, metadata={"help": "Share of the learning rate that the first iteration has."}
+    )
+    power: float = field(default=1.0, metadata={"help": "Exponent of the polynomial decay to 0."})
 
-    # Images are scaled, with their shape kept, as far as long and short side allow.
-    long_side: int = 2048
-    short_side: int = 512
-    scale_min: float = 0.5  # training only: both limits times a random factor
-    scale_max: float = 2.0
-    crop_size: int = 512
-    max_class_share: float = 0.75  # crops with more of one class are drawn again, ten times at most
-    flip_probability: float = 0.5
-    photometric_distortion: bool = True
+    long_side: int = field(
+        default=2048,
+        metadata={"help": "Pixels: images keep their shape and are scaled as far as long and short side allow."},
+    )
+    short_side: int = field(default=512, metadata={"help": "Pixels; see long_side."})
+    scale_min: float = field(
+        default=0.5,
+        metadata={"help": "Training: both sides are multiplied by a random factor, which is at least this."},
+    )
+    scale_max: float = field(default=2.0, metadata={"help": "The largest such factor."})
+    crop_size: int = field(default=512, metadata={"help": "Pixels: side of training crops and of the sliding window."})
+    max_class_share: float = field(
+        default=0.75, metadata={"help": "Crops with more of one class are drawn again, ten times at most."}
+    )
+    flip_probability: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    photometric_distortion: bool = field(default=True, metadata={"help": "Change colors in training."})
 
-    test_mode: str = "slide"  # slide: a window of crop_size; whole: the image at once
-    stride: int = 341  # of the window
-    whole_fit: str = "pad"  # pad | resize: how a whole image comes to multiples of size_divisor
-    size_divisor: int = 16  # the encoder's min_resolution_step
+    test_mode: str = field(
+        default="slide",
+        metadata={"help": "slide: a window of crop_size; whole: the image at once.", "choices": CHOICES["test_mode"]},
+    )
+    stride: int = field(default=341, metadata={"help": "Step of the sliding window, in pixels."})
+    whole_fit: str = field(
+        default="pad",
+        metadata={
+            "help": "How a whole image is brought to multiples of size_divisor.",
+            "choices": CHOICES["whole_fit"],
+        },
+    )
+    size_divisor: int = field(default=16, metadata={"help": "The encoder's min_resolution_step."})
 
-    seed: int = 0
-    num_workers: int = 2
-    mixed_precision: str = "no"  # no | bf16 | fp16: autocast of the encoder; the head and the loss are float32
-    checkpoint_every: int = 1000  # iterations
+    seed: int = field(
+        default=0, metadata={"help": "For the head's weights, the order of the images and the augmentation."}
+    )
+    num_workers: int = field(default=2, metadata={"help": "Processes that read images, for each training process."})
+    mixed_precision: str = field(
+        default="no",
+        metadata={
+            "help": "Autocast of the encoder. The head and the loss are float32.",
+            "choices": CHOICES["mixed_precision"],
+        },
+    )
+    checkpoint_every: int = field(default=1000, metadata={"help": "Iterations from one checkpoint to the next."})
 
     def __post_init__(self) -> None:
         if self.mixed_precision == "False":  # YAML reads a bare no as false
@@ -79,19 +157,14 @@ class SegmentationConfig:
         if self.crop_size % self.size_divisor:
             nearest = max(1, round(self.crop_size / self.size_divisor)) * self.size_divisor
             raise ValueError(
-                f"probe.crop_size is {self.crop_size}, no multiple of size_divisor ({self.size_divisor}); use "
+                f"probe.crop_size is {self.crop_size}, not a multiple of size_divisor ({self.size_divisor}); use "
                 f"{nearest}."
             )
         if self.stride > self.crop_size:
             raise ValueError(
                 f"probe.stride is {self.stride}; above crop_size ({self.crop_size}) it would leave out pixels."
             )
-        choices = {
-            "test_mode": ("slide", "whole"),
-            "whole_fit": ("pad", "resize"),
-            "mixed_precision": ("no", "bf16", "fp16"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"probe.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
 
@@ -105,9 +178,52 @@ class SegmentationConfig:
 
     @property
     def test_protocol(self) -> str:
-        """Such as "512 pixels, sliding window 512, stride 341; encoder in bf16"."""
+        """For example "512 pixels, sliding window 512, stride 341; encoder in bf16"."""
         precision = "" if self.mixed_precision == "no" else f"; encoder in {self.mixed_precision}"
         if self.test_mode == "slide":
             return f"{self.short_side} pixels, sliding window {self.crop_size}, stride {self.stride}{precision}"
         fitted = "padded" if self.whole_fit == "pad" else "resized"
         return f"{self.short_side} pixels, whole image {fitted} to multiples of {self.size_divisor}{precision}"
+
+
+@dataclass
+class SegmentationTaskConfig:
+    """Settings of the task; recipes/evaluation/ade20k.yaml and voc2012.yaml have those of the paper."""
+
+    data: SegmentationData = field(default_factory=SegmentationData, metadata={"help": "Images and masks."})
+    probe: SegmentationConfig = field(
+        default_factory=SegmentationConfig, metadata={"help": "Training of the probe, and how an image is segmented."}
+    )
+    method: str = field(
+        default="probe",
+        metadata={
+            "help": "probe: a trained linear head. Without training, a student's patches against the classes' names: "
+            "summary_head: through the language adaptor's summary head; projection: the adaptor's features through "
+            "CLIP's projection.",
+            "choices": METHODS,
+        },
+    )
+    text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text tower, open_clip:CHECKPOINT or transformers:CHECKPOINT. null: that of the adaptor's teacher."
+        },
+    )
+    adaptor: str | None = field(
+        default=None, metadata={"help": "The student's language adaptor, for the methods without training."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the encoder.", "choices": tuple(DTYPES)})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the result and the probe."})
+
+
+def load_segmentation_task(path: str | Path, overrides: list[str] | None = None) -> SegmentationTaskConfig:
+    """Reads recipes/evaluation/*.yaml, with `key=value` overrides such as `probe.iterations=80000 data.path=ADE`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a field that does not exist, is missing, or has a value that cannot be used.
+    """
+    config = load_config(SegmentationTaskConfig, None, path, overrides)
+    assert isinstance(config, SegmentationTaskConfig)
+    config.probe.check()
+    return config

@@ -1,87 +1,35 @@
 """Segmentation sets: folders of images and masks (ADE20K, PASCAL VOC), or any `datasets` source with both columns."""
 
-import hashlib
 import io
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from transformers_radio.data.images import EXTENSIONS, FORMATS, SkippedImage, decode_rgb
-from transformers_radio.data.source import read_image
+from transformers_radio.data.images import EXTENSIONS, FORMATS, SkippedImage
+from transformers_radio.data.source import read_image, read_rgb
+from transformers_radio.disk import digest
 from transformers_radio.evaluation.images.split_files import find_split
 from transformers_radio.evaluation.models.specs import folder_or_hub
 from transformers_radio.evaluation.paths import expand_home
 
-from .config import SegmentationConfig
-from .confusion import IGNORE_INDEX, reduce_labels
-
-
-@dataclass
-class SplitSource:
-    """A part of a split: two folders below the set's path, or (with `split`) a split of a `datasets` source."""
-
-    images: str | None = None  # folder of images
-    masks: str | None = None  # folder of PNGs that have the images' names
-    names: str | None = None  # file with one image name a line, without extension; null: all images of the folder
-    split: str | None = None  # of a source that datasets.load_dataset opens
-    config_name: str | None = None  # of such a source, where it has several
-    image_column: str = "image"
-    mask_column: str = "annotation"
-
-
-@dataclass
-class SegmentationData:
-    """A segmentation set; see recipes/evaluation/ for ADE20K and PASCAL VOC 2012."""
-
-    name: str = MISSING
-    path: str = MISSING  # folder, or what datasets.load_dataset understands
-    classes: list[str] = MISSING  # in the order of the class indices
-    splits: dict[str, list[SplitSource]] = MISSING  # "train" and "validation"; the parts of a split are joined
-    reduce_labels: bool = False  # masks number the classes from 1, and 0 is no class
-    ignore_index: int = IGNORE_INDEX  # masks' value for pixels without a class
-    licence: str = ""
-    source: str = ""  # where to get it
-
-
-@dataclass
-class SegmentationTask:
-    """What a file in recipes/evaluation/ holds: the set, and the numbers of the probe."""
-
-    data: SegmentationData = field(default_factory=SegmentationData)
-    probe: SegmentationConfig = field(default_factory=SegmentationConfig)
-
-
-def load_segmentation_task(path: str | Path, overrides: list[str] | None = None) -> SegmentationTask:
-    """Reads recipes/evaluation/*.yaml, with `key=value` overrides such as `probe.iterations=80000 data.path=ADE`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a field that does not exist, is missing, or has a value that cannot be used.
-    """
-    from transformers_radio.evaluation.run import load_config  # which knows all tasks
-
-    task = load_config(SegmentationTask, None, path, overrides)
-    assert isinstance(task, SegmentationTask)
-    task.probe.check()
-    return task
+from .config import SegmentationData, SplitSource
+from .miou import reduce_labels
 
 
 class Sample(NamedTuple):
-    """uint8 (3, H, W); int64 (H, W), class indices or the ignore index; what the image is called in messages."""
+    """An image with its label map."""
 
-    image: torch.Tensor
-    mask: torch.Tensor
-    key: str
+    image: torch.Tensor  # uint8 (3, H, W)
+    mask: torch.Tensor  # int64 (H, W), class indices or the ignore index
+    key: str  # what messages call the image
 
 
 class Samples(Protocol):
-    """A split: a `SegmentationSplit`, a list of `Sample`, or anything of yours with a length and numbered samples."""
+    """A split: a `SegmentationSplit`, a list of `Sample`, or anything else with a length and numbered samples."""
 
     def __len__(self) -> int: ...
 
@@ -115,7 +63,7 @@ class SegmentationSplit:
         Raises:
             IndexError: from `len` on.
             ValueError: an image or mask that cannot be read, a mask of another size than its image, or ids that are
-                no classes. Nothing is skipped: every pixel of a benchmark counts.
+                not classes. Nothing is skipped: every pixel of a benchmark counts.
         """
         for part in self.parts:
             if index < len(part):
@@ -124,26 +72,22 @@ class SegmentationSplit:
         raise IndexError("no such sample")
 
     def fingerprint(self) -> str:
-        """Of what the samples are read from, wherever it lies: names, sizes and dates of files."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in self.parts:
-            digest.update(repr(part.fingerprint()).encode())
-        return digest.hexdigest()
+        """A hash of names, sizes and dates of the files that the samples are read from. Moving them keeps it."""
+        return digest(repr(part.fingerprint()) for part in self.parts)
 
     def recognized(self, fingerprint: Any) -> Any:
-        """A fingerprint in a file: today's where it is that of earlier versions, which took what `datasets` calls the
-        rows of a table."""
+        """A fingerprint from a file, with today's in place of the one that earlier versions gave these files: they
+        took what `datasets` calls the rows of a table."""
         if fingerprint == self.fingerprint() or not any(isinstance(part, _Table) for part in self.parts):
             return fingerprint
-        digest = hashlib.blake2b(digest_size=16)
-        for part in self.parts:
-            own = part.fingerprint_before() if isinstance(part, _Table) else part.fingerprint()
-            digest.update(repr(own).encode())
-        return self.fingerprint() if fingerprint == digest.hexdigest() else fingerprint
+        before = digest(
+            repr(part.fingerprint_before() if isinstance(part, _Table) else part.fingerprint()) for part in self.parts
+        )
+        return self.fingerprint() if fingerprint == before else fingerprint
 
     def _read(self, image_file: Any, mask_file: Any, key: str) -> Sample:
         try:
-            image = torch.from_numpy(np.array(decode_rgb(read_image(image_file)))).permute(2, 0, 1)  # (3, H, W)
+            image = pil_to_tensor(read_rgb(image_file)).contiguous()  # (3, H, W)
         except SkippedImage as error:
             raise ValueError(f"The image {key} of {self.data.name} cannot be used: {error.reason}.") from None
         mask = self._read_mask(read_image(mask_file), key)
@@ -152,7 +96,7 @@ class SegmentationSplit:
                 f"The mask of {key} is {mask.shape[0]}x{mask.shape[1]} and its image {image.shape[1]}x"
                 f"{image.shape[2]} (height x width, upright); they must be of one size."
             )
-        return Sample(image.contiguous(), mask, key)
+        return Sample(image, mask, key)
 
     def _read_mask(self, content: bytes, key: str) -> torch.Tensor:
         """int64 (H, W): class indices or ignore_index."""
@@ -163,10 +107,10 @@ class SegmentationSplit:
             raise ValueError(f"The mask of {key} cannot be read: {error}") from error
         if picture.mode not in ("L", "P", "1", "I") and not picture.mode.startswith("I;16"):
             raise ValueError(
-                f"The mask of {key} has mode {picture.mode}; expected one channel whose values are class ids (grey, "
-                "palette or 16 bit), not colours."
+                f"The mask of {key} has mode {picture.mode}; expected one channel whose values are class ids (gray, "
+                "palette or 16 bit), not colors."
             )
-        ids = torch.from_numpy(np.array(picture).astype(np.int64))  # of a palette: the indices
+        ids = torch.from_numpy(np.array(picture).astype(np.int64))  # a palette image gives its indices
         first = 1 if self.data.reduce_labels else 0
         last = first + len(self.data.classes) - 1
         known = (ids >= 0) & (ids <= last) | (ids == self.data.ignore_index)
@@ -181,7 +125,7 @@ class SegmentationSplit:
 
 
 def data_settings(data: SegmentationData, *splits: SegmentationSplit) -> dict[str, Any]:
-    """What figures depend on of a set that is called `data.name`."""
+    """What results depend on, of a set that is called `data.name`."""
     return {
         "classes": data.classes,
         "reduce_labels": data.reduce_labels,
@@ -202,8 +146,8 @@ class _Pairs(list[tuple[str, str, str]]):
     """(image file, mask file, name) of the images of a folder."""
 
     def fingerprint(self) -> list[tuple[str, int, int]]:
-        """Without the folder, which may be moved."""
-        dated = [(name, os.stat(file)) for image, mask, name in self for file in (image, mask)]
+        """(name, size, date) of each file, without its folder, which may be moved."""
+        dated = [(name, Path(file).stat()) for image, mask, name in self for file in (image, mask)]
         return [(name, status.st_size, status.st_mtime_ns) for name, status in dated]
 
 
@@ -264,12 +208,12 @@ class _Table:
         return len(self.rows)
 
     def fingerprint(self) -> tuple[str, str, str]:
-        """Where `datasets` has found the files, what it calls the rows."""
+        """(hash of the files, image column, mask column); without files, the hash that `datasets` gives the rows."""
         files = self.found.fingerprint if self.found.files else self.rows._fingerprint
         return files, self.part.image_column, self.part.mask_column
 
     def fingerprint_before(self) -> str | None:
-        """None where the rows cannot be opened as earlier versions did."""
+        """The fingerprint of earlier versions; None where the rows cannot be opened as they did."""
         import datasets
 
         try:

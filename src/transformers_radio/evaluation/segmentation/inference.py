@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .config import SegmentationConfig
 
-# float images in [0, 1] (B, 3, H, W) -> features (B, h*w, C), row-major, and the grid (h, w)
+# float images in [0, 1] (B, 3, H, W) -> features (B, h*w, C), row-major, and their grid (h, w)
 Encoder = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[int, int]]]
 Head = Callable[[torch.Tensor], torch.Tensor]  # features (B, C, h, w) -> logits (B, K, h, w)
 
@@ -29,7 +29,7 @@ def encode_grid(encode: Encoder, images: torch.Tensor, mixed_precision: str = "n
     if features.ndim != 3 or features.shape[:2] != (len(images), rows * columns):
         raise ValueError(
             f"encode returned features {tuple(features.shape)} and the grid {(rows, columns)} for {len(images)} "
-            f"images; expected ({len(images)}, {rows * columns}, C): one row a patch, without class tokens."
+            f"images; expected ({len(images)}, {rows * columns}, C): one row per patch, without class tokens."
         )
     if not features.isfinite().all():
         raise ValueError("encode returned NaN or infinite features; check the weights, or use a wider dtype.")
@@ -42,7 +42,7 @@ def image_logits(encode: Encoder, head: Head, image: torch.Tensor, config: Segme
     """float (3, H, W) in [0, 1] -> logits (K, H, W), by `config.test_mode`."""
     height, width = image.shape[1:]
     if config.test_mode == "slide":
-        # An image with a side below the window is black on the right and below, as in training.
+        # an image with a side below the window is black on the right and below, as in training
         side = config.crop_size
         image = F.pad(image, (0, max(side - width, 0), 0, max(side - height, 0)))
         return _slide(encode, head, image, config)[:, :height, :width]

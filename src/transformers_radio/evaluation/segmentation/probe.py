@@ -1,7 +1,7 @@
 """The linear segmentation probe: a frozen encoder, batch norm and a 1x1 convolution (paper section 5.3).
 
 output_dir/
-  settings.json      what is probed and how; another probe does not continue it
+  settings.json      what is probed and how; another probe is refused
   checkpoint.pt      head, optimizer and position, replaced whole
   head.safetensors   the trained head; its names are those of RadioForSemanticSegmentation
   result.json        the report, written last
@@ -9,7 +9,6 @@ output_dir/
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,29 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from transformers_radio.data.lanes import exit_with_parent
+from transformers_radio.disk import differences, replace_whole, write_json, writing
 
-from .config import SegmentationConfig
-from .confusion import IGNORE_INDEX, confusion_matrix, iou_scores
-from .data import Sample, Samples, SegmentationData, SegmentationSplit, data_settings
+from .config import SegmentationConfig, SegmentationData
+from .data import Sample, Samples, SegmentationSplit, data_settings
 from .inference import Encoder, Head, encode_grid, image_logits
-from .transforms import fitted_size, resize_image, training_sample
+from .miou import IGNORE_INDEX, MeanIoU
+from .transforms import fitted_size, resize_bilinear, training_sample
 
 LOG_EVERY = 20  # iterations
-FREE_FIELDS = ("num_workers", "checkpoint_every")  # may differ when a probe is continued: they change no bit
+FREE_FIELDS = ("num_workers", "checkpoint_every")  # may differ when a probe is resumed: they change no bit
 
 
 class FrozenInputBatchNorm(nn.BatchNorm2d):
     """Batch norm whose statistics are those of the batches of all processes together, for inputs without gradients.
 
-    It gives what nn.SyncBatchNorm gives, which refuses CPUs; as no gradient flows to frozen features, the statistics
-    need none either.
+    The same as nn.SyncBatchNorm, which refuses CPUs. No gradient flows to frozen features, so the statistics need
+    none either.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class LinearHead(nn.Module):
 def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
     """Cross-entropy of logits (B, K, h, w), resized bilinearly to the masks, against masks int64 (B, H, W).
 
-    The sum over labelled pixels is divided by the number of all pixels, as mmsegmentation does by default; so an
+    The sum over labeled pixels is divided by the number of all pixels, as mmsegmentation does by default; so an
     update does not depend on how the images of a batch are spread over processes.
     """
     logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
@@ -88,8 +88,10 @@ def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, ignore_index: i
 
 
 class _ErrorsAsItems(Dataset):
-    """Items, or the error that one is refused for: one raised in a worker comes with the worker's traceback as its
-    message. `_raise_errors` raises it in the main process."""
+    """Items, or the error that an item is refused for, which `_raise_errors` raises in the main process.
+
+    An error raised in a worker would have the worker's traceback as its message.
+    """
 
     def __init__(self, items: Any):
         self.items = items
@@ -116,7 +118,7 @@ def _raise_errors(loader: DataLoader) -> Iterator[Any]:
 class _TrainingCrops(Dataset):
     """The crop at each position of the endless training sequence, a function of seed and position alone.
 
-    So no random state has to be saved, and the number of workers and processes changes nothing.
+    So there is no random state to save, and the number of workers and processes changes nothing.
     """
 
     def __init__(self, samples: Samples, config: SegmentationConfig, ignore_index: int):
@@ -132,7 +134,7 @@ class _TrainingCrops(Dataset):
 class _Positions(Sampler[list[int]]):
     """The positions of this process's share of every batch, for the iterations `start` to `stop` - 1.
 
-    A class, because a DataLoader with workers begins more than one iteration over it.
+    It is a class because a DataLoader with workers iterates over it more than once.
     """
 
     def __init__(self, start: int, stop: int, batch_size: int, rank: int, processes: int):
@@ -159,56 +161,42 @@ def train_head(
     num_classes: int,
     config: SegmentationConfig,
     checkpoint: Path,
-    accelerator: Accelerator,
     ignore_index: int = IGNORE_INDEX,
 ) -> LinearHead:
-    """The trained head, the same on every process. Goes on from `checkpoint` where that file exists.
+    """The trained head, the same on every process. Resumes from `checkpoint` where that file exists.
 
     Raises:
         ValueError: a batch that does not divide over the processes, or anything that a sample is refused for.
         FloatingPointError: the loss is not finite.
     """
-    processes, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    if config.batch_size % processes:
-        raise ValueError(f"batch_size is {config.batch_size}; expected a multiple of the {processes} processes.")
+    accelerator = Accelerator(mixed_precision="no")  # the encoder has its own; head and loss are float32
+    device = accelerator.device
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; expected a multiple of the {accelerator.num_processes} processes."
+        )
     dim = _known_features(encode, config, device).shape[1]
     torch.manual_seed(config.seed)
     head: nn.Module = LinearHead(dim, num_classes)
+    betas = (config.beta1, config.beta2)
     optimizer: Any = torch.optim.AdamW(
-        head.parameters(),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
+        head.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay
     )
-    start = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        head.load_state_dict(saved["head"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["iteration"]
+    start = _load_checkpoint(checkpoint, head, optimizer)
     head, optimizer = accelerator.prepare(head.to(device), optimizer)
-
-    loader = DataLoader(
-        _ErrorsAsItems(_TrainingCrops(samples, config, ignore_index)),
-        collate_fn=_collate,
-        batch_sampler=_Positions(start, config.iterations, config.batch_size, rank, processes),
-        num_workers=config.num_workers,
-        worker_init_fn=exit_with_parent,
-        pin_memory=device.type == "cuda",
-    )
+    head.train()
     progress = tqdm(
-        _raise_errors(loader),
+        _training_batches(samples, config, ignore_index, start),
         desc="linear probe",
         initial=start,
         total=config.iterations,
         unit="iteration",
         disable=not accelerator.is_main_process,
     )
-    head.train()
     done = start
-    for step, (images, masks) in enumerate(progress, start):
+    for done, (images, masks) in enumerate(progress, start + 1):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
+            group["lr"] = config.learning_rate_at(done - 1)
         pixels = images.to(device, non_blocking=True).float() / 255
         features = encode_grid(encode, pixels, config.mixed_precision)
         loss = segmentation_loss(head(features), masks.to(device, non_blocking=True), ignore_index)
@@ -216,30 +204,65 @@ def train_head(
         accelerator.backward(loss)
         optimizer.step()
 
-        done = step + 1
         saving = done % config.checkpoint_every == 0 or done == config.iterations
         if saving or done % LOG_EVERY == 0:
             value = accelerator.reduce(loss.detach(), "mean").item()
-            if not np.isfinite(value):
-                raise FloatingPointError(
-                    f"The loss of iteration {step} is {value}; check the encoder's weights, or use "
-                    "mixed_precision=no. The last checkpoint is kept."
-                )
+            _check_loss(value, done - 1)
             progress.set_postfix_str(f"loss={value:.3f}", refresh=False)
         if saving and accelerator.is_main_process:
-            weights = accelerator.unwrap_model(head).state_dict()
-            temporary = checkpoint.with_name(checkpoint.name + ".tmp")
-            torch.save({"head": weights, "optimizer": optimizer.state_dict(), "iteration": done}, temporary)
-            os.replace(temporary, checkpoint)
+            _save_checkpoint(checkpoint, accelerator.unwrap_model(head), optimizer, done)
     if done != config.iterations:
         raise RuntimeError(f"The data ended after {done} of {config.iterations} iterations.")
     accelerator.wait_for_everyone()
     return accelerator.unwrap_model(head).eval()
 
 
-def _in_turn(samples: Samples, config: SegmentationConfig, accelerator: Accelerator, title: str) -> Iterator[Sample]:
-    """This process's share of the samples, read in workers."""
-    share = range(accelerator.process_index, len(samples), accelerator.num_processes)
+def _load_checkpoint(checkpoint: Path, head: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The number of iterations that the file, if there is one, has brought head and optimizer to."""
+    if not checkpoint.exists():
+        return 0
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    head.load_state_dict(saved["head"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["iteration"]
+
+
+def _save_checkpoint(checkpoint: Path, head: nn.Module, optimizer: Any, iteration: int) -> None:
+    with writing(checkpoint), replace_whole(checkpoint) as temporary:
+        saved = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+        torch.save(saved, temporary)
+
+
+def _check_loss(value: float, iteration: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"The loss of iteration {iteration} is {value}; check the encoder's weights, or use mixed_precision=no. "
+            "The last checkpoint is kept."
+        )
+
+
+def _training_batches(
+    samples: Samples, config: SegmentationConfig, ignore_index: int, start: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields this process's share of every batch from iteration `start` on: images (B, 3, s, s), masks (B, s, s)."""
+    state = PartialState()
+    loader = DataLoader(
+        _ErrorsAsItems(_TrainingCrops(samples, config, ignore_index)),
+        collate_fn=_collate,
+        batch_sampler=_Positions(
+            start, config.iterations, config.batch_size, state.process_index, state.num_processes
+        ),
+        num_workers=config.num_workers,
+        worker_init_fn=exit_with_parent,
+        pin_memory=state.device.type == "cuda",
+    )
+    return _raise_errors(loader)
+
+
+def _in_turn(samples: Samples, config: SegmentationConfig, title: str) -> Iterator[Sample]:
+    """Yields this process's share of the samples, read in workers."""
+    state = PartialState()
+    share = range(state.process_index, len(samples), state.num_processes)
     loader: DataLoader = DataLoader(
         _ErrorsAsItems(samples),
         batch_size=None,
@@ -247,7 +270,7 @@ def _in_turn(samples: Samples, config: SegmentationConfig, accelerator: Accelera
         num_workers=config.num_workers,
         worker_init_fn=exit_with_parent,
     )
-    hidden = not accelerator.is_main_process
+    hidden = not state.is_main_process
     return iter(tqdm(_raise_errors(loader), desc=title, unit="image", total=len(share), disable=hidden))
 
 
@@ -258,33 +281,28 @@ def evaluate_segmentation(
     samples: Samples,
     num_classes: int,
     config: SegmentationConfig,
-    accelerator: Accelerator,
     ignore_index: int = IGNORE_INDEX,
 ) -> dict[str, Any]:
-    """Scores of `iou_scores` at the label maps' own size, with the pixels counted and left out.
+    """Scores of `MeanIoU` at the label maps' own size, with the numbers of images and of pixels counted and left out.
+
+    Every process of `accelerate launch` scores a share of the samples, and all return the scores of the whole.
 
     Args:
         encode: float images in [0, 1] (B, 3, H, W) -> features (B, h*w, C) and the grid (h, w).
         head: features (B, C, h, w) -> logits (B, num_classes, h, w).
     """
-    device = accelerator.device
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    pixels = torch.zeros((), dtype=torch.int64, device=device)
-    for image, mask, _ in _in_turn(samples, config, accelerator, "segmenting"):
+    device = PartialState().device
+    metric = MeanIoU(num_classes, ignore_index)
+    for image, mask, _ in _in_turn(samples, config, "segmenting"):
         size = fitted_size(image.shape[1], image.shape[2], config.long_side, config.short_side)
-        resized = resize_image(image, size).to(device).float() / 255
+        resized = resize_bilinear(image, size).to(device).float() / 255
         logits = image_logits(encode, head, resized, config)
         logits = F.interpolate(logits[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
-        confusion += confusion_matrix(logits.argmax(dim=0), mask.to(device), num_classes, ignore_index)
-        pixels += mask.numel()
-    confusion, pixels = accelerator.reduce(confusion, "sum"), accelerator.reduce(pixels, "sum")
-    counted = int(confusion.sum())
-    return {
-        "images": len(samples),
-        "pixels": counted,
-        "pixels_left_out": int(pixels) - counted,
-        **iou_scores(confusion),
-    }
+        metric.add(prediction=logits.argmax(dim=0), reference=mask.to(device))
+    metric.sum_over_processes()
+    counted = int(metric.confusion.sum())
+    counts = {"images": metric.images, "pixels": counted, "pixels_left_out": metric.pixels - counted}
+    return counts | metric.compute()
 
 
 def segmentation_probe(
@@ -292,9 +310,9 @@ def segmentation_probe(
 ) -> dict[str, Any]:
     """Trains the probe on the split "train" and scores it on "validation"; the report, on every process.
 
-    The same call continues what a kill has stopped, to the same bits (on the same number of processes), and returns
-    the report of a finished probe. Starts alone or under `accelerate launch`; not in a process that has trained with
-    another mixed precision, which Accelerate refuses.
+    The same call resumes what a kill has stopped, to the same bits (on the same number of processes), and returns the
+    report of a finished probe. Runs alone or under `accelerate launch`; not in a process that has trained with another
+    mixed precision, which Accelerate refuses.
 
     Args:
         encode: float images in [0, 1] (B, 3, H, W), on Accelerate's device -> features (B, h*w, C) and the grid
@@ -306,38 +324,29 @@ def segmentation_probe(
         FileNotFoundError, ValueError: see `SegmentationSplit`, `SegmentationConfig.check` and `train_head`.
     """
     config.check()
-    train, validation = SegmentationSplit(data, "train"), SegmentationSplit(data, "validation")
-    accelerator = Accelerator(mixed_precision="no")  # the encoder has its own; head and loss are float32
+    splits = SegmentationSplit(data, "train"), SegmentationSplit(data, "validation")
+    train, validation = splits
+    accelerator = Accelerator(mixed_precision="no")
     output = Path(output_dir)
     features = _known_features(encode, config, accelerator.device)
-    settings = {
-        "model": model_name,
-        "data": data.name,
-        **data_settings(data, train, validation),
-        "train_images": len(train),
-        "validation_images": len(validation),
-        "num_classes": len(data.classes),
-        "feature_dim": features.shape[1],
-        "probe": config.settings(),
-    }
+    settings = _settings(model_name, data, splits, config, features.shape[1])
     std = features.double().std().item()
-    finished = _read_result(output, settings, std, (train, validation))
+    finished = _read_result(output, settings, std, splits)
     accelerator.wait_for_everyone()  # all have looked before one writes
     if finished is not None:
         return finished
     if not (output / "checkpoint.pt").exists():
-        for _ in _in_turn(validation, config, accelerator, "checking the validation split"):
+        for _ in _in_turn(validation, config, "checking the validation split"):
             pass  # what cannot be used would else be found after the training
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_json(output / "settings.json", {**settings, "features_std": std})
-
-    num_classes, ignored = len(data.classes), data.ignore_index
-    head = train_head(encode, train, num_classes, config, output / "checkpoint.pt", accelerator, ignored)
+        write_json(output / "settings.json", {**settings, "features_std": std})
+    classes, ignored = len(data.classes), data.ignore_index
+    head = train_head(encode, train, classes, config, output / "checkpoint.pt", ignored)
     if accelerator.is_main_process:
-        save_file(head.state_dict(), output / "head.safetensors")
-    scores = evaluate_segmentation(encode, head, validation, num_classes, config, accelerator, ignored)
+        with replace_whole(output / "head.safetensors") as temporary:
+            save_file(head.state_dict(), temporary)
+    scores = evaluate_segmentation(encode, head, validation, classes, config, ignored)
     report = {
         "protocol": "linear probe (batch norm, 1x1 convolution) on frozen features, "
         f"{config.iterations} iterations of {config.batch_size} crops of {config.crop_size}; "
@@ -348,13 +357,33 @@ def segmentation_probe(
         "IoU": dict(zip(data.classes, scores["IoU"], strict=True)),
     }
     if accelerator.is_main_process:
-        _write_json(output / "result.json", report)
+        write_json(output / "result.json", report)
     accelerator.wait_for_everyone()
     return report
 
 
+def _settings(
+    model_name: str,
+    data: SegmentationData,
+    splits: tuple[SegmentationSplit, SegmentationSplit],
+    config: SegmentationConfig,
+    feature_dim: int,
+) -> dict[str, Any]:
+    """What is probed and how, as settings.json and the report have it."""
+    return {
+        "model": model_name,
+        "data": data.name,
+        **data_settings(data, *splits),
+        "train_images": len(splits[0]),
+        "validation_images": len(splits[1]),
+        "num_classes": len(data.classes),
+        "feature_dim": feature_dim,
+        "probe": config.settings(),
+    }
+
+
 def _known_features(encode: Encoder, config: SegmentationConfig, device: torch.device) -> torch.Tensor:
-    """Features (1, C, h, w) of an image of colour patches, the same each time."""
+    """Features (1, C, h, w) of an image of color patches, the same each time."""
     patches = torch.from_numpy(np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32))
     image = F.interpolate(patches, size=(config.crop_size, config.crop_size), mode="nearest")
     return encode_grid(encode, image.to(device), config.mixed_precision)
@@ -369,11 +398,7 @@ def _read_result(
     before = json.loads((output / "settings.json").read_text(encoding="utf-8"))
     before |= {f"{split.name} files": split.recognized(before.get(f"{split.name} files")) for split in splits}
     there, here = ({**values, **values["probe"]} for values in (before, settings))
-    changed = [
-        f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
-        for name in here
-        if there.get(name) != here[name] and name not in ("probe", *FREE_FIELDS)
-    ]
+    changed = differences(there, here, [name for name in here if name not in ("probe", *FREE_FIELDS)])
     # Other weights under the same name would get the old encoder's score. Devices differ by less than this.
     if not changed and not math.isclose(before["features_std"], features_std, rel_tol=1e-3):
         changed = ["the encoder's weights"]
@@ -385,9 +410,3 @@ def _read_result(
     if not (output / "result.json").exists():
         return None
     return json.loads((output / "result.json").read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Image and label map together: resize, crop, flip, colours; the usual ADE20K pipeline of mmsegmentation."""
+"""Image and label map together: resize, crop, flip, colors; the usual ADE20K pipeline of mmsegmentation."""
 
 import numpy as np
 import torch
@@ -7,9 +7,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from .config import SegmentationConfig
-from .confusion import IGNORE_INDEX
+from .miou import IGNORE_INDEX
 
-CROP_DRAWS = 10  # further draws after a crop that is too much of one class
+CROP_DRAWS = 10  # further draws after a crop with too much of one class
 
 
 def fitted_size(height: int, width: int, long_side: int, short_side: int) -> tuple[int, int]:
@@ -18,7 +18,7 @@ def fitted_size(height: int, width: int, long_side: int, short_side: int) -> tup
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 (3, H, W) -> uint8 (3, *size). Bilinear without antialiasing: what OpenCV does for mmsegmentation."""
     return transforms.resize(image, list(size), InterpolationMode.BILINEAR, antialias=False)
 
@@ -44,15 +44,15 @@ def training_sample(
     """
     scale = generator.uniform(config.scale_min, config.scale_max)
     size = fitted_size(mask.shape[0], mask.shape[1], int(config.long_side * scale), int(config.short_side * scale))
-    image, mask = resize_image(image, size), resize_mask(mask, size)
+    image, mask = resize_bilinear(image, size), resize_mask(mask, size)
     top, left = _choose_crop(mask, config, generator, ignore_index)
     image = image[:, top : top + config.crop_size, left : left + config.crop_size]
     mask = mask[top : top + config.crop_size, left : left + config.crop_size]
     if generator.random() < config.flip_probability:
         image, mask = image.flip(2), mask.flip(1)
     if config.photometric_distortion:
-        image = distort_colours(image, generator)
-    # Images smaller than the crop: black and without labels to the right and below.
+        image = distort_colors(image, generator)
+    # an image smaller than the crop is black and without labels on the right and below
     missing = [0, config.crop_size - mask.shape[1], 0, config.crop_size - mask.shape[0]]
     return F.pad(image, missing), F.pad(mask, missing, value=ignore_index)
 
@@ -60,7 +60,10 @@ def training_sample(
 def _choose_crop(
     mask: torch.Tensor, config: SegmentationConfig, generator: np.random.Generator, ignore_index: int
 ) -> tuple[int, int]:
-    """(top, left) of a crop with at least two classes, none of which has more than its share; the last draw stays."""
+    """(top, left) of a crop with at least two classes, none of which has more than its share.
+
+    After ten draws that fail, the next one is taken as it is.
+    """
     side = config.crop_size
     for draw in range(1 + CROP_DRAWS):
         top = int(generator.integers(0, max(mask.shape[0] - side, 0) + 1))
@@ -74,17 +77,16 @@ def _choose_crop(
     return top, left
 
 
-def distort_colours(image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+def distort_colors(image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
     """Photometric distortion of uint8 (3, H, W) as in SSD, in mmsegmentation's ranges; each with probability 1/2.
 
     Brightness +-32, contrast 0.5 to 1.5 (before or after the two that follow), saturation 0.5 to 1.5, hue +-18
-    degrees.
-    Not torchvision's RandomPhotometricDistort, which shuffles colour channels as well.
+    degrees. torchvision's RandomPhotometricDistort is another: it shuffles color channels as well.
     """
     if generator.random() < 0.5:
         image = (image.short() + round(generator.uniform(-32, 32))).clamp(0, 255).byte()
     contrast_first = generator.random() < 0.5
-    # mmsegmentation's contrast multiplies pixels, which is what torchvision calls brightness.
+    # mmsegmentation's contrast multiplies pixels, which is what torchvision calls brightness
     contrast = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else None
     if contrast is not None and contrast_first:
         image = transforms.adjust_brightness(image, contrast)

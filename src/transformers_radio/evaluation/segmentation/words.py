@@ -1,8 +1,8 @@
 """Open-vocabulary segmentation: patch embeddings in a text encoder's space against the prompts of the classes.
 
-A CLIP teacher's text space is that of its summary. A student's patches come to it in two ways, neither of which any
-loss has trained: the adaptor's summary head, applied to patch tokens instead of the class token; or the adaptor's
-features (the teacher's patch tokens as its last block leaves them) through the teacher's own final norm and
+A CLIP teacher's text space is that of its summary. There are two ways from a student's patches into it, neither of
+which any loss has trained: the adaptor's summary head, applied to patch tokens instead of the class token; or the
+adaptor's features (the teacher's patch tokens as its last block leaves them) through the teacher's own final norm and
 projection. `eval segmentation` measures both.
 """
 
@@ -16,8 +16,8 @@ from torch import nn
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import build_teacher
 
-from .config import SegmentationConfig
-from .data import SegmentationData, SegmentationSplit
+from .config import SegmentationConfig, SegmentationData
+from .data import SegmentationSplit
 from .inference import Encoder
 from .probe import evaluate_segmentation
 
@@ -46,9 +46,9 @@ class TextHead(nn.Module):
 class PatchProjection(nn.Module):
     """An OpenCLIP ViT's own final norm and projection, for patch tokens: (..., width) -> (..., embed_dim).
 
-    Where the model averages normed patches, this is exactly the patch's part of the summary; where it reads the
-    class token, as most do, it is that token's projection applied to tokens that it was not trained on. Of the
-    checkpoint only these two small parts stay in memory.
+    If the model averages normed patches, this is exactly the patch's part of the summary. If it reads the class token,
+    as most do, it is that token's projection, applied to tokens that it was not trained on. Only these two small parts
+    of the checkpoint stay in memory.
 
     Args:
         checkpoint: as for the open_clip teacher.
@@ -62,8 +62,8 @@ class PatchProjection(nn.Module):
         visual = build_teacher("open_clip", checkpoint).model
         if getattr(visual, "proj", None) is None or getattr(visual, "attn_pool", None) is not None:
             raise ValueError(
-                f"{checkpoint} has no projection from a patch to the text space (it pools by attention, or is no "
-                "ViT of OpenCLIP); use summary_head_patches."
+                f"{checkpoint} has no projection from a patch to the text space (it pools by attention, or is "
+                "not a ViT of OpenCLIP); use summary_head_patches."
             )
         self.ln_post: nn.Module = visual.ln_post
         self.proj: nn.Parameter = visual.proj
@@ -77,27 +77,28 @@ def summary_head_patches(model: RadioModel, adaptor: str) -> Encoder:
     head = _adaptor(model, adaptor).summary_head
 
     def encode(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        rows, columns = (side // model.patch_size for side in images.shape[-2:])
-        return head(model(images, adaptors=[]).features), (rows, columns)
+        output = model(images, adaptors=[])
+        return head(output.features), output.grid
 
     return encode
 
 
 def projected_patches(model: RadioModel, adaptor: str, projection: nn.Module) -> Encoder:
     """float (B, 3, H, W) in [0, 1] -> the adaptor's features through a `PatchProjection` (B, h*w, D), and (h, w)."""
-    factor = _adaptor(model, adaptor).upsample_factor
+    _adaptor(model, adaptor)
 
     def encode(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        rows, columns = (side // model.patch_size * factor for side in images.shape[-2:])
-        return projection(model(images, adaptors=[adaptor]).adaptors[adaptor].features), (rows, columns)
+        output = model(images, adaptors=[adaptor]).adaptors[adaptor]
+        return projection(output.features), output.grid
 
     return encode
 
 
 def _adaptor(model: RadioModel, name: str) -> Any:
+    """The adaptor of this name; ValueError unless it has a summary."""
     if name not in model.adaptors or model.adaptors[name].summary_head is None:
-        speaking = [key for key, one in model.adaptors.items() if one.summary_head is not None]
-        raise ValueError(f"{name!r} is no adaptor with a summary; the model has {', '.join(speaking) or 'none'}.")
+        usable = [key for key, one in model.adaptors.items() if one.summary_head is not None]
+        raise ValueError(f"{name!r} is not an adaptor with a summary; the model has {', '.join(usable) or 'none'}.")
     return model.adaptors[name]
 
 
@@ -111,13 +112,13 @@ def dense_zero_shot(
 ) -> dict[str, Any]:
     """Scores of the most similar class of each pixel on the split "validation", without any training.
 
-    Similarities are resized bilinearly to the label maps. Classes that are no thing of their own ("background") do
-    badly as words: leave them out with `reduce_labels` where they are number 0.
+    Similarities are resized bilinearly to the label maps. Names that describe no thing ("background") do badly: leave
+    such a class out with `reduce_labels` if its number is 0.
 
     Args:
         encode: float images in [0, 1] (B, 3, H, W) -> patch embeddings in the text space (B, h*w, D), and (h, w).
         classifier: unit vectors (K, D) in the order of `data.classes`, on any device.
-        config: of the probe; only its test settings and `mixed_precision` are used.
+        config: the probe's; only its test settings and `mixed_precision` are used.
         how: a line for the report: which patches, which templates.
     """
     config.check()
@@ -126,13 +127,12 @@ def dense_zero_shot(
     samples = SegmentationSplit(data, "validation")
     accelerator = Accelerator(mixed_precision="no")
     head = TextHead(classifier).to(accelerator.device)
-    classes, ignored = len(data.classes), data.ignore_index
-    scores = evaluate_segmentation(encode, head, samples, classes, config, accelerator, ignored)
+    scores = evaluate_segmentation(encode, head, samples, len(data.classes), config, data.ignore_index)
     return {
         "protocol": f"dense zero-shot, {how}; test: {config.test_protocol}",
         "model": model_name,
         "data": data.name,
-        "num_classes": classes,
+        "num_classes": len(data.classes),
         "processes": accelerator.num_processes,
         **scores,
         "IoU": dict(zip(data.classes, scores["IoU"], strict=True)),

@@ -1,4 +1,4 @@
-"""What one forward pass costs, whatever the clock says: FLOPs and the peak of memory."""
+"""What one forward pass costs, independent of the clock: FLOPs and the peak of memory."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transformers_radio.training.plan.dry_run import FUSED_ATTENTION
 
+# Results are known by these sentences: other words would make them other results.
 FLOPS_RULE = "2 FLOPs a multiply-add of matrix products, convolutions and attention; nothing for the rest"
 CUDA_MEMORY_RULE = "weights, input, and the most that torch's CUDA allocator held for one forward pass"
 TENSOR_MEMORY_RULE = (
@@ -27,7 +28,7 @@ def count_flops(forward: Callable[[torch.Tensor], object], images: torch.Tensor)
 
     Attention counts the same in fused kernels and written out.
     """
-    # not inference_mode, in which operators reach the counter before they are taken apart
+    # not inference_mode, in which composite operators reach the counter before they are decomposed
     with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter:
         forward(images)
     return counter.get_total_flops()
@@ -39,10 +40,10 @@ def peak_memory(
 ) -> int:
     """Bytes of the weights, the images and the most that `forward(images)` holds besides them, in one run.
 
-    What the forward pass makes for the first time only (caches, compiled kernels) counts too: run it once before.
+    What only the first forward pass makes (caches, compiled kernels) counts too: run it once before.
 
     Args:
-        weights: of what `forward` calls; see `module_tensors`. Tensors that share memory count once.
+        weights: those that `forward` uses; see `module_tensors`. Tensors that share memory count once.
     """
     fixed = _storage_bytes([*weights, images])
     if images.device.type != "cuda":
@@ -73,14 +74,15 @@ class AliveTensors(TorchDispatchMode):
     """Bytes of the tensors that operators made and that are still referred to; views of one memory count once.
 
     Attributes:
-        alive: now. peak: the most so far.
+        alive: bytes now.
+        peak: the most so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = 0
         self.peak = 0
-        self._bytes: dict[int, int] = {}  # storage -> bytes; 0 for those that were there before
+        self._bytes: dict[int, int] = {}  # storage -> bytes; 0 for a storage that was there before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

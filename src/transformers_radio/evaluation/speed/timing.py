@@ -22,15 +22,19 @@ def throughput(
 def latencies(
     models: Mapping[str, Model], inputs: Mapping[str, torch.Tensor], repeats: int = 10, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds that every model took for its batch, one figure a round.
+    """Seconds that every model took for its batch, one number per round.
 
     Each round times every model once, so that a machine that slows down slows all of them: ratios hold even where
-    absolute figures wander. Timed is the forward pass on images that already are on the device, without gradients.
+    absolute numbers drift. Timed is the forward pass on images that are on the device already, without gradients.
 
     Args:
         models: name -> module in eval mode, or any callable.
         inputs: name -> its batch (B, 3, H, W); the names are those of `models`. Sizes and devices may differ.
-        repeats: timed rounds; warmup: rounds before them that do not count.
+        repeats: timed rounds.
+        warmup: rounds before them, which do not count.
+
+    Raises:
+        ValueError: names that differ, numbers out of range, or a module in training mode.
     """
     if not models or set(models) != set(inputs):
         raise ValueError(f"models and inputs must have the same names; got {sorted(models)} and {sorted(inputs)}.")
@@ -53,7 +57,7 @@ def latencies(
 
 
 def throughput_conditions(model: Model, images: torch.Tensor) -> str:
-    """What a figure of `throughput` holds for, such as "batch 8, 432x432, float32, cpu (2 threads)"."""
+    """What a number of `throughput` holds for, such as "batch 8, 432x432, float32, cpu (2 threads)"."""
     parameter = next(model.parameters(), images) if isinstance(model, nn.Module) else images
     batch, _, height, width = images.shape
     dtype = str(parameter.dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ def hadamard(n: int) -> torch.Tensor:
     """An orthonormal matrix (n, n) of entries +-1/sqrt(n), float64: a Paley matrix, doubled by Sylvester's rule.
 
     Raises:
-        ValueError: none of that size can be built so; the message names the sizes next to it.
+        ValueError: no matrix of that size can be built this way; the message names the sizes next to it.
     """
     order = _base_order(n)
     if order is None:

@@ -50,7 +50,7 @@ class FeatureMoments:
         self.merge(part)
 
     def merge(self, other: "FeatureMoments") -> None:
-        """Adds what `other` has seen."""
+        """Adds the vectors that `other` has seen."""
         count = self.count + other.count
         if count == 0:
             return
@@ -59,7 +59,7 @@ class FeatureMoments:
         self.count, self.mean = count, mean
 
     def all_reduce(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Adds what all processes have seen. Call on every process.
+        """Adds the vectors that all other processes have seen. Called on every process.
 
         Args:
             sum_over_processes: tensor -> its sum over the processes, e.g. `Accelerator().reduce`.
@@ -85,17 +85,17 @@ class FeatureMoments:
             )
         return self.scatter / (self.count - 1)
 
-    def _scatter_around(self, centre: torch.Tensor) -> torch.Tensor:
-        offset = self.mean - centre
+    def _scatter_around(self, center: torch.Tensor) -> torch.Tensor:
+        offset = self.mean - center
         return self.scatter + self.count * torch.outer(offset, offset)
 
 
 @dataclass
 class PhiS:
-    """The standardisation of one teacher's features. Calls compute and return in the dtype of `mean` and `rotation`.
+    """The standardization of one teacher's features. Calls compute and return in the dtype of `mean` and `rotation`.
 
-    `rotation` depends on the eigensolver's choice of signs: compute it once and share or save it, rather than again on
-    another process or machine.
+    `rotation` depends on the eigensolver's choice of signs: compute it once and share or save it, instead of computing
+    it again on another process or machine.
     """
 
     mean: torch.Tensor  # (C,)
@@ -119,16 +119,12 @@ class PhiS:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "PhiS":
         return PhiS(self.mean.to(device, dtype), self.rotation.to(device, dtype), self.phi)
 
-    def standardise(self, y: torch.Tensor) -> torch.Tensor:
+    def standardize(self, y: torch.Tensor) -> torch.Tensor:
         """Features (..., C) -> R (y - mean) / phi, with mean 0 and variance 1 in every channel."""
         return (y.to(self.mean) - self.mean) @ self.rotation.T / self.phi
 
-    def restore(self, y: torch.Tensor) -> torch.Tensor:
-        """Standardised features (..., C) -> phi R^T y + mean."""
-        return self.phi * (y.to(self.mean) @ self.rotation) + self.mean
-
     def fold(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of the Linear that gives restore(linear(x)), so that a trained head predicts plain features.
+        """Weight and bias of the Linear that gives phi R^T linear(x) + mean: the head then predicts plain features.
 
         Args:
             linear: the last one of a head, with C outputs, or u*u*C in the order (u, u, C) where the head predicts u*u

@@ -1,94 +1,104 @@
-"""PHI-S statistics of the teachers' features, measured once a run and kept in output_dir/statistics.
+"""PHI-S statistics of the teachers' features, measured once per run and kept in output_dir/statistics.
 
-A checkpoint knows the size and checksum of those that it was trained with. What differs from these is measured again,
+A checkpoint knows the size and checksum of the files that it was trained with. A file that differs is measured again,
 on the same images, and has to come out the same.
 """
 
 import logging
-import os
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from transformers_radio.data import ImageStream
-from transformers_radio.teachers import Teacher
-from transformers_radio.training.distill import TeacherShape
+from transformers_radio.disk import replace_whole, writing
 from transformers_radio.training.groups import Group
-from transformers_radio.training.recipe import Recipe
-from transformers_radio.training.run.folder import size_and_checksum, writing
-from transformers_radio.training.run.log import to_device
+from transformers_radio.training.run.folder import size_and_checksum
 from transformers_radio.training.run.processes import on_main_process
+from transformers_radio.training.run.state import Run
+from transformers_radio.training.streams import open_stream, to_device
 
 from .rotation import FeatureMoments, PhiS
 
 logger = logging.getLogger(__name__)
 
 
-def standardize_teachers(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    groups: list[Group],
-    teachers: dict[str, Teacher],
-    shapes: dict[str, TeacherShape],
-    known: dict[str, list[int]] | None,
-) -> tuple[dict[str, PhiS], dict[str, list[int]]]:
+def standardize_teachers(run: Run, groups: list[Group]) -> tuple[dict[str, PhiS], dict[str, list[int]]]:
     """PHI-S of every teacher of the groups whose features are taught; empty when the recipe has no standardization.
 
-    Every process gets all of them; those that serve a teacher look at `loss.statistics_images` together.
+    Every process gets all of them; those that serve a teacher measure `loss.statistics_images` images together.
 
     Args:
-        groups: of a stage and of those before it: heads that rest speak standardised features too, and every
-            checkpoint folds all of them back.
-        known: teacher -> [bytes, checksum] of the file that the run has been trained with so far; None when it goes on
-            from a checkpoint of an older version, which does not say: every file that is there counts then.
+        run: `run.state.statistics` says which files the run was trained with so far. Where it is None, as in
+            checkpoints of older versions, every file that is there counts.
+        groups: of a stage and of those before it. Heads of absent teachers predict standardized features too, and
+            every checkpoint folds all of them back.
 
     Returns:
-        Teacher -> transform, and what `known` is from now on.
+        Teacher -> transform, and teacher -> [bytes, checksum] of its file, which `run.state.statistics` is to become.
 
     Raises:
-        ValueError: a file that the run has been trained with is damaged, and cannot be had again.
+        ValueError: a file that the run was trained with is damaged, and measuring again gives another one.
     """
     transforms: dict[str, PhiS] = {}
     now: dict[str, list[int]] = {}
+    recipe, known = run.recipe, run.state.statistics
     if recipe.loss.standardization == "none":
         return transforms, now
-    folder = Path(recipe.output_dir) / "statistics"
     names = {name for group in groups for name in group.teachers if recipe.teachers[name].feature_weight > 0}
     for name in [name for name in recipe.teachers if name in names]:
-        path = folder / f"{name}.safetensors"
+        path = run.output_dir / "statistics" / f"{name}.safetensors"
         expected = None if known is None else known.get(name, [])
-        found = on_main_process(accelerator, partial(size_and_checksum, path))
+        found = on_main_process(run.accelerator, partial(size_and_checksum, path))
         if found is None or (expected is not None and found != expected):
             if expected:
                 logger.warning("%s is damaged or missing; it is measured again", path)
             group = next(group for group in groups if name in group.teachers)
-            moments = FeatureMoments(shapes[name].feature_dim, accelerator.device)
-            if group.index is not None:
-                _look(recipe, group, name, teachers[name], moments, accelerator)
-            moments.all_reduce(lambda tensor: accelerator.reduce(tensor, "sum"))
-            tensors = PhiS.from_moments(moments).to("cpu", torch.float32).to_tensors()
-            found = on_main_process(accelerator, partial(_write, tensors, path))
+            tensors = _measure(run, group, name).to("cpu", torch.float32).to_tensors()
+            found = on_main_process(run.accelerator, partial(_write, tensors, path))
             if expected and found != expected:
                 raise ValueError(
                     f"{path} was damaged or missing, and what was measured again is not what the run has been trained "
                     "with (other devices, processes or data.num_workers?): restore the file, or set overwrite=true "
                     "(start over)"
                 )
-        transforms[name] = _read(path, shapes[name].feature_dim).to(accelerator.device)
+        transforms[name] = _read(path, run.shapes[name].feature_dim).to(run.accelerator.device)
         now[name] = found
     return transforms, now
 
 
+def _measure(run: Run, group: Group, name: str) -> PhiS:
+    """PHI-S of a teacher, from images of all processes of one of its groups. Called by every process."""
+    moments = FeatureMoments(run.shapes[name].feature_dim, run.accelerator.device)
+    if group.index is not None:
+        _add_images(run, group, name, moments)
+    moments.all_reduce(lambda tensor: run.accelerator.reduce(tensor, "sum"))
+    return PhiS.from_moments(moments)
+
+
+def _add_images(run: Run, group: Group, name: str, moments: FeatureMoments) -> None:
+    """Adds the teacher's features for this process's share of the images."""
+    teacher = run.teachers[name]
+    images = math.ceil(run.recipe.loss.statistics_images / len(group.ranks))
+    batch_size = min(group.micro_batch_size, images)
+    stream = open_stream(run.recipe, group, [teacher.image_size], batch_size, seed=run.recipe.seed)
+    batches = iter(stream)
+    with tqdm(total=images, desc=f"statistics of {name}", unit="image", disable=group.index != 0) as progress:
+        seen = 0
+        while seen < images:
+            batch = next(batches)
+            moments.update(teacher(to_device(batch, run.accelerator.device)[teacher.image_size]).features)
+            seen += len(batch.keys)
+            progress.update(len(batch.keys))
+    stream.close()
+
+
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> list[int]:
-    with writing(path):
-        path.parent.mkdir(exist_ok=True)
-        save_file(tensors, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+    with writing(path, also=(SafetensorError,)), replace_whole(path) as temporary:
+        save_file(tensors, temporary)
     found = size_and_checksum(path)
     assert found is not None
     return found
@@ -106,26 +116,3 @@ def _read(path: Path, channels: int) -> PhiS:
             "restore it, or set overwrite=true (start over)"
         )
     return transform
-
-
-def _look(
-    recipe: Recipe, group: Group, name: str, teacher: Teacher, moments: FeatureMoments, accelerator: Accelerator
-) -> None:
-    images = -(-recipe.loss.statistics_images // len(group.ranks))  # of this process
-    stream = ImageStream(
-        recipe.data,
-        [teacher.image_size],
-        batch_size=min(group.micro_batch_size, images),
-        seed=recipe.seed,
-        rank=group.index or 0,
-        world_size=len(group.ranks),
-    )
-    batches = iter(stream)
-    with tqdm(total=images, desc=f"statistics of {name}", unit="image", disable=group.index != 0) as progress:
-        seen = 0
-        while seen < images:
-            batch = next(batches)
-            moments.update(teacher(to_device(batch, accelerator.device)[teacher.image_size]).features)
-            seen += len(batch.keys)
-            progress.update(len(batch.keys))
-    stream.close()

@@ -1,16 +1,13 @@
-"""What a stage asks of each process on real GPUs: time and memory, from FLOPs and data sheets."""
+"""What a stage demands from each process on real GPUs: time and memory, from FLOPs and data sheets."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from transformers_radio.modeling import RadioConfig
-from transformers_radio.teachers import Teacher
 from transformers_radio.training.groups import Group
-from transformers_radio.training.recipe import Recipe
 from transformers_radio.training.teachers import stack
 
-from .dry_run import StepCost, TeacherCost, window_saving
+from .count import Plan
 from .gpus import GPU
 
 STEPS_LOOKED_AT = 10_000  # over which the turns of groups with a rate below 1 are averaged
@@ -18,16 +15,16 @@ STEPS_LOOKED_AT = 10_000  # over which the turns of groups with a rate below 1 a
 
 @dataclass(frozen=True)
 class Load:
-    """What the processes that serve the same groups of a stage do and hold, each of them.
+    """What each of the processes that serve the same groups of a stage computes and holds.
 
     Attributes:
         ranks: these processes.
-        groups: what they serve, in turn.
-        half_flops, float32_flops: group -> FLOPs of a step in which it takes part, by the precision they run in.
+        groups: the groups that each of them serves, in turn.
+        half_flops, float32_flops: group -> FLOPs per step in which it takes part, by the precision they run in.
         state_bytes: float32 weights, gradients, AdamW's two moments, and the moving average if there is one.
         bucket_bytes: DDP's copy of the gradients.
-        activation_bytes: of the largest pass.
-        teacher_bytes: weights of the teachers that the process serves in any stage, where they are on its device.
+        activation_bytes: what the largest pass keeps for its backward pass.
+        teacher_bytes: weights on the process's device of the teachers that it serves in any stage.
     """
 
     ranks: tuple[int, ...]
@@ -39,25 +36,25 @@ class Load:
     activation_bytes: int
     teacher_bytes: float
 
-    def group_seconds(self, name: str, gpu: GPU, utilisation: float) -> float:
-        """Of a step, spent on one group."""
+    def group_seconds(self, name: str, gpu: GPU, utilization: float) -> float:
+        """Seconds per step spent on one group."""
         half, full = self.half_flops[name] / gpu.half_tflops, self.float32_flops[name] / gpu.float32_tflops
-        return (half + full) / 1e12 / utilisation
+        return (half + full) / 1e12 / utilization
 
     def memory(self, processes: int, fsdp: bool) -> float:
-        """Bytes: with DDP everything, with FSDP2 this process's part of weights, gradients and moments."""
+        """Bytes: all weights, gradients and moments with DDP, this process's part of them with FSDP2."""
         states = self.state_bytes / processes if fsdp else self.state_bytes + self.bucket_bytes
         return states + self.activation_bytes + self.teacher_bytes
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Of a stage's steps, on average over the turns of its groups. A step lasts as long as its slowest process.
+    """The average step of a stage, over the turns of its groups. A step lasts as long as its slowest process.
 
     Attributes:
-        seconds: of a step.
+        seconds: per step.
         bound_by: the groups of the processes that the others wait for most of the time.
-        busy: load's ranks -> the share of the time that they compute, and do not wait for the slowest.
+        busy: a load's ranks -> the share of the time in which they compute instead of waiting for the slowest.
     """
 
     seconds: float
@@ -65,67 +62,58 @@ class StageTime:
     busy: dict[tuple[int, ...], float]
 
 
-def stage_loads(
-    recipe: Recipe,
-    stage: str,
-    groups: dict[str, list[Group]],
-    processes: int,
-    config: RadioConfig,
-    steps: dict[str, StepCost],
-    teachers: dict[str, Teacher],
-    teacher_costs: dict[str, TeacherCost],
-) -> list[Load]:
-    """The loads of a stage's processes, in their order.
-
-    Args:
-        groups: stage -> its groups.
-        config: of the student.
-        steps: group -> the cost of its pass.
-    """
+def stage_loads(plan: Plan, stage: str) -> list[Load]:
+    """The loads of a stage's processes, in the order of their numbers."""
+    groups, parameters = plan.groups[stage], _parameters(plan, stage)
     served: dict[tuple[str, ...], list[int]] = {}
-    for rank in range(processes):
-        served.setdefault(tuple(g.name for g in groups[stage] if rank in g.ranks), []).append(rank)
+    for rank in range(plan.processes):
+        served.setdefault(tuple(group.name for group in groups if rank in group.ranks), []).append(rank)
     loads = []
     for names, ranks in served.items():
-        own = tuple(group for group in groups[stage] if group.name in names)
-        half, full = {}, {}
-        for group in own:
-            images = group.passes * group.micro_batch_size
-            cost = steps[group.name]
-            flops = cost.flops - cost.attention_flops * window_saving(config, group.resolution)
-            in_half = flops if recipe.mixed_precision != "no" else 0.0
-            in_full = flops - in_half
-            for name in group.teachers:
-                if recipe.teachers[name].dtype == "float32":
-                    in_full += teacher_costs[name].flops
-                else:
-                    in_half += teacher_costs[name].flops
-            half[group.name], full[group.name] = images * in_half, images * in_full
-        parameters = steps[own[0].name].parameters  # the same for all groups of a stage
+        own = tuple(group for group in groups if group.name in names)
+        flops = {group.name: _step_flops(plan, stage, group) for group in own}
         loads.append(
             Load(
                 ranks=tuple(ranks),
                 groups=own,
-                half_flops=half,
-                float32_flops=full,
-                state_bytes=parameters * (16 if recipe.ema_decay is None else 20),
-                bucket_bytes=4 * parameters if processes > 1 else 0,
-                activation_bytes=max(steps[group.name].activation_bytes for group in own),
-                teacher_bytes=max(_teacher_bytes(recipe, groups, rank, teachers) for rank in ranks),
+                half_flops={name: half for name, (half, _) in flops.items()},
+                float32_flops={name: full for name, (_, full) in flops.items()},
+                state_bytes=parameters * (16 if plan.recipe.ema_decay is None else 20),
+                bucket_bytes=4 * parameters if plan.processes > 1 else 0,
+                activation_bytes=max(plan.steps[stage][name].activation_bytes for name in names),
+                teacher_bytes=max(_teacher_bytes(plan, rank) for rank in ranks),
             )
         )
     return loads
 
 
-def stage_time(loads: list[Load], steps: int, gpu: GPU, utilisation: float) -> StageTime:
+def _parameters(plan: Plan, stage: str) -> int:
+    """They are the same for all groups of a stage."""
+    return next(iter(plan.steps[stage].values())).parameters
+
+
+def _step_flops(plan: Plan, stage: str, group: Group) -> tuple[float, float]:
+    """FLOPs per process and step in which the group takes part: in half precision, and in float32."""
+    recipe, cost = plan.recipe, plan.steps[stage][group.name]
+    saved = cost.attention_flops * plan.student.attention_saving(group.resolution, group.resolution)
+    # precision -> FLOPs per image
+    flops = {"half": 0.0, "float32": 0.0}
+    flops["float32" if recipe.mixed_precision == "no" else "half"] += cost.flops - saved
+    for name in group.teachers:
+        flops["float32" if recipe.teachers[name].dtype == "float32" else "half"] += plan.teacher_costs[name].flops
+    images = group.passes * group.micro_batch_size
+    return images * flops["half"], images * flops["float32"]
+
+
+def stage_time(loads: list[Load], steps: int, gpu: GPU, utilization: float) -> StageTime:
     """How long the steps of a stage take.
 
     Args:
-        steps: of the stage.
-        utilisation: share of the GPU's peak that the arithmetic reaches, in (0, 1].
+        steps: number of steps of the stage.
+        utilization: share of the GPU's peak that the arithmetic reaches, in (0, 1].
     """
     seconds = {
-        (load.ranks, group.name): load.group_seconds(group.name, gpu, utilisation)
+        (load.ranks, group.name): load.group_seconds(group.name, gpu, utilization)
         for load in loads
         for group in load.groups
     }
@@ -153,19 +141,21 @@ def uneven_shares(groups: list[Group], shares: dict[str, float], processes: int)
     return any(abs(len(group.ranks) * total - shares[group.name] * processes) > 1e-6 * total for group in groups)
 
 
-def _teacher_bytes(recipe: Recipe, groups: dict[str, list[Group]], rank: int, teachers: dict[str, Teacher]) -> float:
-    """Of the weights on this process's device: whole, or but for two blocks sharded or elsewhere (the block that
-    computes, and the one on its way)."""
+def _teacher_bytes(plan: Plan, rank: int) -> float:
+    """Bytes of teachers' weights on a process's device, over all stages.
+
+    A teacher that is sharded or offloaded has at most two whole blocks there: the one that computes, and the next.
+    """
     placed: dict[str, tuple[str, int]] = {}
-    for group in (group for stage in groups.values() for group in stage if rank in group.ranks):
-        placed |= {name: (recipe.teachers[name].placement, len(group.ranks)) for name in group.teachers}
+    for group in (group for groups in plan.groups.values() for group in groups if rank in group.ranks):
+        placed |= {name: (plan.recipe.teachers[name].placement, len(group.ranks)) for name in group.teachers}
     total = 0.0
     for name, (placement, ranks) in placed.items():
-        whole = _bytes(teachers[name])
+        whole = _bytes(plan.teachers[name])
         if placement == "device":
             total += whole
         else:
-            blocks = sorted(_bytes(block) for block in stack(teachers[name].model))
+            blocks = sorted(_bytes(block) for block in stack(plan.teachers[name].model))
             share = sum(blocks) / ranks if placement == "sharded" else 0.0
             total += whole - sum(blocks) + share + sum(blocks[-2:])
     return total

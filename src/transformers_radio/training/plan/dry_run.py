@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from transformers_radio.modeling import RadioConfig, RadioModel
+from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import Teacher, TeacherOutput
 from transformers_radio.training.distill import Distillation, build_distillation
 from transformers_radio.training.groups import Group
@@ -28,7 +29,7 @@ ATTENTION = {*FUSED_ATTENTION, aten.bmm}
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """Of one image at the teacher's own size: forward FLOPs, and what comes out, on the meta device."""
+    """One image at the teacher's own size: FLOPs of its forward pass, and its output, on the meta device."""
 
     flops: int
     output: TeacherOutput
@@ -36,17 +37,17 @@ class TeacherCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of the student and its heads in one pass of a group.
+    """The student and its heads in one pass of a group.
 
-    FLOPs are of one image: two for each multiply-add of matrix products and convolutions, nothing for the rest. Layers
-    that gradient checkpointing computes again count again. Attention is global, the most that sampled windows need.
+    FLOPs are per image: two for each multiply-add of matrix products and convolutions, none for anything else. Blocks
+    that gradient checkpointing computes again count again. Attention is global, the most that drawn windows need.
 
     Attributes:
-        forward_flops, backward_flops: of one image.
-        attention_flops: what of the two are attention's products of queries, keys and values.
+        forward_flops, backward_flops: per image.
+        attention_flops: the part of both that is attention's products of queries, keys and values.
         activation_bytes: what autograd keeps for the backward pass of the whole micro batch, weights in half precision
-            included; with gradient checkpointing, one layer more.
-        parameters: of the student and the balancing in this stage.
+            included; with gradient checkpointing, also what one block keeps.
+        parameters: their number in the student and the balancing of this stage.
     """
 
     forward_flops: int
@@ -82,13 +83,13 @@ def run_stage(
 ) -> dict[str, StepCost]:
     """Targets, student, losses and backward of one pass of each group, on tensors that have shapes and no memory.
 
-    Spectral reparametrisation and torch.compile are left out: the first adds only products of a matrix and a vector.
+    Spectral reparametrization and torch.compile are left out: the first adds only products of a matrix and a vector.
     Attention in Flash's kernels counts as PyTorch's own, which needs as much.
 
     Args:
-        groups: of the stage.
+        groups: those of the stage.
         student: on the meta device, with the heads of all stages.
-        outputs: of the groups' teachers, as `run_teacher` gives them.
+        outputs: those of the groups' teachers, as `run_teacher` returns them.
 
     Returns:
         Group -> cost.
@@ -96,29 +97,38 @@ def run_stage(
     attention = "eager" if recipe.student.attn_implementation == "eager" else "sdpa"
     plain = replace(recipe.student, spectral_reparam=False, compile=False, attn_implementation=attention)
     distillation = build_distillation(replace(recipe, student=plain), stage, student).train()
+    drawn = {group.name: student.training_options(group.resolution, group.resolution) for group in groups}
     # Not the meta device itself: it has no autocast, and no fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         distillation.to_empty(device="cpu")
-        return {group.name: _run_group(recipe, group, distillation, outputs) for group in groups}
+        return {
+            # what is drawn saves work, and 0 is without it
+            group.name: _run_group(recipe, group, distillation, outputs, dict.fromkeys(drawn[group.name], 0))
+            for group in groups
+        }
 
 
 def _run_group(
-    recipe: Recipe, group: Group, distillation: Distillation, outputs: dict[str, TeacherOutput]
+    recipe: Recipe,
+    group: Group,
+    distillation: Distillation,
+    outputs: dict[str, TeacherOutput],
+    options: dict[str, Any],
 ) -> StepCost:
+    """`options`: keyword arguments of the student's forward."""
     distillation.zero_grad()
-    student, side, images = distillation.student, group.resolution, group.micro_batch_size
-    pixels = torch.empty(images, 3, side, side)
+    images = group.micro_batch_size
+    pixels = torch.empty(images, 3, group.resolution, group.resolution)
     targets = {name: _for_images(outputs[name], images) for name in group.teachers}
-    with _autocast(recipe), _kept(distillation) as kept, _counter() as forward:
-        totals, _ = distillation(pixels, targets, window_size=0)  # (B,)
+    recomputed = distillation.student.blocks[-1:] if recipe.student.gradient_checkpointing else []
+    with _inputs(recomputed) as inputs, _autocast(recipe), _kept(distillation) as kept, _counter() as forward:
+        totals, _ = distillation(pixels, targets, **options)  # (B,)
     with _counter() as backward:
         totals.sum().backward()
-    if recipe.student.gradient_checkpointing:
-        tokens = (side // student.patch_size) ** 2 + student.config.num_summary_tokens
-        with _autocast(recipe), _kept(distillation) as kept_by_layer:
-            hidden_states = torch.empty(images, tokens, student.config.hidden_size)
-            student.encoder.layer[-1].forward(hidden_states)  # __call__ would checkpoint
-        kept.update(kept_by_layer)
+    for block, (arguments, keywords) in zip(recomputed, inputs, strict=True):
+        with _autocast(recipe), _kept(distillation) as kept_by_block:
+            block.forward(*arguments, **keywords)  # __call__ would checkpoint
+        kept.update(kept_by_block)
     return StepCost(
         forward_flops=forward.get_total_flops() // images,
         backward_flops=backward.get_total_flops() // images,
@@ -128,20 +138,16 @@ def _run_group(
     )
 
 
-def window_saving(config: RadioConfig, resolution: int) -> float:
-    """The share of attention's FLOPs that sampled windows save on average, at a resolution in pixels.
-
-    W x W windows let each of the N patches meet W^2 others in place of all N and the prefix tokens.
-    """
-    grid = resolution // config.patch_size
-    tokens = grid**2 + config.num_summary_tokens
-    saved = [
-        1 - grid**2 * size**2 / tokens**2
-        for size in config.train_window_sizes or []
-        if grid % size == 0 and size < grid
+@contextmanager
+def _inputs(blocks: list[nn.Module]) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
+    """Positional and keyword arguments of each call of these blocks, in order."""
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, *inputs: seen.append(inputs), with_kwargs=True) for block in blocks
     ]
-    windowed_layers = 1 - len(config.global_blocks) / config.num_hidden_layers
-    return config.train_window_probability * windowed_layers * sum(saved) / len(saved) if saved else 0.0
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 def _for_images(output: TeacherOutput, images: int) -> TeacherOutput:
@@ -164,7 +170,7 @@ def _attention_flops(counter: FlopCounterMode) -> int:
 
 
 @contextmanager
-def _kept(module: torch.nn.Module) -> Iterator[dict[int, int]]:
+def _kept(module: nn.Module) -> Iterator[dict[int, int]]:
     """Storage -> bytes of all that autograd keeps, but for the module's own parameters."""
     parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, int] = {}

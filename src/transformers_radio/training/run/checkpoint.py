@@ -2,7 +2,7 @@
 
 output_dir/checkpoints/step-00001000/
   config.json, model.safetensors, *.py      a Hugging Face folder that AutoModel loads, as the student is published
-  training_state/                           for DDP, FSDP2 and one process alike: each goes on from the others
+  training_state/                           for DDP, FSDP2 and one process: each resumes what another has written
     model.safetensors                       what is trained, as it is trained
     optimizer.pt, scaler.pt, ema.safetensors
     random_<rank>.pt                        random generators
@@ -15,7 +15,6 @@ import json
 import os
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,61 +31,57 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from transformers_radio.data import merge_states
+from transformers_radio.disk import differences, remove, writing
 from transformers_radio.teachers import portable_checkpoint
-from transformers_radio.training.distill import TeacherShape
 from transformers_radio.training.phi_s.rotation import PhiS
 from transformers_radio.training.recipe import Recipe
 from transformers_radio.training.stability.ema import EMA
+from transformers_radio.training.student import TeacherShape
 
 from .export import WHOLE_ON_MAIN, whole_state, write_student
-from .folder import MANIFEST, STATE, find_checkpoints, size_and_checksum, writing
+from .folder import MANIFEST, checkpoint_folder, find_checkpoints, size_and_checksum
 from .processes import on_main_process
+from .state import Run
 
 TEACHERS = "teacher_manifest.json"
 
 
+FIX = "the last good one is kept; make room on the disk and run the same command again"
+
+
 def save_checkpoint(
-    accelerator: Accelerator,
+    run: Run,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
-    standardize: dict[str, PhiS],
-    output_dir: Path,
-    keep: int,
-    state: dict[str, Any],
+    transforms: dict[str, PhiS],
     streams: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """Writes the checkpoint of state["step"], on all processes together.
+) -> None:
+    """Writes the checkpoint of the run's step, on all processes together; older ones are deleted.
 
     Args:
+        run: its state gets the positions of all processes in the data.
         model: the prepared `Distillation`.
-        state: JSON-able, the same on every process; "teachers" is what `describe_teachers` returned.
-        streams: group -> this process's ImageStream.state_dict(), of the groups that it serves.
-
-    Returns:
-        The state with the data positions of all processes, as `read_state` will return it (but for "teachers").
+        transforms: teacher -> PHI-S of its features; the inverse is folded into the student's heads.
+        streams: group -> this process's ImageStream.state_dict(), for the groups that it serves.
 
     Raises:
         OSError: on every process, when it could not be written on one; nothing is left of it.
     """
-    path = output_dir / "checkpoints" / f"step-{state['step']:08d}"
+    accelerator, state = run.accelerator, run.state
+    path = checkpoint_folder(run.output_dir, state.step)
     temporary = path.with_name(path.name + ".tmp")
     folder = temporary / "training_state"
-    by_group: dict[str, list[dict[str, Any]]] = {}
-    for group, position in gather_object(list(streams.items())):
-        by_group.setdefault(group, []).append(position)
-    merged = {group: merge_states(positions) for group, positions in by_group.items()}
-    state = {**state, "streams": {**state["streams"], **merged}, "processes": accelerator.num_processes}
-    teachers = state.pop("teachers")
+    state.streams |= _merge_positions(streams)
+    state.processes = accelerator.num_processes
 
     # Sharded weights are gathered by all processes; only the main one has the result.
     model_state = whole_state(model)
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_MAIN)
     averages = None if ema is None else ema.state_dict(keep=accelerator.is_main_process)
     error = None
-    fix = "the last good one is kept; make room on the disk and run the same command again"
     try:
-        with writing(path, fix):
+        with writing(path, FIX, also=(SafetensorError,)):
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(_random_state(accelerator), folder / f"random_{accelerator.process_index}.pt")
             if accelerator.is_main_process:
@@ -95,34 +91,44 @@ def save_checkpoint(
                     torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
                 if averages is not None:
                     save_file(averages, folder / "ema.safetensors")
-                write_student(accelerator.unwrap_model(model).student, model_state, averages, standardize, temporary)
-                (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                student = accelerator.unwrap_model(model).student
+                write_student(student, model_state, averages, transforms, temporary)
+                state.write(temporary)
+                teachers = describe_teachers(run.recipe, run.shapes)
                 (folder / TEACHERS).write_text(json.dumps(teachers, indent=1), encoding="utf-8")
     except OSError as failure:
         error = str(failure)
     errors = [one for one in gather_object([error]) if one is not None]
+    on_main_process(accelerator, lambda: _finish(temporary, path, errors, run.recipe.checkpoints.keep))
 
-    def finish() -> None:
-        try:
-            if errors:
-                raise OSError(errors[0])
-            with writing(path, fix):
-                _write_manifest(temporary)
-                os.replace(temporary, path)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for old in find_checkpoints(output_dir)[:-keep]:
-            doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
 
-    on_main_process(accelerator, finish)
-    return {**state, "teachers": teachers}
+def _merge_positions(streams: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Group -> the positions of all its processes, as one."""
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for group, position in gather_object(list(streams.items())):
+        by_group.setdefault(group, []).append(position)
+    return {group: merge_states(positions) for group, positions in by_group.items()}
+
+
+def _finish(temporary: Path, path: Path, errors: list[str], keep: int) -> None:
+    """Puts a checkpoint that all processes have written in its place, and deletes all but the last `keep`."""
+    try:
+        if errors:
+            raise OSError(errors[0])
+        with writing(path, FIX):
+            _write_manifest(temporary)
+            os.replace(temporary, path)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in find_checkpoints(path.parent.parent)[:-keep]:
+        doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
+        os.replace(old, doomed)
+        remove(doomed)
 
 
 def describe_teachers(recipe: Recipe, shapes: dict[str, TeacherShape]) -> dict[str, dict[str, Any]]:
-    """What decides the targets, by the teachers' names. JSON-able, and without this machine's folders."""
+    """Teacher -> what decides its targets. For JSON, and without this machine's folders."""
     return {
         name: {
             "type": spec.type,
@@ -137,57 +143,49 @@ def describe_teachers(recipe: Recipe, shapes: dict[str, TeacherShape]) -> dict[s
 
 
 def check_teachers(checkpoint: Path, teachers: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError if a run would go on with other teachers than it had, such as a newer revision of one."""
+    """Raises ValueError if a run would resume with other teachers than it had, such as a newer revision of one."""
     path = checkpoint / "training_state" / TEACHERS
-    if not path.exists():  # of an older version
+    if not path.exists():  # older versions wrote none
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for name in before.keys() & teachers.keys():
-        fields = [key for key in ("weights", "dtype", "image_size") if before[name].get(key) != teachers[name][key]]
-        if fields:
-            differs = [f"{key} {before[name].get(key)!r} there, {teachers[name][key]!r} here" for key in fields]
+        changed = differences(before[name], teachers[name], ("weights", "dtype", "image_size"))
+        if changed:
             raise ValueError(
-                f"teachers.{name} is not the one that taught until {checkpoint} ({', '.join(differs)}); bring "
-                "its weights back, or choose another output_dir"
+                f"teachers.{name} is not the one that taught until {checkpoint}; it differs in {', '.join(changed)}: "
+                "bring its weights back, or choose another output_dir"
             )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state that save_checkpoint returned."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
 def load_weights(checkpoint: Path, model: torch.nn.Module, same_stage: bool) -> None:
-    """Weights of the unprepared `Distillation`: of this stage, or of the last one, whose student has fewer heads.
+    """Loads a checkpoint's weights into the `Distillation`, before it is prepared.
+
+    Args:
+        same_stage: False when an earlier stage has written them, whose student may have fewer heads.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: they belong to another model.
     """
     saved = load_file(checkpoint / "training_state" / "model.safetensors")
-    if not same_stage:  # the balancing starts anew with the terms of a stage, whose number decides its shapes
+    if not same_stage:  # each stage has its own terms, whose number decides the shapes of the balancing
         saved = {name: value for name, value in saved.items() if not name.startswith("balancing.")}
     missing, unexpected = model.load_state_dict(saved, strict=False)
     if not same_stage:
         missing = [name for name in missing if not name.startswith(("student.adaptors.", "balancing."))]
     if missing or unexpected:
         raise ValueError(
-            f"{checkpoint} is of another model: it lacks {missing[:3]} and has {unexpected[:3]} in addition; restore "
-            "the recipe that wrote it, or choose another output_dir"
+            f"{checkpoint} belongs to another model: it lacks {missing[:3]} and has {unexpected[:3]} in addition; "
+            "restore the recipe that wrote it, or choose another output_dir"
         )
 
 
-def load_training(
-    accelerator: Accelerator,
-    checkpoint: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    seed: int,
-) -> None:
-    """All the rest that a stage goes on with, after the model has been prepared: moments, averages, random numbers.
+def load_training(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    """What a stage resumes with besides the weights, once the model is prepared: moments, averages, random numbers.
 
-    A process that the run did not have before gets random numbers of its own from `seed`.
+    A process that the run did not have before gets random numbers of its own.
     """
+    accelerator, checkpoint = run.accelerator, run.checkpoint
+    assert checkpoint is not None
     folder = checkpoint / "training_state"
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
@@ -199,13 +197,7 @@ def load_training(
     if random_file.exists():
         _set_random_state(accelerator, torch.load(random_file, map_location="cpu", weights_only=True))
     else:
-        set_seed(seed, device_specific=True)
-
-
-def skipped_images(state: dict[str, Any]) -> dict[str, int]:
-    """Images that all processes have left out since the start, by reason, from a checkpoint's state."""
-    lanes = [lane for stream in state["streams"].values() for lane in stream["lanes"].values()]
-    return dict(sum((Counter(lane["skipped"]) for lane in lanes), Counter()))
+        set_seed(run.recipe.seed + run.state.step, device_specific=True)
 
 
 def _write_manifest(folder: Path) -> None:

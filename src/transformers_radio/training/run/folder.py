@@ -1,10 +1,10 @@
-"""The folder of a run: which run it holds, whether it may be continued or replaced, and that one process trains in it.
+"""The folder of a run: which run it holds, whether that may be resumed or replaced, and that one process trains in it.
 
 output_dir/
-  run.yaml              the recipe with its overrides; a changed recipe does not continue it
-  metrics.jsonl         one line a log interval
+  run.yaml              the recipe with its overrides; a changed recipe does not resume it
+  metrics.jsonl         one line per log interval
   checkpoints/          see checkpoint.py
-  statistics/           of the teachers' features, with loss.standardization
+  statistics/           PHI-S of the teachers' features, with loss.standardization
   student/              the finished student, a Hugging Face folder
 """
 
@@ -12,32 +12,25 @@ import json
 import logging
 import os
 import re
-import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from safetensors import SafetensorError, safe_open
 
 from transformers_radio.data import one_line
+from transformers_radio.disk import differences, existing, lock_folder, remove, replace_whole, writing
 from transformers_radio.training.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
 
 logger = logging.getLogger(__name__)
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 RUN_FILE = "run.yaml"
-MANIFEST = "manifest.json"  # of a checkpoint
+MANIFEST = "manifest.json"  # size and checksum of each file of a checkpoint
 STATE = "training_state/state.json"
 NEEDED = {STATE, "training_state/model.safetensors", "training_state/optimizer.pt", "config.json"}
-# A start leaves these before RUN_FILE, which says that the rest of WRITTEN is a run's.
+# What a start leaves before RUN_FILE, which says that the files in WRITTEN belong to a run.
 BEFORE_RUN = (".lock", f"{RUN_FILE}.tmp")
-# What a new run deletes of the one before, in this order: a run that is finished counts as such until it is gone.
+# What a new run deletes of the one before, in this order: a finished run counts as finished until its student is gone.
 # Nothing else in output_dir is ever deleted.
 WRITTEN = ("metrics.jsonl", "metrics.jsonl.tmp", "checkpoints", "statistics", "tracker", "student.tmp", "student")
 MAX_LISTED = 10  # entries of a folder that a message names
@@ -49,9 +42,14 @@ FREE_FIELDS = (
     *("data.num_workers", "data.path", "data.max_skipped_share", "data.retry_seconds", "data.lanes"),
     *("student.compile", "student.gradient_checkpointing"),
 )
-FREE_PATTERN = re.compile(  # as data.path: the same files elsewhere; and what only memory and speed depend on
+FREE_PATTERN = re.compile(  # the same files elsewhere, as with data.path; what only memory and speed depend on
     r"data\.sources\.[^.]+\.path|teachers\.[^.]+\.(placement|compile)|stages\.[^.]+(\.groups\.[^.]+)?\.micro_batch_size"
 )
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return output_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -61,13 +59,8 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     )
 
 
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
 def size_and_checksum(path: Path) -> list[int] | None:
-    """Bytes and CRC-32, which finds what a dying disk or machine leaves; None where no file is."""
+    """Bytes and CRC-32 of a file, which tell damage by a failing disk or machine; None where there is no file."""
     if not path.is_file():
         return None
     value = 0
@@ -77,27 +70,11 @@ def size_and_checksum(path: Path) -> list[int] | None:
     return [path.stat().st_size, value]
 
 
-@contextmanager
-def writing(
-    path: Path, fix: str = "make room on the disk, or mend it, and run the same command again"
-) -> Iterator[None]:
-    """What libraries make of a full or broken disk, as one OSError that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        nearest = existing(path.absolute())
-        free = shutil.disk_usage(nearest).free
-        raise OSError(
-            f"{path} could not be written ({type(error).__name__}: {one_line(error)}; {nearest} has {free:,} bytes "
-            f"free): {fix}"
-        ) from error
-
-
 def read_manifest(checkpoint: Path) -> dict[str, list[int]]:
-    """File -> [bytes, checksum], of all files of a checkpoint.
+    """File -> [bytes, checksum], for all files of a checkpoint.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the manifest is damaged.
         OSError: it cannot be read.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -114,29 +91,29 @@ def damage(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8")) if wrong is None else None
     except (OSError, ValueError) as error:
         return one_line(error)
-    if state is not None and checkpoint.name != f"step-{state['step']:08d}":
-        return f"it holds step {state['step']}, of another name"
+    if state is not None and checkpoint != checkpoint_folder(checkpoint.parent.parent, state["step"]):
+        return f"it holds step {state['step']}, not that of its name"
     return wrong
 
 
 def check_student(recipe: Recipe) -> None:
-    """ValueError when the finished student is not that of the last checkpoint, or, where this is gone, unreadable."""
+    """Raises ValueError when the finished student is not the last checkpoint's or, without that, is unreadable."""
     student = Path(recipe.output_dir) / "student"
     steps = sum(stage.steps for stage in recipe.stages.values())
-    last = student.parent / "checkpoints" / f"step-{steps:08d}"
+    last = checkpoint_folder(student.parent, steps)
     if damage(last) is None:
         files = {name: entry for name, entry in read_manifest(last).items() if not name.startswith("training_state/")}
         wrong, fix = _differing(student, files), f"delete this folder, and the same command makes it again from {last}"
     else:
         wrong, fix = _unreadable(student), "restore it, or set overwrite=true (start over)"
         if find_checkpoints(student.parent):
-            fix = "delete this folder, and the same command goes on from the last checkpoint"
+            fix = "delete this folder, and the same command resumes from the last checkpoint"
     if wrong is not None:
         raise ValueError(f"{student} is damaged ({wrong}): {fix}")
 
 
 def _unreadable(student: Path) -> str | None:
-    """What is wrong with a student, as far as it can be told from the student alone."""
+    """What is wrong with a student, as far as its own files tell."""
     try:
         json.loads((student / "config.json").read_text(encoding="utf-8"))
         if not any(student.glob("*.safetensors")):
@@ -165,13 +142,13 @@ def _differing(folder: Path, manifest: dict[str, list[int]]) -> str | None:
 
 
 def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
-    """Whether output_dir holds this run finished, and the checkpoint to go on from, if any. Changes nothing.
+    """Whether output_dir holds this run, finished; and the checkpoint to resume from, if any. Changes nothing.
 
-    That is the newest that is whole; what is wrong with newer ones is logged.
+    The checkpoint is the newest that is whole; what is wrong with newer ones is logged.
 
     Raises:
-        FileExistsError: the folder holds a run of another recipe, or files of no run (without run.yaml, whatever their
-            names: they may be the user's).
+        FileExistsError: the folder holds a run of another recipe, or files that belong to no run: without run.yaml
+            they may be the user's, whatever their names.
         ValueError: all checkpoints are damaged, or RUN_FILE or the finished student is.
         OSError: the folder cannot be written.
     """
@@ -179,7 +156,7 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
     checkpoints = find_checkpoints(output_dir)
     finished = (output_dir / "student").exists()
     if output_dir.exists() and not (output_dir / RUN_FILE).exists():
-        cache = Path(recipe.teacher_cache or "").absolute()  # which may lie here, and is made earlier
+        cache = Path(recipe.teacher_cache or "").absolute()  # may lie here, and is made before RUN_FILE
         foreign = sorted(
             path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN and path.absolute() != cache
         )
@@ -195,7 +172,7 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
         if recipe.teacher_cache is not None:
             check_writable(Path(recipe.teacher_cache), "teacher_cache")
         if (output_dir / ".lock").exists():
-            _lock(output_dir).close()
+            _lock(output_dir).close()  # raises if another process trains here
     if not (checkpoints or finished):
         return False, None
     before = recorded_recipe(recipe)
@@ -227,10 +204,10 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
 
 
 def recorded_recipe(recipe: Recipe) -> Recipe | None:
-    """The recipe of the run in output_dir that this start may continue, if there is one. Changes nothing.
+    """The recipe of the run in output_dir that this start may resume, if there is one. Changes nothing.
 
     Raises:
-        ValueError: there is one, and nobody knows which, as RUN_FILE is damaged.
+        ValueError: there is one, and it is unknown which, as RUN_FILE is damaged.
     """
     output_dir = Path(recipe.output_dir)
     finished = (output_dir / "student").exists()
@@ -242,21 +219,21 @@ def recorded_recipe(recipe: Recipe) -> Recipe | None:
         if recipe.overwrite:  # it will be deleted
             return None
         raise ValueError(
-            f"{output_dir / RUN_FILE} cannot be read ({error}), so nobody knows which run this is; restore the file, "
+            f"{output_dir / RUN_FILE} cannot be read ({error}), so it is unknown which run this is; restore the file, "
             "choose another output_dir, or set overwrite=true (start over)"
         ) from error
 
 
 def check_writable(folder: Path, field: str) -> None:
-    """OSError when a folder cannot be made or written into. Changes nothing."""
+    """Raises OSError when a folder cannot be made or written into. Changes nothing."""
     nearest = existing(folder.absolute())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "may not be written into" if nearest.is_dir() else "is no folder"
+        reason = "may not be written into" if nearest.is_dir() else "is not a folder"
         raise OSError(f"{field} {folder} cannot be written: {nearest} {reason}; choose another {field}")
 
 
 def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
-    """Takes the folder for this process, once everything has been checked; without `resume_from` the run begins anew.
+    """Takes the folder for this process, once everything has been checked; without `resume_from` the run starts over.
 
     Returns:
         The lock, to be kept open while training. The system releases it however the process ends.
@@ -265,7 +242,6 @@ def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
         FileExistsError: another process trains in this folder.
     """
     output_dir = Path(recipe.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     lock = _lock(output_dir)
     try:
         _prepare_folder(recipe, output_dir, resume_from)
@@ -282,46 +258,32 @@ def _prepare_folder(recipe: Recipe, output_dir: Path, resume_from: Path | None) 
             path = output_dir / name
             if name == "student" and path.is_dir():  # half of it must not count as a finished run
                 path = path.rename(output_dir / "student.tmp")
-            _remove(path)
+            remove(path)
     for leftover in (output_dir / "checkpoints").glob("*.tmp"):
-        _remove(leftover)
+        remove(leftover)
     for newer in find_checkpoints(output_dir):
-        if resume_from is not None and newer > resume_from:  # damaged: out of the way of the one to be written again
-            _remove(newer.with_name(newer.name + ".damaged"))
+        if resume_from is not None and newer > resume_from:  # damaged, and in the way of the one to be written again
+            remove(newer.with_name(newer.name + ".damaged"))
             os.replace(newer, newer.with_name(newer.name + ".damaged"))
-    temporary = output_dir / f"{RUN_FILE}.tmp"
-    with writing(output_dir / RUN_FILE):
+    run_file = output_dir / RUN_FILE
+    with writing(run_file), replace_whole(run_file) as temporary:
         save_recipe(recipe, temporary)
-        os.replace(temporary, output_dir / RUN_FILE)
 
 
 def _lock(output_dir: Path) -> IO[str]:
-    lock = (output_dir / ".lock").open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise FileExistsError(
-                f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another"
-            ) from error
-    return lock
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    return lock_folder(
+        output_dir,
+        f"another process is training in output_dir {output_dir}; wait for it, stop it, or choose another",
+    )
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines that a killed run wrote after the checkpoint it is continued from, and damaged ones."""
+    """Drops the lines that a killed run wrote after the checkpoint from which it resumes, and damaged ones."""
     if not path.exists():
         return
     kept, damaged = [], []
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last line break is what a kill has cut off
+    for number, line in enumerate(lines[:-1], start=1):  # a kill may have cut off what follows the last line break
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -329,31 +291,13 @@ def truncate_metrics(path: Path, step: int) -> None:
             damaged.append(str(number))
     if damaged:
         logger.warning("%s: dropping the damaged lines %s", path, ", ".join(damaged))
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path), replace_whole(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(temporary, path)
 
 
 def _changed_fields(recipe: Recipe, recorded: Recipe) -> list[str]:
-    before = _flatten(recipe_to_dict(recorded))
-    now = _flatten(recipe_to_dict(recipe))
-    return [
-        f"{key} ({before.get(key)!r} there, {now.get(key)!r} here)"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _may_change(key)
-    ]
+    return differences(recipe_to_dict(recorded), recipe_to_dict(recipe), is_free=_may_change)
 
 
 def _may_change(key: str) -> bool:
     return bool(FREE_PATTERN.fullmatch(key)) or key in FREE_FIELDS or key.split(".")[0] in FREE_FIELDS
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,4 +1,4 @@
-"""Accelerate's process group, as this loop needs it."""
+"""Accelerate's process group and precision, as the training loop needs them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from transformers_radio.training.recipe import Recipe
 
 from .folder import recorded_recipe
 
-# Of one process for the others: for a download, a checkpoint on a slow disk, the listing of a large folder.
+# Processes wait this long for another one: for a download, a checkpoint on a slow disk, the listing of a large folder.
 LONGEST_WAIT = timedelta(hours=6)
 
 Result = TypeVar("Result")
@@ -33,7 +33,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises:
         ValueError: the tracker is not installed; fp16 without a gradient scaler; gradient accumulation by Accelerate;
-            FSDP in its first version, which cannot leave out the gradients' reduction in a pass.
+            version 1 of FSDP, which cannot skip the reduction of the gradients in a pass.
     """
     if recipe.tracker is not None and recipe.tracker not in LoggerType.list():
         raise ValueError(
@@ -43,10 +43,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.mixed_precision,
         log_with=recipe.tracker,
         project_dir=recipe.output_dir,
-        # Every pass reaches every weight, and buffers are the same everywhere: nothing has to be searched or sent.
+        # Every pass reaches every weight, and buffers are the same on all processes: DDP need not search or send any.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    if recipe.tracker and not accelerator.log_with:  # Accelerate would go on without it
+    if recipe.tracker and not accelerator.log_with:  # Accelerate would continue without it
         raise ValueError(
             f"tracker is {recipe.tracker!r}, which is not installed here; install it, or set tracker=null for "
             "metrics.jsonl alone"
@@ -64,11 +64,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         )
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wants_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate shards on accelerators only. PyTorch does on CPUs too, where this very loop is tried out.
+        # Accelerate shards on accelerators only. PyTorch can on CPUs too, where this loop is tested.
         plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
-        # The partial state overwrites the other whenever somebody asks for it.
+        # Both, as the partial state overwrites the other whenever that is read.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":  # Accelerate's policy would round the losses
@@ -84,8 +84,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 def settle_precision(recipe: Recipe) -> Recipe:
     """The recipe with every `auto` precision replaced by the one that this run has. Called by every process.
 
-    That is what the run in output_dir began with, wherever that was; a new run takes what the main process's device
-    is good at. A CPU that is slow in the result is warned about.
+    A run in output_dir keeps the precision that it began with, on whatever machine; a new run takes the one that is
+    fast on the main process's device. Logs a warning where the result is slow on a CPU.
     """
     # Without an accelerator, Accelerate would take each process of a group for the only one.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -105,7 +105,7 @@ def uses_auto_precision(recipe: Recipe) -> bool:
 
 
 def resolve_precision(recipe: Recipe, device: torch.device, before: Recipe | None = None) -> Recipe:
-    """A copy without `auto`: each takes its value in `before`, if there is one, else what the device is good at."""
+    """A copy without `auto`: each is replaced by its value in `before`, if given, or by what is fast on the device."""
     mixed_precision = recipe.mixed_precision
     if mixed_precision == "auto" and before is not None:
         mixed_precision = before.mixed_precision
@@ -127,13 +127,13 @@ def warn_of_slow_precision(recipe: Recipe, device: torch.device) -> None:
 def threads_beside_workers(workers: int, device: torch.device) -> Iterator[None]:
     """On a CPU, leaves torch only the threads whose cores the data workers of this process do not need.
 
-    A thread that shares its core with a worker makes all others wait for it after every product. OMP_NUM_THREADS,
-    where it is set, is obeyed instead.
+    A thread that shares its core with a worker makes all other threads wait for it after every product. Where
+    OMP_NUM_THREADS is set, that holds instead.
     """
     before = torch.get_num_threads()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the cores, of this process
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # cores of this process
         torch.set_num_threads(max(1, min(before, share - workers)))
     try:
         yield
@@ -142,7 +142,7 @@ def threads_beside_workers(workers: int, device: torch.device) -> Iterator[None]
 
 
 def on_main_process(accelerator: Accelerator | PartialState, function: Callable[[], Result]) -> Result:
-    """The main process's result or error, on every process."""
+    """Calls a function on the main process; every process returns its result or raises its error."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

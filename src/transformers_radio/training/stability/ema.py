@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class EMA:
     """average = decay * average + (1 - decay) * weight, in float32, for every parameter; buffers are not averaged.
 
-    Sharded parameters (FSDP2) have averages sharded alike; `state_dict` and `load_state_dict` are then called by all
-    processes together.
+    Sharded parameters (FSDP2) have averages sharded the same way; all processes then call `state_dict` and
+    `load_state_dict` together.
 
     Args:
-        model: the student as trained; create the average after wrapping or sharding it, from the wrapped model or the
-            unwrapped one, whose names it then has.
+        model: what is trained. Create the average after wrapping or sharding it, from the wrapped or the unwrapped
+            model; the averages have the names of its parameters.
         decay: between 0 and 1.
     """
 
@@ -34,7 +34,7 @@ class EMA:
             _local(self.averages[name]).lerp_(_local(weight).float(), 1 - self.decay)
 
     def state_dict(self, keep: bool = True) -> dict[str, torch.Tensor]:
-        """Whole averages by name of the parameter, on the CPU; nothing without `keep`, where only others need them."""
+        """Parameter's name -> its whole average, on the CPU; empty without `keep`, for processes that need none."""
         whole = {}
         for name, average in self.averages.items():
             gathered = average.full_tensor() if isinstance(average, DTensor) else average
@@ -43,7 +43,7 @@ class EMA:
         return whole
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Takes what `state_dict` returned, of a model sharded alike or otherwise.
+        """Takes what `state_dict` returned, for a model that may be sharded differently.
 
         Raises:
             ValueError: names or shapes are not those of this model.
@@ -65,7 +65,7 @@ class EMA:
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward in eval mode leaves gathered copies in the place of the parameters
+                module.reshard()  # a forward pass in eval mode leaves gathered copies in place of the parameters
         for name, weight in self.model.named_parameters():
             yield name, weight.detach()
 

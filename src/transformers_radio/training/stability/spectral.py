@@ -1,8 +1,8 @@
-"""Spectral reparametrisation of the student's Linears: keeps attention entropy from collapsing (paper section 4).
+"""Spectral reparametrization of the student's Linears: keeps attention entropy from collapsing (paper section 4).
 
 W' = W * scale / (u^T W v + eps), with u and v the singular vectors of the largest singular value of W, found by power
 iteration (Miyato et al., arXiv 1802.05957), and a trained scale (Zhai et al., arXiv 2303.06296). A Linear with this
-reparametrisation has, instead of `weight`, the state
+reparametrization has, instead of `weight`, the state
   parametrizations.weight.original        W
   parametrizations.weight.0.scale         (1, 1): rho, from which scale = softplus(rho) + 0.05; two-dimensional, so
                                           that weight decay applies to it
@@ -27,7 +27,7 @@ _PARTS = ("original", "0.scale", "0._u", "0._v", "0._sn_version")
 
 
 class SpectralReparam(nn.Module):
-    """The parametrisation of one weight (out, in). `power_step` moves u and v, `forward` only reads them.
+    """The parametrization of one weight (out, in). `power_step` changes u and v; `forward` only reads them.
 
     Raises:
         ValueError: the largest singular value of the weight is not above 0.05, the smallest scale.
@@ -35,7 +35,7 @@ class SpectralReparam(nn.Module):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        # a generator of its own: all processes agree, and the random state of the run stays as it is
+        # its own generator: all processes agree, and the random state of the run is not changed
         u = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
         self._u = nn.Buffer(u)
         self._v = nn.Buffer(torch.zeros(weight.shape[1], device=weight.device))
@@ -45,7 +45,7 @@ class SpectralReparam(nn.Module):
         scale = float(self._u.double() @ weight.detach().double() @ self._v.double()) + _EPS
         if not scale > _SMALLEST_SCALE:
             raise ValueError(
-                f"the largest singular value is {scale:.3g}, but spectral reparametrisation cannot go below "
+                f"the largest singular value is {scale:.3g}, but spectral reparametrization cannot go below "
                 f"{_SMALLEST_SCALE}; start from larger weights (student.config.initializer_range) or do without it"
             )
         rho = math.log(math.expm1(scale - _SMALLEST_SCALE))  # the inverse of softplus
@@ -53,7 +53,7 @@ class SpectralReparam(nn.Module):
         self._sn_version = nn.Buffer(torch.tensor(2, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        # copies: power steps move u and v in place, and a backward may come after the next one
+        # copies: power steps change u and v in place, and a backward pass may come after the next one
         sigma = _sigma(weight, self._u.clone(), self._v.clone())
         return _scaled(weight, self.scale, sigma, self._sn_version)
 
@@ -71,20 +71,21 @@ class SpectralReparam(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def add_spectral_reparam(model: RadioModel, heads: bool = False) -> None:
-    """Reparametrises the Linears of the encoder layers, and of the adaptors with `heads`, in place.
+def add_spectral_reparam(model: RadioModel) -> None:
+    """Reparametrizes the Linears in the blocks of a student, in place.
 
-    The function that the model computes stays as it is. Call it before the model is wrapped (DDP) or sharded (FSDP2),
-    and `power_steps` once an optimizer step.
+    The model computes the same function as before. Call this before the model is wrapped (DDP) or sharded (FSDP2), and
+    `power_steps` once per optimizer step.
 
     Raises:
         ValueError: the model has it already, or a weight is too small (see SpectralReparam).
     """
     if has_spectral_reparam(model):
-        raise ValueError("the model has a spectral reparametrisation already; add it once")
+        raise ValueError("the model has a spectral reparametrization already; add it once")
+    inside = {module for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)}
     reparams = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith(("encoder.", "adaptors.") if heads else "encoder."):
+        if isinstance(module, nn.Linear) and module in inside:
             try:
                 reparams.append((module, SpectralReparam(module.weight)))
             except ValueError as error:
@@ -98,14 +99,14 @@ def has_spectral_reparam(model: nn.Module) -> bool:
 
 
 def fold_spectral(state_dict: dict[str, torch.Tensor], averaged: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict with W' as plain `weight` in place of each reparametrised one; all other keys stay as they are.
+    """A state dict with W' as plain `weight` in place of each reparametrized one; all other keys stay as they are.
 
     Args:
-        averaged: the weights are averages over training, and u and v were found for the last ones: W' is then W *
-            scale / sigma with the largest singular value of W itself.
+        averaged: the weights are averages over training, while u and v belong to the last weights. W' is then W *
+            scale / sigma, where sigma is the largest singular value of W itself.
 
     Raises:
-        ValueError: a parametrisation has other keys than those of this module, or lacks some.
+        ValueError: a parametrization has other keys than those of this module, or lacks some.
     """
     folded = {}
     for key, value in state_dict.items():
@@ -113,7 +114,7 @@ def fold_spectral(state_dict: dict[str, torch.Tensor], averaged: bool = False) -
         if not mark:
             folded[key] = value
         elif part not in _PARTS:
-            raise ValueError(f"{key} is not part of a spectral reparametrisation; expected one of {', '.join(_PARTS)}")
+            raise ValueError(f"{key} is not part of a spectral reparametrization; expected one of {', '.join(_PARTS)}")
         elif part == "original":
             missing = [name for name in _PARTS[1:4] if f"{linear}{mark}{name}" not in state_dict]
             if missing:
@@ -127,7 +128,7 @@ def fold_spectral(state_dict: dict[str, torch.Tensor], averaged: bool = False) -
 
 
 def _sigma(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """u^T W v, in float32: in half precision it would be off by more than a training step changes."""
+    """u^T W v, in float32: in half precision the error would be larger than what a training step changes."""
     with torch.autocast(weight.device.type, enabled=False):
         return torch.dot(u.float(), weight.float() @ v.float())
 
@@ -141,9 +142,11 @@ def _scaled(weight: torch.Tensor, rho: torch.Tensor, sigma: torch.Tensor, versio
 
 
 def power_steps(model: nn.Module) -> None:
-    """One step of power iteration for every reparametrised weight. Call once an optimizer step, before its first pass:
-    the passes of a step, whose number depends on the processes, and layers that gradient checkpointing computes again,
-    then see the same u and v. With sharded weights: on all processes together."""
+    """One step of power iteration for every reparametrized weight; all processes together if weights are sharded.
+
+    Call it once per optimizer step, before the first pass: all passes of a step, whose number depends on the number of
+    processes, and blocks that gradient checkpointing computes again then see the same u and v.
+    """
     lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
     found = [(module[0], module.original) for module in lists if isinstance(module[0], SpectralReparam)]
     sharded = [(reparam, weight) for reparam, weight in found if isinstance(weight, DTensor)]
@@ -156,7 +159,7 @@ def power_steps(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _sharded_power_steps(found: list[tuple[SpectralReparam, DTensor]]) -> None:
-    """As `power_step`, on the rows that this process holds: two sums over the processes for all weights together."""
+    """Like `power_step`, on the rows that this process holds, with two sums over the processes for all weights."""
     meshes = {weight.device_mesh for _, weight in found}
     (mesh,) = meshes
     dim = next(i for i, placement in enumerate(found[0][1].placements) if placement.is_shard(0))

@@ -1,39 +1,47 @@
-"""Labelled images at the protocol's resize, and the summary vector of each of them."""
+"""Labeled images: a split of a classification set, read part by part or loaded into memory."""
 
 import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from transformers_radio.data import DataConfig, SourceConfig, count_images
 from transformers_radio.data.errors import ColumnError
 from transformers_radio.data.files import kind_of
-from transformers_radio.data.images import SkippedImage, decode_rgb
-from transformers_radio.data.source import EVERY_RECORD, read_image
+from transformers_radio.data.images import SkippedImage
+from transformers_radio.data.source import EVERY_RECORD, read_rgb
 from transformers_radio.data.tars import find_fields, read_samples
 
+from .resize import cover_image, stretch_image
 from .split_files import class_names, find_split, in_words_of_evaluation, load_builder, naming
 
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls")
+# Parts of a split's fingerprint that results are known by: all but its place, its name and that of its configuration,
+# as the files say which images these are.
+COUNTED = ("columns", "limit", "files")
 
 
 @dataclass
 class LabelledImages:
-    """`images` uint8 (N, 3, H, W); `labels` int64 (N,); `class_names` when the source states them; `skipped` images
-    per reason (they are in neither tensor)."""
+    """A split in memory.
+
+    Attributes:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,).
+        class_names: in the order of the labels; None where the source does not state them.
+        skipped: reason -> number of images that could not be read, which are not among `images`.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -41,37 +49,7 @@ class LabelledImages:
     skipped: dict[str, int]
 
 
-def resize_image(image: Image.Image, image_size: int | tuple[int, int]) -> torch.Tensor:
-    """Resize an RGB image with bicubic interpolation and return uint8 (3, H, W).
-
-    `image_size` is (H, W) to scale the image until it covers H x W and cut out the centre (the aspect ratio stays),
-    or one number for exactly that square (the aspect ratio goes).
-    """
-    if isinstance(image_size, int):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    else:
-        height, width = image_size
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
-
-
-def resize_shortest(image: Image.Image, side: int, step: int) -> torch.Tensor:
-    """Resize an RGB image with bicubic interpolation so that its shortest side is `side` pixels; uint8 (3, H, W).
-
-    The aspect ratio stays, but for what it takes to round height and width to multiples of `step`.
-    """
-    scale = side / min(image.size)
-    width, height = (max(1, round(length * scale / step)) * step for length in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
-
-
-# Parts of a split's fingerprint: all but the place, the name of the split and that of the configuration, which show in
-# the files.
-COUNTED = ("columns", "limit", "files")
-
-
-class LabelledSplit:
+class LabeledSplit:
     """A split of a classification set: undecoded images with their class indices, in parts that are read on their own.
 
     Args:
@@ -81,13 +59,13 @@ class LabelledSplit:
         split: such as `"train"` or `"validation"`.
         name: the configuration of a Hub dataset that has several.
         image_column, label_column: found among the usual names unless given.
-        limit: read only the first samples. Class folders come class by class, so there it means the first classes.
+        limit: read only the first samples. Class folders come class by class, so there these are of the first classes.
 
     Attributes:
-        num_shards: parts of the split, such as files of tars or Parquet.
-        class_names: when the source states them.
-        num_classes: labels must be below it; None to take any. It may be set.
-        stated: number of images, when the source states it.
+        num_shards: parts of the split, such as its tars or Parquet files.
+        class_names: in the order of the labels; None where the source does not state them.
+        num_classes: labels must be below it; None to take any. Callers may set it.
+        stated: number of images; None where the source does not state it.
 
     Raises:
         FileNotFoundError: no such source. ValueError: no such split, image or label column, or a limit below 1.
@@ -108,8 +86,8 @@ class LabelledSplit:
         self.source, self.split, self.limit = self._found.source, split, limit
         self.configuration, self.stated, self.num_shards = name or "default", None, 1
         self.class_names = class_names(self._found)
-        self._stream: Any = None  # of class folders the names of the files are enough
-        self._fields: list[str] | None = None  # of tars, the extensions of images
+        self._stream: Any = None  # of `datasets`; class folders need none, as the names of their files are enough
+        self._fields: list[str] | None = None  # the extensions of images, where the split is made of tars
         columns = ["image", "label"]
         if self._found.kind == "webdataset":
             self._fields = self._open_tars(image_column)
@@ -124,7 +102,7 @@ class LabelledSplit:
         if self._stream is not None:
             label = (self._stream.features or {}).get(self.label_column)
             self.class_names = getattr(label, "names", None)
-            # Undecoded, so that one broken file is one skipped image and not the end of the run.
+            # undecoded, so that one broken file is one skipped image and not the end of the run
             stream = self._stream.select_columns([self.image_column, self.label_column])
             stream = stream.cast_column(self.image_column, datasets.Image(decode=False))
             self.num_shards = stream.num_shards if limit is None else 1  # a limited stream ends where the whole does
@@ -132,7 +110,7 @@ class LabelledSplit:
         self.num_classes = None if self.class_names is None else len(self.class_names)
 
     def _open_tars(self, image_column: str | None) -> list[str]:
-        """The fields of images. As in training, of a sample the image alone is decoded, whatever its extension."""
+        """The fields of images. As in training, only the image of a sample is decoded, whatever its extension."""
         config = SourceConfig(path=self.source, image_column=image_column)
         try:
             return find_fields(self._found.files, config, "data")
@@ -140,7 +118,7 @@ class LabelledSplit:
             raise ValueError(in_words_of_evaluation(str(error))) from error
 
     def _open(self, name: str | None) -> list[str]:
-        """Opens the stream of a table; its columns."""
+        """Opens the stream of a table, and returns its columns."""
         with naming(self._found):
             builder = load_builder(self._found, name)
             stream = builder.as_streaming_dataset(split=self.split)
@@ -157,7 +135,7 @@ class LabelledSplit:
         return columns
 
     def rows(self, shard: int | None = None) -> Iterator[tuple[Any, int]]:
-        """(image as `read_image` takes it, class index) of the split or of one of its parts, in a fixed order.
+        """Yields (image as `read_rgb` takes it, class index) of the split or of one of its parts, in a fixed order.
 
         Raises:
             ValueError: a label that is not a class index.
@@ -187,7 +165,7 @@ class LabelledSplit:
         if not is_index or (self.num_classes is not None and label >= self.num_classes):
             last = "" if self.num_classes is None else f" to {self.num_classes - 1}"
             raise ValueError(
-                f"{label!r} in column {self.label_column!r} of {self.source} ({self.split}) is no class index; "
+                f"{label!r} in column {self.label_column!r} of {self.source} ({self.split}) is not a class index; "
                 f"expected an integer from 0{last}. Choose another label_column, or a split with labels."
             )
         return label
@@ -197,7 +175,7 @@ class LabelledSplit:
         if self.stated is not None:
             return self.stated
         count, files = None, self._found.files
-        kinds = {kind_of(file) for file in files} - {None}  # beside images there may be a table of metadata
+        kinds = {kind_of(file) for file in files} - {None}  # a table of metadata may lie beside images
         if kinds == {"imagefolder"}:
             count = sum(kind_of(file) is not None for file in files)
         elif kinds <= {"webdataset", "parquet"} and files and not any("://" in file for file in files):
@@ -206,12 +184,12 @@ class LabelledSplit:
         return count if count is None or self.limit is None else min(count, self.limit)
 
     def labels_of_folders(self) -> set[int] | None:
-        """The labels that occur, readable images or not, where class folders show them by their names; else None."""
+        """The labels of all images, readable or not, where the names of class folders show them; None elsewhere."""
         return None if self._stream is not None else {label for _, label in self.rows()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What is read. `COUNTED` names the parts that the rows depend on; of files these are names, sizes and dates
-        below the source, or the revision on the Hub."""
+        """What is read. `COUNTED` names the parts that the rows depend on. "files" is a hash of the names below the
+        source, sizes and dates of the files, or of their revision on the Hub."""
         return {
             "source": self.source,
             "split": self.split,
@@ -222,7 +200,7 @@ class LabelledSplit:
         }
 
     def recognized(self, fingerprint: Any) -> Any:
-        """A fingerprint in a file, with the hash of today where it has that of earlier versions for these files."""
+        """A fingerprint from a file, with today's hash in place of the one that earlier versions gave these files."""
         if not isinstance(fingerprint, dict) or fingerprint.get("files") == self._found.fingerprint:
             return fingerprint
         places = {self._found.folder, str(fingerprint.get("source"))}
@@ -232,7 +210,7 @@ class LabelledSplit:
 
 
 def _class_index(text: bytes | None) -> int | str | None:
-    """The number in a tar's label file; what it holds instead, or None without one."""
+    """The number in a tar's label file; else what the file holds; None without a file."""
     if text is None:
         return None
     try:
@@ -253,35 +231,43 @@ def load_labelled_images(
     """Read one split of a classification set into memory, decoded as training decodes.
 
     Args:
-        source, split, name, image_column, label_column, limit: see `LabelledSplit`.
-        image_size: see `resize_image`. A split takes N * 3 * H * W bytes of memory.
+        source, split, name, image_column, label_column, limit: see `LabeledSplit`.
+        image_size: (H, W) to scale each image until it covers H x W and cut out the center (the aspect ratio stays),
+            or one number for exactly that square (the aspect ratio is lost). In pixels; bicubic. A split takes
+            N * 3 * H * W bytes of memory.
 
     Raises:
         FileNotFoundError: no such source.
         ValueError: no image or label column, a label that is not a class index, no readable image at all.
     """
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"image_size is {image_size!r}; give one side or (height, width), in pixels, at least 1.")
-    rows = LabelledSplit(source, split, name, image_column, label_column, limit)
+    resize = stretch_image if isinstance(image_size, int) else cover_image
+    rows = LabeledSplit(source, split, name, image_column, label_column, limit)
     images, labels, skipped = [], [], Counter[str]()
     for image, label in tqdm(rows.rows(), desc=f"{source} {split}", unit=" images", total=limit):
         try:
-            images.append(resize_image(decode_rgb(read_image(image)), image_size))
+            images.append(resize(read_rgb(image), sides))
         except SkippedImage as error:
             skipped[error.reason] += 1
             continue
         labels.append(label)
-    if not images:
-        raise ValueError(
-            f"{source} ({split}) holds no readable image in column {rows.image_column!r}; skipped: {dict(skipped)}."
-        )
-    warn_of_skipped(f"{source} ({split})", len(images), skipped)
+    check_readable(rows, len(images), skipped)
     return LabelledImages(torch.stack(images), torch.tensor(labels), rows.class_names, dict(skipped))
 
 
-def warn_of_skipped(what: str, used: int, skipped: dict[str, int]) -> None:
-    if skipped:
+def check_readable(split: LabeledSplit, used: int, skipped: Mapping[str, int], quiet: bool = False) -> None:
+    """ValueError unless some image could be read; a warning about those that could not, unless `quiet`.
+
+    Args:
+        used: number of images that could be read.
+        skipped: reason -> number of the others.
+    """
+    what = f"{split.source} ({split.split})"
+    if not used:
+        raise ValueError(f"{what} holds no readable image in column {split.image_column!r}; skipped: {dict(skipped)}.")
+    if skipped and not quiet:
         total = sum(skipped.values())
         logger.warning("%s: skipped %d of %d images: %s", what, total, total + used, dict(skipped))
 
@@ -294,49 +280,3 @@ def _find_column(given: str | None, usual: Sequence[str], columns: list[str], ki
     raise ValueError(
         f"{source} has no {kind} column among {list(candidates)}; it has {columns}. Name one with {kind}_column."
     )
-
-
-@torch.no_grad()
-def extract_summaries(
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    images: torch.Tensor | Sequence[torch.Tensor],
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    description: str = "summaries",
-) -> torch.Tensor:
-    """Encode all images, in order; returns float32 (N, D) on the CPU.
-
-    Args:
-        encode: float images in [0, 1], (B, 3, H, W), on `device` -> summaries (B, D).
-        images: uint8 (N, 3, H, W), or a sized sequence of uint8 batches (B, 3, H, W), whose sizes may differ
-            (`batch_size` is then not used).
-
-    Raises:
-        ValueError: no images, images that are not uint8 (B, 3, H, W), or an encoder whose output is not finite (B, D).
-    """
-    if len(images) == 0:
-        raise ValueError("There are no images to encode; expected at least one.")
-    batches = images.split(batch_size) if isinstance(images, torch.Tensor) else images
-    summaries = []
-    for batch in tqdm(batches, desc=description, unit="batch"):
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3:
-            raise ValueError(f"A batch is {batch.dtype} {tuple(batch.shape)}; expected torch.uint8 (B, 3, H, W).")
-        summary = encode(batch.to(device).float() / 255)
-        if summary.ndim != 2 or len(summary) != len(batch):
-            raise ValueError(f"encode returned {tuple(summary.shape)}; expected ({len(batch)}, D): one row an image.")
-        if not summary.isfinite().all():
-            raise ValueError("encode returned NaN or infinite summaries; check the weights, or use a wider dtype.")
-        summaries.append(summary.float().cpu())
-    return torch.cat(summaries)
-
-
-def check_labelled(vectors: torch.Tensor, labels: torch.Tensor, name: str) -> None:
-    """ValueError unless `vectors` is finite (N, D) with N > 0 and `labels` holds N class indices from 0."""
-    if vectors.ndim != 2 or len(vectors) == 0:
-        raise ValueError(f"The {name} have shape {tuple(vectors.shape)}; expected (N, D) with at least one row.")
-    if labels.shape != vectors.shape[:1]:
-        raise ValueError(f"There are {len(vectors)} {name} but labels of shape {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.min() < 0:
-        raise ValueError(f"The labels of the {name} must be integers from 0; got {labels.dtype}, {labels.min()}.")
-    if not vectors.isfinite().all():
-        raise ValueError(f"The {name} hold NaN or infinite values; check the encoder that produced them.")

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from transformers_radio.evaluation import extract_summaries, load_labelled_images
-from transformers_radio.evaluation.images.labelled import LabelledSplit, resize_image
+from transformers_radio.evaluation.images.labeled import LabeledSplit
+from transformers_radio.evaluation.images.resize import cover_image, stretch_image
 
 
 def encode_image(pixels: np.ndarray, format: str) -> bytes:
@@ -28,17 +29,17 @@ def smooth_image(height: int, width: int) -> Image.Image:
 def test_one_number_squeezes_into_a_square_as_torchvision_does():
     image = smooth_image(90, 120)
     expected = v2.functional.pil_to_tensor(v2.functional.resize(image, [48, 48], v2.InterpolationMode.BICUBIC))
-    assert torch.equal(resize_image(image, 48), expected)
+    assert torch.equal(stretch_image(image, (48, 48)), expected)
 
 
 @pytest.mark.parametrize("source_size", [(96, 160), (200, 80), (24, 40)])
-def test_two_numbers_cover_and_crop_the_centre_as_torchvision_does(source_size):
+def test_two_numbers_cover_and_crop_the_center_as_torchvision_does(source_size):
     image = smooth_image(*source_size)
     scale = max(48 / source_size[0], 40 / source_size[1])  # 0.5 or 2, so that no pixel lies between two
     covering = [int(side * scale) for side in source_size]
     resized = v2.functional.resize(image, covering, v2.InterpolationMode.BICUBIC)
     expected = v2.functional.pil_to_tensor(v2.functional.center_crop(resized, [48, 40]))
-    difference = (resize_image(image, (48, 40)).int() - expected.int()).abs()
+    difference = (cover_image(image, (48, 40)).int() - expected.int()).abs()
     assert difference.shape == (3, 48, 40)
     # torchvision's filter still sees the pixels beyond the cut; away from it the two agree.
     assert difference[:, 4:-4, 4:-4].max() <= 1 and difference.max() < 25
@@ -56,10 +57,10 @@ def test_class_folders_keep_names_and_count_the_broken_files(tmp_path, caplog):
     loaded = load_labelled_images(tmp_path, "validation", 16)
     assert loaded.class_names == ["ant", "bee"]
     assert loaded.images.dtype == torch.uint8 and loaded.images.shape == (4, 3, 16, 16)
-    colours = sorted(
+    colors = sorted(
         (label, *image[:2, 0, 0].tolist()) for image, label in zip(loaded.images, loaded.labels.tolist(), strict=True)
     )
-    assert colours == [(0, 0, 0), (0, 0, 10), (1, 100, 0), (1, 100, 20)]
+    assert colors == [(0, 0, 0), (0, 0, 10), (1, 100, 0), (1, 100, 20)]
     assert loaded.skipped == {"truncated": 1, "undecodable": 1}
     assert "skipped 2 of 6 images" in caplog.text
 
@@ -91,7 +92,7 @@ def test_parquet_with_named_columns_and_refused_sources(tmp_path):
     assert loaded.labels.tolist() == [3, 7] and loaded.class_names is None
     with pytest.raises(ValueError, match="no image column.*photo.*image_column"):
         load_labelled_images(tmp_path, "train", 8)
-    with pytest.raises(ValueError, match="-1 in column 'blank'.*no class index"):
+    with pytest.raises(ValueError, match="-1 in column 'blank'.*not a class index"):
         load_labelled_images(tmp_path, "train", 8, image_column="photo", label_column="blank")
     with pytest.raises(ValueError, match="no readable image.*missing"):
         load_labelled_images(tmp_path, "train", 8, image_column="empty", label_column="kind")
@@ -144,7 +145,7 @@ def test_tars_may_mix_extensions_and_hold_damaged_captions(tmp_path):
     loaded = load_labelled_images(tmp_path, "validation", 8)
     assert loaded.labels.tolist() == [number % 3 for number in range(30)] and not loaded.skipped
     assert loaded.images[:, 0].float().mean(dim=(1, 2)).tolist() == pytest.approx([n * 8 for n in range(30)], abs=4)
-    split = LabelledSplit(tmp_path, "validation", limit=5)
+    split = LabeledSplit(tmp_path, "validation", limit=5)
     assert [label for _, label in split.rows()] == [0, 1, 2, 0, 1]
-    with pytest.raises(ValueError, match="'fine' in column 'txt' of .* is no class index"):
-        list(LabelledSplit(tmp_path, "validation", label_column="txt").rows())
+    with pytest.raises(ValueError, match="'fine' in column 'txt' of .* is not a class index"):
+        list(LabeledSplit(tmp_path, "validation", label_column="txt").rows())

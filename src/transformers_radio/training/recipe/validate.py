@@ -1,13 +1,12 @@
-"""What can be wrong with a recipe's values by themselves: no file, teacher or process group is needed to tell."""
+"""Checks of a recipe's values by themselves, for which no file, teacher or process group is needed."""
 
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from transformers_radio.data import DataConfig
-from transformers_radio.teachers import TEACHERS
+from transformers_radio.modeling import STUDENTS
 
-if TYPE_CHECKING:
-    from .recipe import GroupRecipe, Recipe, StageRecipe
+from .fields import GroupRecipe, Recipe, StageRecipe
 
 # `RadioConfig.sizes()` and the fields of RadioConfig that a recipe may set: not those that follow from
 # student.summary, the teachers and the stages. Written out, as RadioConfig itself takes seconds to load.
@@ -24,56 +23,16 @@ STUDENT_CONFIG_FIELDS = (
 )
 
 
-# What each numeric field may be; whole numbers, up to what no machine or schedule exceeds. A round bracket leaves out
-# its end: "(0, 1]" is above 0 and at most 1. Where null is allowed, it is so beside these. Relations between fields,
-# and the ranges of `data` (`DataConfig.validate`), are apart.
-RANGES: dict[str, dict[str, str]] = {
-    "Recipe": {
-        "ema_decay": "(0, 1)",
-        # NumPy's generators take 32 bits; the number of the step, or of the process, is added
-        "seed": "[0, 2147483648)",
-        "log_every_steps": "[1, 100000000)",
-    },
-    "StudentRecipe": {"head_hidden_dim": "[1, 65536]", "weight_noise": "[0, 1)"},
-    "TeacherRecipe": {"image_size": "[1, 16384]", "summary_weight": "[0, inf)", "feature_weight": "[0, inf)"},
-    "LossRecipe": {
-        **{"cosine_weight": "[0, inf)", "smooth_l1_weight": "[0, inf)", "smooth_l1_beta": "[0, inf)"},
-        "statistics_images": "[1, 1000000000]",
-    },
-    "OptimizerRecipe": {
-        **{"learning_rate": "(0, inf)", "weight_decay": "[0, inf)", "beta1": "[0, 1)", "beta2": "[0, 1)"},
-        **{"eps": "(0, inf)", "max_grad_norm": "(0, inf]"},  # inf: gradients are not clipped
-    },
-    "GroupRecipe": {
-        **{"resolution": "[1, 16384]", "batch_size": "[1, 1000000]", "micro_batch_size": "[1, 1000000]"},
-        **{"share": "(0, inf)", "rate": "(0, 1]"},
-    },
-    "StageRecipe": {
-        "steps": "[1, 100000000)",  # of all stages together, too: checkpoints are numbered with eight digits
-        # of the only group; 0 where there are several
-        **{"resolution": "[0, 16384]", "batch_size": "[1, 1000000]", "micro_batch_size": "[1, 1000000]"},
-        **{"warmup_steps": "[0, 100000000)", "learning_rate": "(0, inf)", "weight_decay": "[0, inf)"},
-        "freeze_trunk_steps": "[0, 100000000)",
-    },
-    "CheckpointRecipe": {"every_steps": "[1, 100000000)", "keep": "[1, 1000000]"},
-}
-WHOLE = (int, int | None)  # types of fields of whole numbers
-
-
-def validate(recipe: "Recipe") -> None:
+def validate(recipe: Recipe) -> None:
     """Raises ValueError with the field, its value and what was expected."""
     _require(bool(recipe.teachers), "teachers", recipe.teachers, "at least one teacher")
     _require(bool(recipe.stages), "stages", recipe.stages, "at least one stage")
-    _validate_ranges(recipe, "")
+    _validate_fields(recipe, "")
     _require(bool(recipe.output_dir), "output_dir", recipe.output_dir, "the folder of the run")
-    _one_of("mixed_precision", recipe.mixed_precision, ("no", "bf16", "fp16", "auto"))
     _validate_student(recipe)
-    for name, teacher in recipe.teachers.items():
-        where = f"teachers.{name}"
-        _require(name.isidentifier(), where, name, "a name of letters, digits and _ (it names the adaptor's weights)")
-        _one_of(f"{where}.type", teacher.type, tuple(TEACHERS))
-        _one_of(f"{where}.dtype", teacher.dtype, ("float32", "bfloat16", "float16", "auto"))
-        _one_of(f"{where}.placement", teacher.placement, ("device", "offloaded", "sharded"))
+    for name in recipe.teachers:
+        expected = "a name of letters, digits and _ (it names the adaptor's weights)"
+        _require(name.isidentifier(), f"teachers.{name}", name, expected)
     if recipe.teacher_cache is not None:
         _require(recipe.data.frozen_crops, "data.frozen_crops", False, "true, as teacher_cache keeps outputs of crops")
         for name, teacher in recipe.teachers.items():  # its processes would have to encode equally many images
@@ -88,34 +47,33 @@ def validate(recipe: "Recipe") -> None:
     for name in recipe.teachers:
         if not any(name in stage.teacher_names(recipe) for stage in recipe.stages.values()):
             raise ValueError(f"teachers.{name} teaches in no stage; remove it, or name it in a stage's teachers")
-    _one_of("loss.grid", recipe.loss.grid, ("larger", "smaller"))
-    _one_of("loss.balancing", recipe.loss.balancing, ("naive", "uncertainty", "adaloss", "amtml_kd"))
-    _one_of("loss.standardization", recipe.loss.standardization, ("none", "phi_s"))
     recipe.data.validate()
     _validate_adaptor_names(recipe)  # last: torch takes seconds to load
 
 
-def _validate_ranges(section: Any, where: str) -> None:
-    """Of a section of the recipe and those within it."""
-    if isinstance(section, DataConfig):
-        return
-    types, ranges = get_type_hints(type(section)), RANGES.get(type(section).__name__, {})
+def _validate_fields(section: Any, where: str) -> None:
+    """Checks a section, and the sections within it, against the ranges and choices in its fields' metadata."""
+    types = get_type_hints(type(section))
     for field in fields(section):
         value, name = getattr(section, field.name), f"{where}{field.name}"
+        if isinstance(value, DataConfig):  # which validates itself
+            continue
         if is_dataclass(value):
-            _validate_ranges(value, f"{name}.")
+            _validate_fields(value, f"{name}.")
         elif isinstance(value, dict):
             for key, item in value.items():
                 if is_dataclass(item):
-                    _validate_ranges(item, f"{name}.{key}.")
-        elif field.name in ranges and not (value is None and types[field.name] in (int | None, float | None)):
-            whole = types[field.name] in WHOLE
-            kind = "a whole number" if whole else "a number"
-            _require(_lies_in(value, ranges[field.name], whole), name, value, f"{kind} in {ranges[field.name]}")
+                    _validate_fields(item, f"{name}.{key}.")
+        elif "choices" in field.metadata:
+            _one_of(name, value, field.metadata["choices"])
+        elif "range" in field.metadata and not (value is None and type(None) in get_args(types[field.name])):
+            whole = types[field.name] in (int, int | None)
+            expected = f"{'a whole number' if whole else 'a number'} in {field.metadata['range']}"
+            _require(_lies_in(value, field.metadata["range"], whole), name, value, expected)
 
 
 def _lies_in(value: Any, interval: str, whole: bool) -> bool:
-    """`interval`: as in RANGES."""
+    """Whether a number lies in an interval such as "(0, 1]", which is above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
     low, high = map(float, interval[1:-1].split(","))
@@ -123,7 +81,7 @@ def _lies_in(value: Any, interval: str, whole: bool) -> bool:
     return above and (value < high if interval[-1] == ")" else value <= high)
 
 
-def _validate_adaptor_names(recipe: "Recipe") -> None:
+def _validate_adaptor_names(recipe: Recipe) -> None:
     from torch import nn
 
     for name in recipe.teachers:
@@ -135,27 +93,27 @@ def _validate_adaptor_names(recipe: "Recipe") -> None:
         )
 
 
-def _validate_student(recipe: "Recipe") -> None:
+def _validate_student(recipe: Recipe) -> None:
     student = recipe.student
-    _one_of("student.summary", student.summary, ("cls_per_teacher", "cls", "mean"))
+    _one_of("student.type", student.type, tuple(STUDENTS))
     if student.checkpoint is None:
-        _one_of("student.size", student.size, STUDENT_SIZES)
         _require(student.keep_adaptors is None, "student.keep_adaptors", student.keep_adaptors, "a student.checkpoint")
     else:  # the checkpoint says this already
         for name in ("summary", "head_hidden_dim"):
             default = next(f.default for f in fields(student) if f.name == name)
             value = getattr(student, name)
             _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
-    for name in student.config:
-        _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
-    _one_of("student.attn_implementation", student.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
+    if student.type == "radio":  # other configurations are asked when the student is built
+        if student.checkpoint is None:
+            _one_of("student.size", student.size, STUDENT_SIZES)
+        for name in student.config:
+            _one_of("a field of student.config", name, STUDENT_CONFIG_FIELDS)
 
 
-def _validate_stage(where: str, stage: "StageRecipe", teachers: tuple[str, ...]) -> None:
+def _validate_stage(where: str, stage: StageRecipe, teachers: tuple[str, ...]) -> None:
     for key in ("warmup_steps", "freeze_trunk_steps"):
         value = getattr(stage, key)
         _require(value < stage.steps, f"{where}.{key}", value, f"fewer than {where}.steps, which is {stage.steps}")
-    _one_of(f"{where}.weighting", stage.weighting, ("per_image", "per_rank"))
     if not stage.groups:
         _require(stage.resolution > 0, f"{where}.resolution", stage.resolution, "the student's input side in pixels")
         _validate_group(where, stage, teachers)
@@ -166,10 +124,10 @@ def _validate_stage(where: str, stage: "StageRecipe", teachers: tuple[str, ...])
         _require(bool(name), f"{where}.groups", list(stage.groups), "a name for each group")
         _validate_group(f"{where}.groups.{name}", group, teachers)
     rates = {name: group.rate for name, group in stage.groups.items()}
-    _require(max(rates.values()) == 1, f"{where}.groups", rates, "a rate of 1 for one group at least")
+    _require(max(rates.values()) == 1, f"{where}.groups", rates, "a rate of 1 for at least one group")
 
 
-def _validate_group(where: str, group: "GroupRecipe | StageRecipe", teachers: tuple[str, ...]) -> None:
+def _validate_group(where: str, group: GroupRecipe | StageRecipe, teachers: tuple[str, ...]) -> None:
     _require(group.teachers != [], f"{where}.teachers", group.teachers, "null for all, or at least one name")
     for name in group.teachers or []:
         _one_of(f"{where}.teachers", name, teachers)
