@@ -179,6 +179,29 @@ class ERadioWindowBlock(GradientCheckpointingLayer):
         return (maps + shortcut) / 2
 
 
+class ERadioWindowStage(nn.ModuleList):
+    """Window blocks, one after the other.
+
+    Args:
+        scale (`int`): 2 where blocks subsample, else 1.
+    """
+
+    def __init__(self, blocks: list[ERadioWindowBlock], scale: int):
+        super().__init__(blocks)
+        self.scale = scale
+
+    def forward(self, maps: torch.Tensor, window: int) -> torch.Tensor:
+        """A map whose sides windows do not divide is enlarged, nearest neighbors, and at the end brought back."""
+        (rows, cols), step = maps.shape[-2:], window * self.scale
+        size = ((rows + step - 1) // step * step, (cols + step - 1) // step * step)
+        fits = isinstance(rows, int) and size == (rows, cols)  # no branch in an export, where sides are symbols
+        if not fits:
+            maps = F.interpolate(maps, size=size, mode="nearest")
+        for block in self:
+            maps = block(maps, window)
+        return maps if fits else F.interpolate(maps, size=(rows, cols), mode="nearest")
+
+
 class ERadioNeck(nn.Module):
     """The maps of stages 3 and 4 as one, `(B, hidden_size, H/16, W/16)`: each to that size and width, then the sum.
 
@@ -273,26 +296,19 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
         widths, depths = config.channels, config.depths
         self.input_conditioner: nn.Module = RadioInputConditioner(config)
         self.stem = ERadioStem(config)
-        self.stages = nn.ModuleList(
-            [
-                *(
-                    nn.ModuleList([ERadioC2f(width, depth)])
-                    for width, depth in zip(widths[:2], depths[:2], strict=True)
-                ),
-                nn.ModuleList(
-                    ERadioWindowBlock(widths[2], config.num_heads[0], config, subsample=subsample)
-                    for _ in range(depths[2])
-                    for subsample in (True, False)
-                ),
-                nn.ModuleList(
-                    ERadioWindowBlock(widths[3], config.num_heads[1], config, subsample=False)
-                    for _ in range(depths[3])
-                ),
-            ]
+        low, high = (
+            nn.Sequential(ERadioC2f(width, depth)) for width, depth in zip(widths[:2], depths[:2], strict=True)
         )
+        pairs = [
+            ERadioWindowBlock(widths[2], config.num_heads[0], config, subsample=subsample)
+            for _ in range(depths[2])
+            for subsample in (True, False)
+        ]
+        plain = [ERadioWindowBlock(widths[3], config.num_heads[1], config, subsample=False) for _ in range(depths[3])]
+        self.stages = nn.ModuleList([low, high, ERadioWindowStage(pairs, 2), ERadioWindowStage(plain, 1)])
         self.downsamples = nn.ModuleList(ERadioConvNorm(width, 2 * width, stride=2) for width in widths[:3])
         self.neck = ERadioNeck(config) if config.neck else None
-        self.norm = None if config.neck else nn.BatchNorm2d(widths[3])
+        self.norm = nn.Identity() if config.neck else nn.BatchNorm2d(widths[3])
         self.adaptors = nn.ModuleDict(
             {name: RadioAdaptor(config.hidden_size, adaptor) for name, adaptor in config.adaptors.items()}
         )
@@ -327,7 +343,7 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
         maps = self.stem(self.input_conditioner(pixel_values).to(self.stem.conv1.conv.weight.dtype))
         stages = []
         for index, stage in enumerate(self.stages):
-            maps = self._attend(stage, maps, window, index == 2) if index >= 2 else stage[0](maps)
+            maps = stage(maps) if index < 2 else stage(maps, window)
             stages.append(maps)
             if index < 3:
                 maps = self.downsamples[index](maps)
@@ -347,19 +363,6 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
             pooler_output=summary,
             grid=None if returns_tensors_only() else grid,
         )
-
-    @staticmethod
-    def _attend(stage: nn.ModuleList, maps: torch.Tensor, window: int, subsamples: bool) -> torch.Tensor:
-        """The blocks of stage 3 or 4. A map whose sides windows do not divide is enlarged, nearest neighbors, and at
-        the end brought back."""
-        rows, cols = maps.shape[-2:]
-        step = window * (2 if subsamples else 1)
-        size = ((rows + step - 1) // step * step, (cols + step - 1) // step * step)
-        if size != (rows, cols):
-            maps = F.interpolate(maps, size=size, mode="nearest")
-        for block in stage:
-            maps = block(maps, window)
-        return F.interpolate(maps, size=(rows, cols), mode="nearest") if size != (rows, cols) else maps
 
     def window_for(self, height: int, width: int) -> int:
         """Side of the attention windows for images of this size in pixels, in places of 32 x 32 pixels.
@@ -405,7 +408,7 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
     @property
     def blocks(self) -> list[nn.Module]:
         """C2f blocks and window blocks, in order."""
-        return [block for stage in self.stages for block in stage]
+        return [block for stage in self.stages for block in stage.children()]
 
     def no_weight_decay(self) -> set[str]:
         """The position biases, as for Swin v2."""
