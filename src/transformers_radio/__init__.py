@@ -5,6 +5,8 @@ from importlib import import_module
 
 _PUBLIC = (
     "AdaptorOutput",
+    "ERadioConfig",
+    "ERadioModel",
     "RadioBackbone",
     "RadioBackboneConfig",
     "RadioConfig",

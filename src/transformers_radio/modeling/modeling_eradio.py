@@ -98,6 +98,10 @@ class ERadioPositionBias(nn.Module):
         self._cache.clear()
         return super().train(mode)
 
+    def _apply(self, fn, recurse=True):
+        self._cache.clear()  # a move or cast; the old bias must not stay in memory
+        return super()._apply(fn, recurse)
+
     def _bias(self, size: int) -> torch.Tensor:
         device, dtype = self.fc1.weight.device, self.fc1.weight.dtype
         steps = torch.arange(1 - size, size, device=device, dtype=torch.float32)
