@@ -3,10 +3,10 @@
 from dataclasses import field, fields
 from typing import Any, Literal
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .errors_radio import shown
-from .fields_radio import CheckedConfigMixin, complete_adaptors
+from .fields_radio import CheckedConfigMixin, StagesConfigMixin, complete_adaptors
 
 _TABLE = {"pre_convolution": False, "neck": "pixel_shuffle", "preferred_resolution": 224}
 # The networks of the paper's backbone table (Table 6), those that only its text lists, and the one that was released
@@ -25,7 +25,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
+class ERadioConfig(StagesConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     """Configuration of an [`ERadioModel`]. The defaults are those of E-RADIO-B in the paper's backbone table.
 
     Args:
@@ -47,6 +47,9 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         max_window_size (`int`): The largest side that `window_size=None` chooses.
         preferred_resolution (`int`): Image side in pixels at which the model is best.
         max_img_size (`int`): Image side in pixels up to which it is meant to be used. Larger images run.
+        out_features, out_indices: The maps of an [`ERadioBackbone`], as names or as indices into `stage_names`:
+            "stem", "stage1" to "stage4" at strides 4, 4, 8, 16 and 32, and "neck" at 16 if there is one. The last one
+            if neither is given. Other models ignore them.
 
     Raises:
         ValueError: A value is out of range or contradicts another one; the message names both and the fix.
@@ -71,6 +74,8 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     max_img_size: int = 2048
     norm_mean: list[float] | tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     norm_std: list[float] | tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         self.depths, self.num_heads = list(self.depths), list(self.num_heads)
@@ -101,6 +106,9 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         ):
             if not ok:
                 raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}, expected {expected}.")
+
+    def _stages(self) -> list[str]:
+        return ["stem", "stage1", "stage2", "stage3", "stage4", *(["neck"] if self.neck else [])]
 
     @property
     def channels(self) -> list[int]:
@@ -148,7 +156,7 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         sizes = cls.sizes()
         if size not in sizes:
             raise ValueError(f"there is no size {shown(size)}; choose one of {', '.join(sizes)}.")
-        known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
+        known = {one.name for one in fields(cls) if not one.name.startswith("_")}  # type: ignore[arg-type]
         unknown = sorted(set(overrides) - known)
         if unknown:
             raise ValueError(f"ERadioConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
@@ -170,5 +178,6 @@ class ERadioConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
 
 
 ERadioConfig.register_for_auto_class()
+AutoConfig.register("eradio", ERadioConfig, exist_ok=True)
 
 __all__ = ["ERadioConfig"]

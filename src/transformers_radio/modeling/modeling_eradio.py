@@ -1,5 +1,7 @@
 """E-RADIO, the efficient student: convolutions, attention in windows, a neck at stride 16 (paper Sec. 5.1)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -253,7 +255,7 @@ class ERadioNeck(nn.Module):
 
 
 class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
-    config_class = ERadioConfig
+    config_class: Any = ERadioConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -261,6 +263,7 @@ class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     _input_embed_layer = "stem"
     _keep_in_fp32_modules_strict = ["input_conditioner"]
     _supports_sdpa = True
+    _supports_flash_attn = False
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(self.config_class.adopt(config), *args, **kwargs)
@@ -282,6 +285,16 @@ class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
                 init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; the folder carries this code, and opens as a student or as a backbone."""
+        from .modeling_eradio_heads import ERadioBackbone  # here, as that file imports this one
+
+        self.config.auto_map = {
+            "AutoModel": f"modeling_eradio.{ERadioModel.__name__}",
+            "AutoBackbone": f"modeling_eradio_heads.{ERadioBackbone.__name__}",
+        }
+        super().save_pretrained(*args, **kwargs)
 
 
 class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
@@ -324,36 +337,38 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
         pixel_values: torch.Tensor,
         adaptors: list[str] | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> RadioModelOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Floats in [0, 1]; sides are
                 multiples of 32.
             adaptors (`list[str]`, *optional*): Adaptors to run; all when missing, none with `[]`.
-            output_hidden_states (`bool`, *optional*): Return the maps of the four stages, `(B, C, h, w)` each, at
-                strides 4, 8, 16 and 32.
+            output_hidden_states (`bool`, *optional*): Return the maps of the stem and of the four stages,
+                `(B, C, h, w)` each, at strides 4, 4, 8, 16 and 32.
+            output_attentions, pixel_mask: Refused: there are no probabilities of attention to return, and convolutions
+                mix padding and image. They are here to say so.
 
         Raises:
             ValueError: Not floats, a wrong number of channels or dimensions, a side that is not a multiple of 32, an
-                unknown adaptor.
+                unknown adaptor, attentions or a mask.
         """
         names = check_adaptors(adaptors, list(self.adaptors))
-        check_outputs(output_hidden_states, None)
-        self.check_images(pixel_values)
-        self._warn_about_range(pixel_values)
-        height, width = pixel_values.shape[-2:]
-        window, grid = self.window_for(height, width), self.grid(height, width)
-
-        maps = self.stem(self.input_conditioner(pixel_values).to(self.stem.conv1.conv.weight.dtype))
-        stages = []
-        for index, stage in enumerate(self.stages):
-            maps = stage(maps) if index < 2 else stage(maps, window)
-            stages.append(maps)
-            if index < 3:
-                maps = self.downsamples[index](maps)
-        maps = self.norm(maps) if self.neck is None else self.neck(stages[2], stages[3])
+        check_outputs(output_hidden_states, output_attentions)
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is True, but E-RADIO keeps no probabilities of attention; leave it out."
+            )
+        if pixel_mask is not None:
+            raise ValueError(
+                "E-RADIO takes no pixel_mask: its convolutions mix padding and image. Resize without padding: "
+                'RadioImageProcessor(size={"height": h, "width": w}, size_divisor=32).'
+            )
+        stages = self.stage_maps(pixel_values)
+        maps = self.norm(stages[-1]) if self.neck is None else self.neck(stages[-2], stages[-1])
         features = maps.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
-        summary = features.mean(1)
+        summary, grid = features.mean(1), self.grid(*pixel_values.shape[-2:])
 
         dense = features.contiguous() if names else features  # one copy for all heads
         heads = {name: self.adaptors[name](summary.unsqueeze(1), dense, [grid]) for name in names}
@@ -367,6 +382,20 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
             pooler_output=summary,
             grid=None if returns_tensors_only() else grid,
         )
+
+    def stage_maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Images as in `forward` -> the maps of the stem and of each stage, `(B, C, h, w)`."""
+        self.check_images(pixel_values)
+        self._warn_about_range(pixel_values)
+        window = self.window_for(*pixel_values.shape[-2:])
+        maps = self.stem(self.input_conditioner(pixel_values).to(self.stem.conv1.conv.weight.dtype))
+        stages = [maps]
+        for index, stage in enumerate(self.stages):
+            if index > 0:
+                maps = self.downsamples[index - 1](maps)
+            maps = stage(maps) if index < 2 else stage(maps, window)
+            stages.append(maps)
+        return stages
 
     def window_for(self, height: int, width: int) -> int:
         """Side of the attention windows for images of this size in pixels, in places of 32 x 32 pixels.
@@ -417,10 +446,6 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
     def no_weight_decay(self) -> set[str]:
         """The position biases, as for Swin v2."""
         return {name for name, _ in self.named_parameters() if ".position_bias." in name}
-
-    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, h*w, hidden)` -> `(B, 1 + h*w, hidden)`: the mean in front, for models that know one class token."""
-        return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
 
 
 ERadioModel.register_for_auto_class("AutoModel")

@@ -388,7 +388,7 @@ class RadioEncoder(nn.Module):
 
 
 class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
-    config_class = RadioConfig
+    config_class: Any = RadioConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
