@@ -5,6 +5,11 @@ from importlib import import_module
 _MODULES = {
     "RadioConfig": "configuration_radio",
     "RadioModel": "modeling_radio",
+    "ERadioConfig": "configuration_eradio",
+    "ERadioModel": "modeling_eradio",
+    "ERadioForImageClassification": "modeling_eradio_heads",
+    "ERadioForSemanticSegmentation": "modeling_eradio_heads",
+    "ERadioBackbone": "modeling_eradio_heads",
     "RadioModelOutput": "student_radio",
     "RadioPreTrainedModel": "modeling_radio",
     "AdaptorOutput": "adaptors_radio",
@@ -19,7 +24,10 @@ _MODULES = {
     "load_student": "loading_radio",
 }
 # every student: model_type -> "module:Class"
-STUDENTS = {"radio": "transformers_radio.modeling.modeling_radio:RadioModel"}
+STUDENTS = {
+    "radio": "transformers_radio.modeling.modeling_radio:RadioModel",
+    "eradio": "transformers_radio.modeling.modeling_eradio:ERadioModel",
+}
 __all__ = [*_MODULES, "STUDENTS", "student_class"]
 
 
