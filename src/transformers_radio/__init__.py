@@ -14,6 +14,8 @@ _PUBLIC = (
     "RadioLlavaProcessor",
     "RadioModel",
     "RadioModelOutput",
+    "RadioTimmConfig",
+    "RadioTimmModel",
     "RadioVisionTower",
     "RadioVisionTowerConfig",
     "load_student",
