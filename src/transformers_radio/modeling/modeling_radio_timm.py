@@ -305,6 +305,8 @@ def build_network(config: Any, weights: str | bool = False) -> Any:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], [*config.sizes(), *timm.list_models()], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
+        if name in config.sizes():
+            hint = f"that is a size of ours: RadioTimmConfig.from_size({name!r})."
         raise ValueError(f"timm {timm.__version__} has no network {shown(name)}; {hint}")
     arguments = {**config.model_args, "in_chans": config.num_channels}
     try:
