@@ -1,4 +1,4 @@
-"""The paper's Tables 3, 4 and 5 in miniature, on the quickstart's world: `make ablations`.
+"""The paper's Tables 3, 4 and 5 in miniature, and a few options, on the quickstart's world: `make ablations`.
 
 As in the paper CLIP and DINOv2 teach, all losses at weight 1, without PHI-S; each row changes a few
 fields of that. The tables have the mean and the standard deviation over the seeds. A row that is done is kept: the
@@ -45,6 +45,13 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "a CLS token a teacher": ["student.summary=cls_per_teacher"],
         "average pooling": ["student.summary=mean"],
     },
+    # not in the paper
+    "options": {
+        "none": [],
+        "weight noise 0.01": ["student.weight_noise=0.01"],
+        "only heads learn in the first 20 steps": ["stages.main.freeze_trunk_steps=20"],
+        "compared on the smaller grid": ["loss.grid=smaller"],
+    },
 }
 METRICS = ("Zero-shot", "k-NN", "mIoU")
 
@@ -52,7 +59,9 @@ METRICS = ("Zero-shot", "k-NN", "mIoU")
 def row_recipe(world: Path, steps: int, seed: int, overrides: list[str]) -> Recipe:
     recipe = load_recipe(RECIPE, [f"data.path={world}", f"seed={seed}", *BASE, *overrides])
     del recipe.teachers["sam"]
-    recipe.stages = {"main": StageRecipe(steps=steps, warmup_steps=steps // 10, resolution=64, batch_size=32)}
+    frozen = recipe.stages["main"].freeze_trunk_steps
+    stage = StageRecipe(steps, 64, 32, warmup_steps=steps // 10, freeze_trunk_steps=frozen)
+    recipe.stages = {"main": stage}
     return recipe
 
 

@@ -49,7 +49,6 @@ def plain_seconds(recipe: Recipe) -> float:
     sides = sorted({stage.resolution, *(teacher.image_size for teacher in teachers.values())})
     stream = ImageStream(recipe.data, resolutions=sides, batch_size=stage.batch_size, seed=recipe.seed)
     batches, seconds = iter(stream), []
-    side = stage.resolution // student.patch_size
     for step in range(STEPS):
         started = time.perf_counter()
         images = {side: pixels.float() / 255 for side, pixels in next(batches).images.items()}
@@ -61,8 +60,9 @@ def plain_seconds(recipe: Recipe) -> float:
         for name, target in targets.items():
             if target.summary is not None:
                 loss = loss + 1 - F.cosine_similarity(heads[name].summary.float(), target.summary, dim=-1).mean()
-            grid = (max(side, target.grid[0]), max(side, target.grid[1]))
-            left = F.interpolate(heads[name].features.float().mT.unflatten(2, (side, side)), grid, mode="bilinear")
+            own = heads[name].grid
+            grid = (max(own[0], target.grid[0]), max(own[1], target.grid[1]))
+            left = F.interpolate(heads[name].features.float().mT.unflatten(2, own), grid, mode="bilinear")
             right = F.interpolate(target.features.mT.unflatten(2, target.grid), grid, mode="bilinear")
             loss = loss + 0.9 * (1 - F.cosine_similarity(left, right, dim=1).mean())
             loss = loss + 0.1 * F.smooth_l1_loss(left, right, beta=2.0)

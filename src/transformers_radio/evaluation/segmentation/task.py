@@ -13,7 +13,6 @@ from transformers_radio.evaluation.models.text import load_text_tower
 from transformers_radio.evaluation.paths import fingerprint_checkpoint
 from transformers_radio.evaluation.task import Job, Measured, Task
 from transformers_radio.evaluation.workspace import clear_work
-from transformers_radio.modeling import RadioModel
 
 from .config import METHODS, SegmentationConfig, SegmentationTaskConfig
 from .data import SegmentationSplit, data_settings
@@ -122,11 +121,11 @@ class Segmentation(Task):
         except ValueError as error:
             raise ValueError(f"{spec} at probe.crop_size={probe.crop_size}: {error}") from error
 
-    def _check_words(self, encoder: VisionEncoder) -> tuple[RadioModel, str, str]:
+    def _check_words(self, encoder: VisionEncoder) -> tuple[Any, str, str]:
         """The student, its language adaptor and the text tower; ValueError if one of them is missing."""
         method = self.config.method
-        if not isinstance(encoder.model, RadioModel) or encoder.adaptor is None:
-            raise ValueError(f"method={method} needs a student with a language adaptor; {encoder.name} is none.")
+        if not encoder.is_student or encoder.adaptor is None:
+            raise ValueError(f"method={method} needs a student with a language adaptor; {encoder.name} is not one.")
         tower = self.config.text or encoder.text_tower()
         if not tower.startswith("open_clip:") and method == "projection":
             raise ValueError(f"The text tower {tower!r} is not an OpenCLIP model, which method=projection needs.")

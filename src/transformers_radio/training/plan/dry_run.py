@@ -102,7 +102,7 @@ def run_stage(
     with FakeTensorMode(allow_non_fake_inputs=True):
         distillation.to_empty(device="cpu")
         return {
-            # what is drawn saves work, and 0 is without it
+            # an option that is drawn, such as a window, saves work; 0 leaves it out
             group.name: _run_group(recipe, group, distillation, outputs, dict.fromkeys(drawn[group.name], 0))
             for group in groups
         }
