@@ -5,6 +5,11 @@ from importlib import import_module
 
 _PUBLIC = (
     "AdaptorOutput",
+    "ERadioBackbone",
+    "ERadioConfig",
+    "ERadioForImageClassification",
+    "ERadioForSemanticSegmentation",
+    "ERadioModel",
     "RadioBackbone",
     "RadioBackboneConfig",
     "RadioConfig",
@@ -37,7 +42,7 @@ def __dir__():
 
 
 def _register_new_types() -> None:
-    """Make known what transformers does not have: `radio_vision_tower`, `radio_backbone`, and our own `RadioConfig`.
+    """Make known what transformers does not have: `eradio`, `radio_timm`, `radio_backbone`, ... and our `RadioConfig`.
 
     The last so that `AutoModel.from_config(our_config)` builds our class: transformers matches classes by name, and
     would build its own. Checkpoints of type "radio" still open as they do without this package.
@@ -49,11 +54,20 @@ def _register_new_types() -> None:
     for model_type in modeling.STUDENTS:
         student = modeling.student_class(model_type)
         transformers.AutoModel.register(student.config_class, student, exist_ok=True)
-    for auto, model in (
-        (transformers.AutoModelForImageClassification, modeling.RadioForImageClassification),
-        (transformers.AutoModelForSemanticSegmentation, modeling.RadioForSemanticSegmentation),
+    for auto, models in (
+        (
+            transformers.AutoModelForImageClassification,
+            (modeling.RadioForImageClassification, modeling.ERadioForImageClassification),
+        ),
+        (
+            transformers.AutoModelForSemanticSegmentation,
+            (modeling.RadioForSemanticSegmentation, modeling.ERadioForSemanticSegmentation),
+        ),
     ):
-        auto.register(modeling.RadioConfig, model, exist_ok=True)
+        for model in models:
+            auto.register(model.config_class, model, exist_ok=True)
+    for config in (modeling.ERadioConfig, modeling.RadioTimmConfig):
+        transformers.AutoImageProcessor.register(config, modeling.RadioImageProcessor, exist_ok=True)
 
 
 def register() -> None:

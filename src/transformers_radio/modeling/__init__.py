@@ -5,6 +5,11 @@ from importlib import import_module
 _MODULES = {
     "RadioConfig": "configuration_radio",
     "RadioModel": "modeling_radio",
+    "ERadioConfig": "configuration_eradio",
+    "ERadioModel": "modeling_eradio",
+    "ERadioForImageClassification": "modeling_eradio_heads",
+    "ERadioForSemanticSegmentation": "modeling_eradio_heads",
+    "ERadioBackbone": "modeling_eradio_heads",
     "RadioModelOutput": "student_radio",
     "RadioPreTrainedModel": "modeling_radio",
     "AdaptorOutput": "adaptors_radio",
@@ -23,6 +28,7 @@ _MODULES = {
 # every student: model_type -> "module:Class"
 STUDENTS = {
     "radio": "transformers_radio.modeling.modeling_radio:RadioModel",
+    "eradio": "transformers_radio.modeling.modeling_eradio:ERadioModel",
     "radio_timm": "transformers_radio.modeling.modeling_radio_timm:RadioTimmModel",
 }
 __all__ = [*_MODULES, "STUDENTS", "student_class"]

@@ -5,8 +5,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_eradio import ERadioConfig
 from .configuration_radio import RadioConfig
 from .fields_radio import CheckedConfigMixin, PartConfigMixin
+
+_STUDENTS: dict[str, Any] = {"radio": RadioConfig, "eradio": ERadioConfig}
 
 
 class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
@@ -16,7 +19,8 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
     built from it has a tower with random weights; `load_student(llava, folder)` replaces them by the student's.
 
     Args:
-        radio_config: the student's [`RadioConfig`], or its fields as a dict. The tower has no adaptors.
+        radio_config: the student's configuration, a [`RadioConfig`] or an [`ERadioConfig`], or its fields as a dict,
+            with `model_type` unless it is a RADIO. The tower has no adaptors.
         image_size: nominal side of the input in pixels; the student's `preferred_resolution` when missing.
 
     Raises:
@@ -32,8 +36,9 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
     def __post_init__(self, **kwargs):
         fields = self.radio_config
         if isinstance(fields, PreTrainedConfig):
-            fields = RadioConfig.adopt(fields).to_dict()
-        self.radio_config = RadioConfig.from_dict({} if fields is None else fields)  # our own
+            fields = _config_class(fields.model_type).adopt(fields).to_dict()
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        self.radio_config = _config_class(kind).from_dict({} if fields is None else fields)  # our own
         super().__post_init__(**kwargs)
         self.radio_config.adaptors = {}
         if self.image_size is None:
@@ -55,8 +60,8 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if "model_type" not in config_dict:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: model_type is missing, expected {RadioConfig.model_type!r} or "
-                f"{cls.model_type!r}."
+                f"{pretrained_model_name_or_path}: model_type is missing, expected one of {', '.join(_STUDENTS)} or "
+                f"{cls.model_type}."
             )
         return config_dict, kwargs
 
@@ -69,7 +74,7 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
         """`config` itself if it is a tower's; else that of a student's configuration, see [`RadioConfig.adopt`]."""
         if getattr(config, "model_type", None) == cls.model_type:
             return config
-        student = RadioConfig.adopt(config)
+        student = _config_class(getattr(config, "model_type", None)).adopt(config)
         tower = cls(radio_config=student)
         tower._attn_implementation = student._attn_implementation
         tower.name_or_path, tower.dtype = student.name_or_path, student.dtype
@@ -95,6 +100,11 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
     @property
     def summary_idxs(self) -> list[int]:
         return self.radio_config.summary_idxs
+
+
+def _config_class(model_type: str | None) -> Any:
+    """The configuration of a type of student; RADIO's, which refuses those that it cannot take over, otherwise."""
+    return _STUDENTS.get(model_type or "radio", RadioConfig)
 
 
 RadioVisionTowerConfig.register_for_auto_class()

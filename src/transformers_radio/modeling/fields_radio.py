@@ -9,12 +9,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .errors_radio import check_source, naming_checkpoint, one_line, shown
 
 _LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
-_MODEL_TYPES = ("radio", "radio_backbone", "radio_vision_tower", "radio_timm")
+_STUDENTS = ("radio", "eradio", "radio_timm")
+_MODEL_TYPES = (*_STUDENTS, "radio_backbone", "radio_vision_tower")
 _Check = tuple[Callable[[Any], bool], str]
 
 
@@ -75,6 +77,14 @@ _BOOLEAN: _Check = (lambda value: isinstance(value, bool), "true or false")
 
 FIELDS: dict[str, _Check] = {
     "hidden_size": _integer(1),
+    # of E-RADIO
+    "embed_dim": _integer(2, 8192),
+    "stem_channels": _integer(1),
+    "depths": _list(lambda depth: is_integer(depth, 1, _DEEPEST), "positive integers"),
+    "num_heads": _list(lambda heads: is_integer(heads, 1), "positive integers"),
+    "pre_convolution": _BOOLEAN,
+    "neck": _optional(_choice("pixel_shuffle", "depthwise")),
+    "max_window_size": _integer(1, 256),
     "num_hidden_layers": _integer(1, _DEEPEST),
     "num_attention_heads": _integer(1),
     "num_channels": _integer(1, 1024),
@@ -258,11 +268,13 @@ class CheckedConfigMixin:
         """
         if not isinstance(config_dict, dict) or not all(isinstance(name, str) for name in config_dict):
             raise ValueError(f"{cls.__name__}: the configuration is {shown(config_dict)}, expected a dict of fields.")
-        kind = config_dict.get("model_type", _MODEL_TYPES[0])
+        kind, mine = config_dict.get("model_type", _STUDENTS[0]), cls.model_type  # type: ignore[attr-defined]
         if kind not in _MODEL_TYPES:
             raise ValueError(
                 f"{cls.__name__}: model_type is {shown(kind)}, expected one of {', '.join(_MODEL_TYPES)}."
             )
+        if "model_type" in config_dict and kind != mine and ({kind, mine} & set(_STUDENTS[1:])):
+            raise ValueError(f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student.")
         try:
             made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         except (AttributeError, TypeError, KeyError) as error:  # e.g. about fields that transformers reads itself
@@ -292,13 +304,48 @@ class CheckedConfigMixin:
         return config_dict, kwargs
 
 
+class StagesConfigMixin(BackboneConfigMixin):
+    """First base of a configuration with a choice of feature maps, by `out_features` or `out_indices`."""
+
+    def __post_init__(self, **kwargs):
+        self.stage_names = self._stages()
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def set_output_features_output_indices(self, out_features: list[str] | None, out_indices: list[int] | None):
+        """As in transformers, which would count an index below the first stage as another one."""
+        self._out_features, self._out_indices = out_features, out_indices  # checks the types
+        count = len(self.stage_names)
+        if any(not -count <= index < count for index in out_indices or []):
+            raise ValueError(
+                f"{type(self).__name__}: out_indices is {shown(out_indices)}, expected indices into the {count} "
+                f"stages {shown(self.stage_names)}."
+            )
+        super().set_output_features_output_indices(out_features, out_indices)
+
+    def validate(self):
+        """Check what concerns several fields; models do it before they are built, and saving does."""
+        super().validate()  # type: ignore[misc]
+        if self.stage_names != self._stages():
+            raise ValueError(
+                f"{type(self).__name__}: stage_names is {shown(self.stage_names)}, expected "
+                f"{shown(self._stages())}, which follow from other fields; leave it out."
+            )
+
+    def _stages(self) -> list[str]:
+        """The names of all feature maps, in order."""
+        raise NotImplementedError
+
+
 class PartConfigMixin:
     """Base of a backbone's or tower's configuration: reads a student's folder, and remembers it until it is saved."""
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if config_dict.get("model_type") == _MODEL_TYPES[0]:
+        if config_dict.get("model_type") in _STUDENTS:
             config_dict = cls._from_student(config_dict)
         config_dict["name_or_path"] = str(pretrained_model_name_or_path)  # for the warning about missing weights
         return config_dict, kwargs

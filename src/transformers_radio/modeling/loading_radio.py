@@ -8,7 +8,10 @@ from .errors_radio import check_source, shown
 from .student_radio import RadioStudentMixin
 
 # fields that change the features, but not the shape of any weight
-_SAME = ("num_attention_heads", "num_cls_tokens", "num_registers", "hidden_act", "layer_norm_eps")
+_SAME = (
+    *("num_attention_heads", "num_cls_tokens", "num_registers", "hidden_act", "layer_norm_eps"),
+    *("num_heads", "window_size", "max_window_size"),
+)
 
 
 def load_student(model: nn.Module, student: Any) -> nn.Module:

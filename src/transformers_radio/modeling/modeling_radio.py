@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .adaptors_radio import AdaptorOutput, RadioAdaptor, RadioAdaptorLayerScale
+from .caching_radio import WeightCache
 from .configuration_radio import RadioConfig
 from .inputs_radio import (
     check_adaptors,
@@ -22,7 +23,6 @@ from .inputs_radio import (
     check_outputs,
     check_packed,
     check_window,
-    in_function_transform,
     returns_tensors_only,
 )
 from .padding_radio import forward_padded, padded_grids
@@ -34,7 +34,6 @@ logger = logging.get_logger(__name__)
 
 # log-uniform aspect ratio of a training crop of the position table
 _CPE_RATIO = (3 / 4, 4 / 3)
-_MAX_CACHED_TABLES = 16
 
 
 class RadioPatchEmbeddings(nn.Module):
@@ -53,8 +52,7 @@ class RadioPatchEmbeddings(nn.Module):
         self.cls_register_token = nn.Parameter(
             torch.zeros(config.num_cls_tokens + config.num_registers, config.hidden_size)
         )
-        self._cache: dict = {}
-        self._cached_state: tuple = ()
+        self._cache = WeightCache()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, height, width)` -> `(batch, prefix + h * w, hidden)`."""
@@ -90,42 +88,16 @@ class RadioPatchEmbeddings(nn.Module):
                 keep = torch.rand(batch, 1, 1, device=table.device) >= self.config.pos_dropout
                 positions = positions * keep
             return positions.to(dtype)
-        if self._cannot_cache():
-            return self._resize_positions(rows, cols).to(dtype)
-        # in-place writes raise the version; a new tensor has a new address, as long as the old one is held here
-        state = (table._version, table.data_ptr(), table.dtype, table.device)
-        if state != self._cached_state[:4] or len(self._cache) >= _MAX_CACHED_TABLES:
-            self._cache.clear()
-            self._cached_state = (*state, table.data)
-        key = (rows, cols, dtype, torch.is_inference_mode_enabled())
-        cached = self._cache.get(key)  # only once: other threads may clear the cache
-        if cached is None:
-            cached = self._cache[key] = self._resize_positions(rows, cols).to(dtype)
-        return cached
-
-    def _cannot_cache(self) -> bool:
-        table = self.position_embedding
-        return (
-            torch.compiler.is_compiling()
-            or in_function_transform()  # the result may be a stand-in that ends with the transform
-            or type(table) is not nn.Parameter  # a tensor in its place for one call (torch.func.functional_call)
-            or (torch.is_grad_enabled() and table.requires_grad)  # the result carries a graph
-            or type(table.data) is not torch.Tensor  # fake or sharded tensors
-            or table.is_inference()  # has no version
-        )
+        return self._cache.get((rows, cols, dtype), [table], lambda: self._resize_positions(rows, cols).to(dtype))
 
     def train(self, mode: bool = True):
         # writes through `.data` do not change the version, so a change of mode clears the cache
-        self._forget_positions()
+        self._cache.clear()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self._forget_positions()  # a move or cast; the old table must not stay in memory
+        self._cache.clear()  # a move or cast; the old table must not stay in memory
         return super()._apply(fn, recurse)
-
-    def _forget_positions(self):
-        self._cache.clear()
-        self._cached_state = ()
 
     def _table(self) -> torch.Tensor:
         # (1, side*side, D) -> (1, D, side, side)
@@ -416,7 +388,7 @@ class RadioEncoder(nn.Module):
 
 
 class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
-    config_class = RadioConfig
+    config_class: Any = RadioConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True

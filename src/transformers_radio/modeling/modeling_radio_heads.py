@@ -31,13 +31,14 @@ class RadioHeadModel(RadioInnerModel):
 
     accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
     output_class: type[ModelOutput]
+    student_class: Any = RadioModel
     _labels_checked = False
 
     def __init__(self, config):
         config = copy.deepcopy(self.config_class.adopt(config))
         config.adaptors = {}
         super().__init__(config)
-        self.model = RadioModel(config)
+        self.model = self.student_class(config)
 
     @classmethod
     def from_pretrained(cls, *args, allow_missing: Sequence[str] = HEADS, **kwargs):
@@ -57,7 +58,7 @@ class RadioHeadModel(RadioInnerModel):
         Args:
             pixel_values (batch_size, 3, height, width): in [0, 1], sides multiples of `min_resolution_step`.
             labels: what the images show, as the class describes it.
-            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see [`RadioModel`].
+            pixel_mask (batch_size, height, width): 1 on the image, 0 on padding; see the student.
 
         Returns:
             `logits` and, with labels, their mean `loss`, as the class describes them.
@@ -130,7 +131,7 @@ class RadioForImageClassification(RadioHeadModel):
         return self.loss_function(labels, logits, self.config, num_items_in_batch=count)
 
     def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
-        check_labels(labels, "one class index per image, or float targets", self.model.embeddings.cls_register_token)
+        check_labels(labels, "one class index per image, or float targets", next(self.parameters()))
         if labels.ndim == 0 or len(labels) != num_images:
             count = 1 if labels.ndim == 0 else len(labels)
             raise ValueError(f"got {count} labels for {num_images} images; give one label per image")
@@ -191,7 +192,7 @@ class RadioForSemanticSegmentation(RadioHeadModel):
         return loss / (labels != self._ignored_class).sum().clamp(min=1)  # a batch without any label: 0, not NaN
 
     def _checked_labels(self, labels: torch.Tensor, num_images: int) -> torch.Tensor:
-        check_labels(labels, "a map of class indices per image", self.model.embeddings.cls_register_token)
+        check_labels(labels, "a map of class indices per image", next(self.parameters()))
         if labels.ndim != 3 or len(labels) != num_images or labels.is_floating_point() or not labels.numel():
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one map of integers "

@@ -275,10 +275,6 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
         named: set[str] = getattr(self.network, "no_weight_decay", set)()
         return {f"network.{name}" for name, _ in self.network.named_parameters() if name in named}
 
-    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, h*w, hidden)` -> `(B, 1 + h*w, hidden)`: the mean in front, for models that know one class token."""
-        return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
-
     def _set_gradient_checkpointing(self, enable: bool = True, *arguments: Any, **options: Any):  # timm has its own
         self.network.set_grad_checkpointing(enable)
         self.gradient_checkpointing = enable

@@ -1,5 +1,7 @@
 """The vision tower that LLaVA builds: one summary token and the patches, at every layer."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -7,9 +9,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_radio_tower import RadioVisionTowerConfig
 from .errors_radio import shown
+from .inputs_radio import check_layers
+from .modeling_eradio import ERadioModel
 from .modeling_radio import RadioModel
 from .padding_radio import top_left
 from .parts_radio import RadioPart, weight_state
+
+_STUDENTS: dict[str, Any] = {"radio": RadioModel, "eradio": ERadioModel}
 
 
 class RadioVisionTower(RadioPart):
@@ -27,18 +33,21 @@ class RadioVisionTower(RadioPart):
     The number of patches follows each image, height / patch_size * width / patch_size, square or not.
     [`RadioLlavaProcessor`] puts as many image tokens into the text and returns the `image_sizes`, so that no image
     sees the padding of its batch. Pixels are in [0, 1], and the student normalizes them.
+
+    A student whose blocks have maps of different sizes (E-RADIO) has one layer, its features: LLaVA then needs
+    `vision_feature_layer=-1`. Images of different sizes run one by one.
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]
 
     def __init__(self, config: RadioVisionTowerConfig):
         super().__init__(config)
-        self.model = RadioModel(self.config.radio_config)
+        self.model = _STUDENTS[self.config.radio_config.model_type](self.config.radio_config)
         self.post_init()
         self.built_with = weight_state(self.model)
 
     @classmethod
-    def from_radio(cls, model: RadioModel, image_size: int | None = None) -> "RadioVisionTower":
+    def from_radio(cls, model: Any, image_size: int | None = None) -> "RadioVisionTower":
         """The tower of a student: a copy of its backbone, without the adaptors, on the same device."""
         tower = cls(RadioVisionTowerConfig(radio_config=model.config, image_size=image_size))
         tower.model.load_state_dict(model.with_adaptors([]).state_dict())
@@ -76,9 +85,15 @@ class RadioVisionTower(RadioPart):
         Raises:
             ValueError: `image_sizes` that do not fit the images.
         """
+        if not hasattr(self.config.radio_config, "num_hidden_layers"):
+            return self._forward_pooled(pixel_values, output_hidden_states, image_sizes)
         inside, pixel_mask = None, None
         if image_sizes is not None:
-            inside, pixel_mask = self._check_sizes(image_sizes, pixel_values)
+            sizes = self._check_sizes(image_sizes, pixel_values)
+            height, width = pixel_values.shape[-2:]
+            grids = sizes // self.patch_size
+            inside = top_left(grids, height // self.patch_size, width // self.patch_size)  # (batch, h, w)
+            pixel_mask = top_left(sizes, height, width)  # (batch, H, W)
         outputs, wanted = self.run_student(pixel_values, output_hidden_states, output_attentions, pixel_mask)
 
         def summary_and_patches(tokens: torch.Tensor) -> torch.Tensor:
@@ -97,8 +112,36 @@ class RadioVisionTower(RadioPart):
             attentions=outputs.attentions,
         )
 
-    def _check_sizes(self, image_sizes, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(batch, 2)` sizes -> patches of each image that are on it (batch, h, w), pixels that are (batch, H, W)."""
+    def _forward_pooled(
+        self, pixel_values: torch.Tensor, output_hidden_states: Any, image_sizes: Any
+    ) -> BaseModelOutputWithPooling:
+        """`forward` for a student with one layer of tokens, its features."""
+        self._warn_if_random()
+        layers = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
+        if any(isinstance(layer, int) and layer not in (-1, 0, True) for layer in layers):
+            raise ValueError(
+                f"output_hidden_states is {shown(output_hidden_states)}, but a {type(self.model).__name__} has one "
+                "layer, its features; build LLaVA with vision_feature_layer=-1."
+            )
+        wanted = check_layers(output_hidden_states, 1)
+        if image_sizes is None:
+            output = self.model(pixel_values, adaptors=[])
+            tokens, summaries = self.model.summary_and_patches(output.features), output.summary
+        else:
+            sizes = self._check_sizes(image_sizes, pixel_values).tolist()
+            images = zip(pixel_values, sizes, strict=True)
+            outputs = [self.model(image[None, :, :rows, :cols], adaptors=[]) for image, (rows, cols) in images]
+            features = [output.features for output in outputs[1:]]  # (1, patches, hidden) each
+            tokens = torch.cat([self.model.summary_and_patches(outputs[0].features), *features], dim=1)
+            summaries = torch.cat([output.summary for output in outputs])
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=summaries,
+            hidden_states=(tokens,) if wanted else None,
+        )
+
+    def _check_sizes(self, image_sizes, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`image_sizes` as a tensor (batch, 2), on the device of the images."""
         self.model.check_images(pixel_values)
         step, (height, width) = self.model.min_resolution_step, pixel_values.shape[-2:]
         try:
@@ -115,8 +158,7 @@ class RadioVisionTower(RadioPart):
                 f"image_sizes are {shown(found)}, expected (height, width) of each of {len(pixel_values)} images, "
                 f"multiples of {step} up to {height}x{width}, as RadioLlavaProcessor returns them."
             )
-        patch = self.patch_size
-        return top_left(sizes // patch, height // patch, width // patch), top_left(sizes, height, width)
+        return sizes
 
     def _pack(self, tokens: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """(batch, prefix + h * w, hidden) -> (1, 1 + patches of all images, hidden)."""

@@ -6,7 +6,7 @@ import torch
 from transformers.utils import logging
 
 from .inputs_radio import check_layers
-from .modeling_radio import RadioModel, RadioPreTrainedModel
+from .modeling_radio import RadioPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +19,7 @@ class RadioInnerModel(RadioPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
-    model: RadioModel
+    model: Any
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -255,6 +255,13 @@ class RadioStudentMixin(nn.Module):
             model.make_preprocessor_external()
         return model.train(self.training)
 
+    def summary_and_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, h*w, hidden)` -> `(B, 1 + h*w, hidden)`: one summary token, here the mean, in front of the features.
+
+        Models that know one class token expect this.
+        """
+        return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+
     # ---------------------------------------------------------------- training
 
     @property

@@ -9,10 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * weight, in float32, for every parameter.
-
-    So for the running statistics of batch norms, which belong to the weights that they were taken with. Other buffers
-    are not averaged.
+    """average = decay * average + (1 - decay) * weight, in float32, for every parameter and batch norm's statistics.
 
     Sharded parameters (FSDP2) have averages sharded the same way; all processes then call `state_dict` and
     `load_state_dict` together.
@@ -71,11 +68,9 @@ class EMA:
                 module.reshard()  # a forward pass in eval mode leaves gathered copies in place of the parameters
         for name, weight in self.model.named_parameters():
             yield name, weight.detach()
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for buffer, statistic in module.named_buffers(recurse=False):
-                    if statistic.is_floating_point():  # not the number of batches
-                        yield f"{name}.{buffer}", statistic
+        for name, statistic in self.model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):  # those of the averaged weights, nearly
+                yield name, statistic
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
