@@ -20,7 +20,7 @@ from transformers_radio.training.plan.tables import print_plan
 
 # with batch norms and without, and one that is built for a size
 RESNET = {"size": "resnetv2_18", "config": {"model_args": {"channels": [8, 8, 16, 16]}}}
-CONVNEXT = {"size": "convnext_atto", "config": {"model_args": {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}}}
+CONVNEXT = {"size": "convnext_tiny", "config": {"model_args": {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}}}
 STRIDE_16 = {**CONVNEXT, "config": {**CONVNEXT["config"], "feature_stride": 16}}
 SWIN = {
     "size": "swinv2-2m",
@@ -29,10 +29,11 @@ SWIN = {
         "image_size": 64,
     },
 }
+STEPS = 4
 CHANGES = {
     "stages": {
         "main": {
-            "steps": 6,
+            "steps": STEPS,
             "groups": {
                 "low": {"teachers": ["clip"], "resolution": 32, "batch_size": 4, "micro_batch_size": 2},
                 "high": {"teachers": ["sam"], "resolution": 64, "batch_size": 4, "micro_batch_size": 2, "rate": 0.5},
@@ -92,7 +93,7 @@ def finished_convnext(tmp_path_factory, recipe_text, image_folder):
 
 def test_it_trains_in_groups(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert ["sam/features" in line for line in lines] == [True, False] * 3
+    assert ["sam/features" in line for line in lines] == [True, False] * 2
     assert lines[-1]["clip/features"] < lines[0]["clip/features"]
     student = RadioTimmModel.from_pretrained(finished / "student")
     assert (student.config.timm_model, student.preferred_resolution) == ("resnetv2_18", 32)
@@ -104,12 +105,10 @@ def test_batch_norm_s_statistics_are_averaged_like_the_weights_around_them(finis
         if name.endswith(("running_mean", "running_var")):
             names.append(name)
             average = torch.full_like(found, name.endswith("running_var"))
-            for step in range(1, 7):
+            for step in range(1, STEPS + 1):
                 average = 0.9 * average + 0.1 * training_state(finished, step)[f"student.{name}"]
             torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-6)
-            assert not torch.equal(found, training_state(finished, 6)[f"student.{name}"])
-        elif name.endswith("num_batches_tracked"):  # two passes of each group, the second one in every other step
-            assert found == 6 * 2 + 3 * 2
+            assert not torch.equal(found, training_state(finished, STEPS)[f"student.{name}"])
     assert len(names) == 2 * 17
 
 
@@ -124,7 +123,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(finished, make_timm
     again = Forked(recipe, CUDA_VISIBLE_DEVICES="")
     output, _ = again.communicate()
     assert again.returncode == 0, output
-    for read in (lambda run: weights(run / "student"), lambda run: training_state(run, 6)):
+    for read in (lambda run: weights(run / "student"), lambda run: training_state(run, STEPS)):
         expected, found = read(finished), read(tmp_path / "run")
         assert expected.keys() == found.keys()
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -173,7 +172,7 @@ def test_it_starts_from_a_network_s_own_weights(make_timm_recipe, tmp_path):
     )
     model.save_pretrained(tmp_path / "start")
     options = ["optimizer.learning_rate=1e-9", "ema_decay=null", f"student.checkpoint={tmp_path / 'start'}"]
-    recipe = load_recipe(make_timm_recipe({}), options)
+    recipe = load_recipe(make_timm_recipe({"summary": "cls_per_teacher"}), options)  # the default
     print_plan(recipe)
     student = RadioTimmModel.from_pretrained(train(recipe).student_dir)
     assert set(student.adaptors) == {"clip", "sam"}
@@ -204,6 +203,7 @@ def test_a_plan_counts_it(make_timm_recipe, capsys):
         (["student.config.image_size=64"], "resnetv2_18 takes images of any size; leave it out"),
         (["student.config.model_args={layer: 3}"], "cannot build resnetv2_18"),
         (["student.config.model_args={pretrained: true}"], "model_args has pretrained; leave it out"),
+        (["student.weight_noise=0.1"], "student.weight_noise acts on the Linears in a student's blocks"),
         (["student.config.patch_size=8"], "patch_size is 8, but resnetv2_18"),
         (
             ["student.config.timm_modl=x"],

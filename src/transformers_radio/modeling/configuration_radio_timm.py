@@ -4,7 +4,7 @@ import copy
 from dataclasses import field, fields
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .errors_radio import shown
 from .fields_radio import CheckedConfigMixin, complete_adaptors
@@ -161,5 +161,6 @@ class RadioTimmConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[mis
 
 
 RadioTimmConfig.register_for_auto_class()
+AutoConfig.register("radio_timm", RadioTimmConfig, exist_ok=True)
 
 __all__ = ["RadioTimmConfig"]

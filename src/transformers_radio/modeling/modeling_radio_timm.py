@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
@@ -355,7 +355,5 @@ def _import_timm() -> Any:
 
 
 RadioTimmModel.register_for_auto_class("AutoModel")
-AutoConfig.register(RadioTimmConfig.model_type, RadioTimmConfig, exist_ok=True)
-AutoModel.register(RadioTimmConfig, RadioTimmModel, exist_ok=True)
 
 __all__ = ["RadioTimmModel", "RadioTimmPreTrainedModel"]
