@@ -11,6 +11,7 @@ from transformers_radio.training.phi_s.statistics import standardize_teachers
 from transformers_radio.training.run.checkpoint import load_training, load_weights, save_checkpoint
 from transformers_radio.training.run.log import FiniteCheck, Log, TermSums
 from transformers_radio.training.run.state import Run
+from transformers_radio.training.stability.batch_norm import BatchNorms
 from transformers_radio.training.stability.ema import EMA
 from transformers_radio.training.stability.spectral import power_steps
 
@@ -49,6 +50,8 @@ class Stage:
         optimizer = build_optimizer(model, recipe, self.recipe)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.distillation: Distillation = accelerator.unwrap_model(self.model)
+        together = {group.name: group.ranks for group in run.groups[name] if self.recipe.batch_norm == "sync"}
+        self.batch_norms = BatchNorms(self.distillation, together)
         self.schedule = start_schedule(self.optimizer.optimizer, self.recipe)
         self.ema = EMA(self.distillation, recipe.ema_decay) if recipe.ema_decay else None
         # From here on every process draws its own position crops.
@@ -117,6 +120,7 @@ class Stage:
             generator = group.generator(run.recipe.seed, run.state.step)
             options = student.training_options(group.resolution, group.resolution, generator)
             self.log.images += len(pixels)
+        self.batch_norms.begin_pass(None if group is None else group.name)
         with accelerator.autocast():
             totals, losses = self.model(pixels, targets, **options)  # (B,), term -> (B,)
         loss = weight * totals.sum()
@@ -137,6 +141,7 @@ class Stage:
         self.finite.put(step, sums.sums[0], self.grad_norm, scaled=accelerator.scaler is not None)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.batch_norms.update()
         if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler found an overflow
             self.schedule.step()
             if self.ema is not None:

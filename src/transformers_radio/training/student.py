@@ -14,6 +14,7 @@ from torch import nn
 from transformers_radio.data import one_line
 from transformers_radio.modeling import RadioModel, student_class
 from transformers_radio.teachers import Teacher, portable_checkpoint
+from transformers_radio.training.stability.batch_norm import replace_batch_norms
 from transformers_radio.training.stability.spectral import add_spectral_reparam
 from transformers_radio.training.stability.weight_noise import add_weight_noise
 
@@ -62,7 +63,8 @@ def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioMod
         if options.checkpoint is not None:
             student = _from_checkpoint(recipe, adaptors)
         else:
-            config = model_class.config_class.for_training(options.size, adaptors, options.summary, **options.config)
+            summary = {} if options.summary is None else {"summary": options.summary}
+            config = model_class.config_class.for_training(options.size, adaptors, **summary, **options.config)
             student = model_class(config)
     except (StrictDataclassError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         if not options.config:
@@ -204,6 +206,7 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
     student.config.preferred_resolution = stage.preferred_resolution(summarized)
     if student._supports_sdpa:  # a student without attention has no implementation to choose
         student.set_attn_implementation(options.attn_implementation)
+    replace_batch_norms(student, stage.batch_norm)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if options.spectral_reparam:

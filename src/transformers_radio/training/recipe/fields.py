@@ -37,11 +37,11 @@ class StudentRecipe:
             "help": "Adaptors of the checkpoint, without a teacher in this recipe, that are kept, frozen. null: all."
         },
     )
-    summary: str = field(
-        default="cls_per_teacher",
+    summary: str | None = field(
+        default=None,
         metadata={
             "help": "What the summary is: a CLS token for each teacher, one for all of them, or the average of the "
-            "features (paper Table 5).",
+            "features (paper Table 5). null: cls_per_teacher, or mean for students without tokens.",
             "choices": ("cls_per_teacher", "cls", "mean"),
         },
     )
@@ -263,6 +263,16 @@ class StageRecipe:
     )
     learning_rate: float | None = field(default=None, metadata={"help": "null: the optimizer's.", "range": "(0, inf)"})
     weight_decay: float | None = field(default=None, metadata={"help": "null: the optimizer's.", "range": "[0, inf)"})
+    batch_norm: str = field(
+        default="sync",
+        metadata={
+            "help": "What batch norms of a student that has them (E-RADIO) normalize by. sync: the images of all "
+            "processes of the group in a pass, so that a batch over many processes trains as on one. local: those of "
+            "each process, without communication. frozen: the running statistics as they are, for stages whose "
+            "resolution leaves a few images per pass, too few to normalize by.",
+            "choices": ("sync", "local", "frozen"),
+        },
+    )
     freeze_trunk_steps: int = field(
         default=0, metadata={"help": "First steps, in which only the heads learn.", "range": "[0, 100000000)"}
     )

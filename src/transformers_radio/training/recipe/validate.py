@@ -64,9 +64,11 @@ def _validate_fields(section: Any, where: str) -> None:
             for key, item in value.items():
                 if is_dataclass(item):
                     _validate_fields(item, f"{name}.{key}.")
+        elif value is None and type(None) in get_args(types[field.name]):
+            continue
         elif "choices" in field.metadata:
             _one_of(name, value, field.metadata["choices"])
-        elif "range" in field.metadata and not (value is None and type(None) in get_args(types[field.name])):
+        elif "range" in field.metadata:
             whole = types[field.name] in (int, int | None)
             expected = f"{'a whole number' if whole else 'a number'} in {field.metadata['range']}"
             _require(_lies_in(value, field.metadata["range"], whole), name, value, expected)
@@ -102,7 +104,9 @@ def _validate_student(recipe: Recipe) -> None:
         for name in ("summary", "head_hidden_dim"):
             default = next(f.default for f in fields(student) if f.name == name)
             value = getattr(student, name)
-            _require(value == default, f"student.{name}", value, "nothing, as student.checkpoint is given")
+            # cls_per_teacher: the default that earlier recipes have written out
+            wrong = value not in (default, "cls_per_teacher")
+            _require(not wrong, f"student.{name}", value, "nothing, as student.checkpoint is given")
     if student.type == "radio":  # other configurations are asked when the student is built
         if student.checkpoint is None:
             _one_of("student.size", student.size, STUDENT_SIZES)
