@@ -1,5 +1,6 @@
 """Networks of timm in training: stages and groups, batch norm's statistics, resuming, sharding, plan and messages."""
 
+import copy
 import json
 import re
 import time
@@ -17,6 +18,7 @@ from transformers_radio import RadioTimmModel
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.plan.count import make_plan
 from transformers_radio.training.plan.tables import print_plan
+from transformers_radio.training.stability.batch_norm import FrozenBatchNorm, StepBatchNorm, replace_batch_norms
 
 # with batch norms and without, and one that is built for a size
 RESNET = {"size": "resnetv2_18", "config": {"model_args": {"channels": [8, 8, 16, 16]}}}
@@ -139,6 +141,33 @@ def test_two_processes_train_the_student_of_one(environment, finished_convnext, 
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_batch_norm_s_statistics_do_not_depend_on_the_number_of_processes(finished, make_timm_recipe, tmp_path):
+    """timm's own kind, with an activation in it; each process has a group of its own."""
+    group = fork_group(2, make_timm_recipe(RESNET))
+    outputs = [process.communicate()[0] for process in group]
+    assert [process.returncode for process in group] == [0, 0], outputs[0][-5000:]
+    expected, found = weights(finished / "student"), weights(tmp_path / "run" / "student")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["local", "frozen"])
+@torch.no_grad()
+def test_batch_norms_in_training_compute_what_timm_s_do(kind):
+    network = timm.create_model("resnetv2_18", num_classes=0, channels=[8, 8, 16, 16])
+    images = torch.rand(4, 3, 64, 64)
+    expected = network.train(kind == "local")(images)
+    names = list(network.state_dict())
+    replaced = copy.deepcopy(network).train()
+    replace_batch_norms(replaced, kind)
+    assert {type(part) for part in replaced.modules() if isinstance(part, torch.nn.BatchNorm2d)} < {
+        StepBatchNorm,
+        FrozenBatchNorm,
+    }
+    torch.testing.assert_close(replaced(images), expected)
+    assert list(replaced.state_dict()) == names
 
 
 @pytest.mark.parametrize(
