@@ -47,16 +47,15 @@ TINY = {
     "resnetv2": ("resnetv2_18", {"channels": [8, 8, 16, 16]}, None),
     "efficientnetv2": ("tf_efficientnetv2_b0", {"channel_multiplier": 0.25}, None),
     "efficientvit": ("efficientvit_b0", {"widths": [4, 8, 16, 32, 32], "head_widths": [48, 40]}, None),
-    "fastvit": ("fastvit_t8", {"embed_dims": [12, 24, 36, 48], "layers": [1, 1, 1, 1]}, None),
+    "fastvit": ("fastvit_t8", {"embed_dims": [12, 24, 48, 96], "layers": [1, 1, 1, 1]}, None),
     "regnety": ("regnety_002", {"depth": 8}, None),
-    "poolformer": ("poolformer_s12", {}, None),
     "swinv2": ("swinv2_tiny_window8_256", {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}, 64),
     "hiera": ("hiera_tiny_224", {"embed_dim": 16, "stages": [1, 1, 1, 1]}, 64),
     "levit": ("levit_128s", {"embed_dim": [32, 48, 64], "depth": [1, 1, 1], "key_dim": 8}, 128),
     "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 2}, 64),
 }
 EVERY = pytest.mark.parametrize("name", TINY)
-SOME = pytest.mark.parametrize("name", ["efficientvit", "swinv2", "vit"])
+SOME = pytest.mark.parametrize("name", ["efficientvit", "swinv2"])
 
 
 def build(name, adaptors=ADAPTORS, **fields):
@@ -108,13 +107,12 @@ def test_every_network_has_the_shapes_of_timm_s_own(name):
     features, summary, stage, millions = NETWORKS[name]
     with torch.device("meta"):
         model = RadioTimmModel(RadioTimmConfig(timm_model=name, adaptors=ADAPTORS)).eval()
-        finer = RadioTimmModel(RadioTimmConfig(timm_model=name, feature_stride=16)).eval()
         own = timm.create_model(name, num_classes=0).eval()
         side = model.config.image_size or 64
         images = torch.rand(2, 3, side, side)
         final = own.forward_features(images)
         pooled = own.forward_head(final, pre_logits=True)
-        output, fine = model(images), finer(images)
+        output = model(images, output_hidden_states=True)
     assert {key: weight.shape for key, weight in model.network.state_dict().items()} == {
         key: weight.shape for key, weight in own.state_dict().items()
     }
@@ -127,8 +125,8 @@ def test_every_network_has_the_shapes_of_timm_s_own(name):
     assert output.summary.shape == pooled.shape == (2, summary)
     assert output.adaptors["clip"].features.shape == (2, places**2, 12)
     assert output.adaptors["sam"].features.shape == (2, 4 * places**2, 6)
-    assert fine.features.shape == (2, (side // 16) ** 2, stage) and fine.summary.shape == (2, summary)
-    assert (model.patch_size, finer.patch_size) == (16 if "patch16" in name else 32, 16)
+    assert model.patch_size == (16 if "patch16" in name else 32)
+    assert (2, stage, side // 16, side // 16) in [maps.shape for maps in output.hidden_states]
     # nearly all weights are in the blocks, none of them in two
     blocks = {id(weight): weight.numel() for block in model.blocks for weight in block.parameters()}
     assert sum(blocks.values()) == sum(weight.numel() for block in model.blocks for weight in block.parameters())
@@ -294,13 +292,15 @@ def test_it_compiles_without_breaks(name):
 def test_the_blocks_are_what_is_sharded():
     for name, kinds in {
         "convnext": {"ConvNeXtBlock"},
-        "poolformer": {"MetaFormerBlock"},
         "regnety": {"Bottleneck"},
         "swinv2": {"SwinTransformerV2Block"},
         "vit": {"Block"},
     }.items():
         model = build(name)
         assert {type(block).__name__ for block in model.blocks} == set(model._no_split_modules) == kinds
+    with torch.device("meta"):
+        model = RadioTimmModel(RadioTimmConfig(timm_model="poolformer_s12"))
+    assert model._no_split_modules == {"MetaFormerBlock"} and len(model.blocks) == 12
     assert any(name.endswith("cpb_mlp.0.weight") for name in build("swinv2").no_weight_decay())
     assert build("vit").no_weight_decay() == {"network.pos_embed", "network.cls_token"}
 
@@ -370,6 +370,7 @@ def test_remote_code_needs_timm_and_nothing_of_this_package(tmp_path):
         "    print(error)\n"
     )
     environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # bits are equal for as many threads only
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, capture_output=True, text=True
     )

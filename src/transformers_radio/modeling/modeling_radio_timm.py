@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -30,6 +31,7 @@ _NEEDED = "1.0.31"  # NFNet returns its stages since; buffers outside of the sta
 
 
 class RadioTimmPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
+    adaptors: nn.ModuleDict
     config_class = RadioTimmConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -46,16 +48,15 @@ class RadioTimmPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
 
         Functions of `transformers.initialization` leave parameters that were loaded alone.
         """
-        if isinstance(module, RadioAdaptor):
-            for part in module.modules():
-                if isinstance(part, nn.Linear):
-                    init.trunc_normal_(part.weight, std=self.config.initializer_range)
-                    init.zeros_(part.bias)
-                elif isinstance(part, nn.LayerNorm):
-                    init.ones_(part.weight)
-                    init.zeros_(part.bias)
-                elif isinstance(part, RadioAdaptorLayerScale):
-                    init.constant_(part.gamma, 1e-5)
+        is_head = any(module is part for part in self.adaptors.modules())
+        if is_head and isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif is_head and isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RadioAdaptorLayerScale):
+            init.constant_(module.gamma, 1e-5)
         elif isinstance(module, RadioInputConditioner):
             for statistic, values in (
                 (module.norm_mean, self.config.norm_mean),
@@ -338,10 +339,11 @@ def _read_weights(path: str) -> dict[str, torch.Tensor]:
     """A file's tensors, read without running code."""
     with naming_checkpoint(path):
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for name in ("state_dict_ema", "model_ema", "state_dict", "model"):  # beside what else timm's training saves
+        state = state.get(name, state)
+    return {name.removeprefix("module."): weight for name, weight in state.items()}
 
 
 def _import_timm() -> Any:
