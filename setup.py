@@ -14,7 +14,7 @@ TRAINING = [
     "tensorboard>=2.16",
     "evaluate>=0.4.6",
 ]
-TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.16"]
+TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.31"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4"]
 EVALUATION = ["faster-coco-eval>=1.6"]
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has

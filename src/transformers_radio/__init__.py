@@ -19,6 +19,8 @@ _PUBLIC = (
     "RadioLlavaProcessor",
     "RadioModel",
     "RadioModelOutput",
+    "RadioTimmConfig",
+    "RadioTimmModel",
     "RadioVisionTower",
     "RadioVisionTowerConfig",
     "load_student",
@@ -40,7 +42,7 @@ def __dir__():
 
 
 def _register_new_types() -> None:
-    """Make known what transformers does not have: `eradio`, `radio_vision_tower`, `radio_backbone`, our `RadioConfig`.
+    """Make known what transformers does not have: `eradio`, `radio_timm`, `radio_backbone`, ... and our `RadioConfig`.
 
     The last so that `AutoModel.from_config(our_config)` builds our class: transformers matches classes by name, and
     would build its own. Checkpoints of type "radio" still open as they do without this package.
@@ -64,7 +66,8 @@ def _register_new_types() -> None:
     ):
         for model in models:
             auto.register(model.config_class, model, exist_ok=True)
-    transformers.AutoImageProcessor.register(modeling.ERadioConfig, modeling.RadioImageProcessor, exist_ok=True)
+    for config in (modeling.ERadioConfig, modeling.RadioTimmConfig):
+        transformers.AutoImageProcessor.register(config, modeling.RadioImageProcessor, exist_ok=True)
 
 
 def register() -> None:

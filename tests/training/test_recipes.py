@@ -5,6 +5,7 @@ import shlex
 import socket
 
 import pytest
+import timm
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
@@ -12,6 +13,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from helpers.groups_of_processes import FSDP
 from helpers.paths import ROOT
+from transformers_radio import ERadioConfig
 from transformers_radio.training import load_recipe
 from transformers_radio.training.groups import stage_groups
 from transformers_radio.training.plan import tables as plan
@@ -111,7 +113,7 @@ def check_the_papers_student(counted, text):
 
 def test_the_rows_of_the_ablations_load():
     tables = [path for path in RECIPES if path.parent.name == "ablations"]
-    assert [path.stem for path in tables] == ["table2", "table3", "table4", "table5"]
+    assert [path.stem for path in tables] == ["table2", "table3", "table4", "table5", "table6"]
     loaded = {path.stem: {row: load_recipe(path, keys) for row, keys in header(path)[2].items()} for path in tables}
     assert list(loaded["table2"]) == ["ImageNet-1K", "ImageNet-21K", "LAION-400M", "DataComp-1B"]
     assert len({recipe.data.path for recipe in loaded["table2"].values()}) == 4
@@ -120,6 +122,10 @@ def test_the_rows_of_the_ablations_load():
     schemes = [recipe.loss.balancing for recipe in loaded["table4"].values()]
     assert schemes == ["naive", "uncertainty", "adaloss", "amtml_kd"]
     assert [recipe.student.summary for recipe in loaded["table5"].values()] == ["cls", "cls_per_teacher", "mean"]
+    networks = {row: recipe.student for row, recipe in loaded["table6"].items()}
+    assert [student.type for student in networks.values()] == ["radio_timm"] * 10 + ["eradio"] * 3 + ["radio_timm"]
+    assert all(timm.is_model(student.size) for student in networks.values() if student.type == "radio_timm")
+    assert {student.size for student in networks.values() if student.type == "eradio"} <= set(ERadioConfig.sizes())
 
 
 def test_every_term_of_the_papers_second_stage_weighs_the_same():

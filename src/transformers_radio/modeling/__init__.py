@@ -18,6 +18,8 @@ _MODULES = {
     "RadioBackbone": "modeling_radio_heads",
     "RadioBackboneConfig": "configuration_radio_backbone",
     "RadioImageProcessor": "image_processing_radio",
+    "RadioTimmConfig": "configuration_radio_timm",
+    "RadioTimmModel": "modeling_radio_timm",
     "RadioLlavaProcessor": "processing_radio_llava",
     "RadioVisionTowerConfig": "configuration_radio_tower",
     "RadioVisionTower": "modeling_radio_tower",
@@ -27,6 +29,7 @@ _MODULES = {
 STUDENTS = {
     "radio": "transformers_radio.modeling.modeling_radio:RadioModel",
     "eradio": "transformers_radio.modeling.modeling_eradio:ERadioModel",
+    "radio_timm": "transformers_radio.modeling.modeling_radio_timm:RadioTimmModel",
 }
 __all__ = [*_MODULES, "STUDENTS", "student_class"]
 

@@ -138,9 +138,10 @@ class RadioAdaptor(nn.Module):
     Args:
         width (`int`): Width of the backbone's tokens.
         adaptor (`dict`): An entry of `RadioConfig.adaptors`.
+        summary_width (`int`, *optional*): Width of the summary tokens where it is another one.
     """
 
-    def __init__(self, width: int, adaptor: dict[str, Any]):
+    def __init__(self, width: int, adaptor: dict[str, Any], summary_width: int | None = None):
         super().__init__()
         self.summary_token = adaptor["summary_token"]
         self.upsample_factor = adaptor["upsample_factor"]
@@ -149,7 +150,7 @@ class RadioAdaptor(nn.Module):
         self.summary_head: nn.Module | None = None
         self.feature_head: nn.Module | None = None
         if adaptor["summary_dim"] is not None:
-            self.summary_head = mlps[version](width, hidden, adaptor["summary_dim"], inner)
+            self.summary_head = mlps[version](summary_width or width, hidden, adaptor["summary_dim"], inner)
         if adaptor["feature_dim"] is not None:
             out_dim = adaptor["feature_dim"] * self.upsample_factor**2
             version = adaptor["spatial_mlp_version"] or version
@@ -163,7 +164,7 @@ class RadioAdaptor(nn.Module):
     ) -> AdaptorOutput:
         """
         Args:
-            summary_tokens (`torch.Tensor` of shape `(batch, tokens, width)`): CLS tokens, or the average.
+            summary_tokens (`torch.Tensor` of shape `(batch, tokens, summary width)`): CLS tokens, or the average.
             features (`torch.Tensor` of shape `(batch, h * w, width)`): Row-major. Packed inputs:
                 `(1, total patches, width)`.
             grids (`list[tuple[int, int]]`): The patch grid `(h, w)`, the same for the whole batch; one per image

@@ -15,7 +15,7 @@ from .errors_radio import check_source, naming_checkpoint, one_line, shown
 
 _LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
-_STUDENTS = ("radio", "eradio")
+_STUDENTS = ("radio", "eradio", "radio_timm")
 _MODEL_TYPES = (*_STUDENTS, "radio_backbone", "radio_vision_tower")
 _Check = tuple[Callable[[Any], bool], str]
 
@@ -97,6 +97,13 @@ FIELDS: dict[str, _Check] = {
     "num_labels": _optional(_integer(0, 1_000_000)),
     "summary_idxs": _optional(_list(is_integer, "CLS tokens, integers from 0 on")),
     "window_size": _optional(_integer(0)),
+    "timm_model": (lambda value: isinstance(value, str) and len(value) > 0, "the name of a network of timm"),
+    "model_args": (
+        lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+        "a dict of arguments of timm.create_model",
+    ),
+    "feature_stride": _optional(_integer(1, 1024)),
+    "summary_size": _integer(1),
     "window_num_global": _integer(1),
     "window_num_windowed": _optional(_integer(0)),
     "train_window_sizes": _optional(_list(lambda size: is_integer(size, 1), "integers, positive numbers of patches")),

@@ -66,6 +66,11 @@ def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> No
             side = group.resolution
             if side % student.min_resolution_step or side > student.max_resolution:
                 step = student.min_resolution_step
+                if getattr(student.config, "image_size", None) == step == student.max_resolution:
+                    raise ValueError(
+                        f"{group.where}.resolution is {side}; the student is built for images of {step} pixels alone: "
+                        f"set student.config.image_size={side}, or the resolution to {step}"
+                    )
                 nearest = min(
                     student.get_nearest_supported_resolution(side, side)[0], student.max_resolution // step * step
                 )

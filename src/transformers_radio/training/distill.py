@@ -44,11 +44,11 @@ class Distillation(nn.Module):
             losses = distillation_losses(output, targets, self.balancing.terms, self.loss_config)
             total = self.balancing(losses, output.summary, output.features)
             # Processes may serve different teachers, but have to reduce the gradients of the same weights: those of
-            # heads that are not in this pass are zero.
+            # heads that are not in this pass are zero, and so are those of layers that only the summary or only the
+            # features come from, where no teacher of this pass has one.
             absent = [head for name, head in self.student.adaptors.items() if name not in targets]
             idle = [p.sum() for head in absent for p in head.parameters() if p.requires_grad]
-            idle += [] if targets else [output.summary.sum(), output.features.sum()]
-            total = total + 0 * sum(idle) if idle else total
+            total = total + 0 * sum(idle, output.summary.sum() + output.features.sum())
         return total, {term: loss.detach() for term, loss in losses.items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from transformers_radio.data import one_line
 from transformers_radio.modeling import RadioModel, student_class
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What these fields of a recipe's student do, they do to its blocks.
 ON_BLOCKS = ("compile", "gradient_checkpointing", "spectral_reparam", "weight_noise")
+ON_LINEARS = ("spectral_reparam", "weight_noise")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioMod
             f"student.config {options.config} gives no student ({type(error).__name__}: {one_line(error)}); "
             "correct the field, or leave it out for the size's own value"
         ) from error
+    without_effect = [name for name in ON_LINEARS if getattr(options, name) and student.blocks]
+    if without_effect and not any(isinstance(part, nn.Linear) for block in student.blocks for part in block.modules()):
+        raise ValueError(
+            f"student.{without_effect[0]} acts on the Linears in a student's blocks, and this student has none there; "
+            "leave it out"
+        )
     without_effect = [name for name in ON_BLOCKS if getattr(options, name) and not student.blocks]
     if without_effect:
         raise ValueError(

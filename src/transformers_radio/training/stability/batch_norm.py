@@ -32,10 +32,14 @@ class StepBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked = norm.num_batches_tracked
         size = 2 * norm.num_features + 1
         self.register_buffer("seen", torch.zeros(size, device=norm.weight.device), persistent=False)
+        _take_along(norm, self)
         self.process_group: Any = None
         self.idle = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _behind(self, self._normalize(input))
+
+    def _normalize(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.idle:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if self.process_group is None:
@@ -72,9 +76,25 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
+        _take_along(norm, self)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _behind(self, super().forward(input))
 
     def train(self, mode: bool = True):
         return super().train(False)
+
+
+def _take_along(norm: nn.BatchNorm2d, new: nn.BatchNorm2d) -> None:
+    """timm's BatchNormAct2d has a dropout and an activation."""
+    for name, part in norm.named_children():
+        new.add_module(name, part)
+
+
+def _behind(norm: nn.BatchNorm2d, output: torch.Tensor) -> torch.Tensor:
+    for part in norm.children():
+        output = part(output)
+    return output
 
 
 class _Gathered(torch.autograd.Function):
@@ -98,7 +118,7 @@ def replace_batch_norms(student: nn.Module, kind: str) -> None:
     """Puts the batch norms of `stages.NAME.batch_norm` in the place of the student's, with the same names."""
     for module in list(student.modules()):
         for name, norm in list(module.named_children()):
-            if type(norm) is nn.BatchNorm2d:
+            if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats:
                 setattr(module, name, FrozenBatchNorm(norm).eval() if kind == "frozen" else StepBatchNorm(norm))
 
 
