@@ -213,9 +213,11 @@ def test_a_plan_counts_it(make_timm_recipe, capsys):
     recipe = load_recipe(make_timm_recipe(RESNET))
     print_plan(recipe, processes=2, gpu="h100")
     text = capsys.readouterr().out
-    assert "student (radio_timm): 0.02 M parameters" in text and "8 blocks, summary 16 wide, features 16 wide" in text
-    plan = make_plan(load_recipe(make_timm_recipe(RESNET)), processes=1, device=torch.device("cpu"))
-    network = timm.create_model("resnetv2_18", num_classes=0, **RESNET["config"]["model_args"])
+    assert "student (radio_timm): 0.04 M parameters" in text and "8 blocks, summary 16 wide, features 16 wide" in text
+    plan = make_plan(
+        load_recipe(make_timm_recipe(RESNET), ["loss.balancing=naive"]), processes=1, device=torch.device("cpu")
+    )
+    network = timm.create_model("resnetv2_18", num_classes=0, **RESNET["config"]["model_args"]).eval()
     with FlopCounterMode(display=False) as counter:
         network(torch.rand(1, 3, 32, 32))
     # the heads of clip, 20 wide within: of the features at one position, and of the summary
