@@ -23,7 +23,7 @@ from transformers_radio.training.recipe import Recipe, recipe_to_dict
 sys.path.append(str(Path(__file__).parents[1]))  # run.py is started by its path
 from helpers import tiny_recipe  # noqa: E402
 
-RECIPE = tiny_recipe.RECIPE.replace("shuffle_window: 8", "shuffle_window: 8, retry_seconds: 0")
+RECIPE = tiny_recipe.RECIPE.replace("window: 8", "window: 8, retry_seconds: 0").replace("keep: 2", "keep: 9")
 
 MORE_VALUES = (
     *VALUES, {1: {2: 3}}, "${oc.env:NOPE}", "${package:}", "${", "/dev/null", "/proc/1/mem", "2024-01-01", "~nobody/x",

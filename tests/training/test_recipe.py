@@ -44,7 +44,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(recipe_file, tmp_path, monkeyp
     recipe = load_recipe("~/recipe.yaml", paths)
     found = (recipe.output_dir, recipe.teacher_cache, recipe.student.checkpoint)
     assert found == tuple(f"{tmp_path}/{name}" for name in ("run", "cache", "student"))
-    made = replace(recipe, output_dir="~/other", teacher_cache=None, student=StudentRecipe())  # in Python
+    made = replace(recipe, output_dir="~/other", teacher_cache=None, student=StudentRecipe(summary="cls"))  # in Python
     assert expand_paths(made) == replace(made, output_dir=f"{tmp_path}/other")
 
 

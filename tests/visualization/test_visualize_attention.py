@@ -76,7 +76,7 @@ def test_with_windows_only_blocks_with_global_attention_are_shown_and_in_the_ima
 def test_what_cannot_be_shown_is_refused(images):
     with pytest.raises(ValueError, match="layer is 4; expected -4 to 3"):
         summary_attention(student(), images, 4)
-    with pytest.raises(ValueError, match="summary is the mean of its patches"):
+    with pytest.raises(ValueError, match="summary is the mean of its features"):
         summary_attention(student(summary_type="mean"), images)
 
 
