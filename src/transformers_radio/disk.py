@@ -57,15 +57,17 @@ def writing(path: Path, fix: str = MAKE_ROOM, also: tuple[type[Exception], ...] 
 def replace_whole(path: Path, unique: bool = False) -> Iterator[Path]:
     """Yields the path of a temporary file or folder beside `path`, which takes its place when the block ends.
 
-    A reader never meets half of it, and a process that is killed leaves what was there before. The folders above
-    `path` are made. If the block raises, the temporary is deleted and `path` stays as it was.
+    A reader never meets half of it, and a process that is killed leaves a file as it was before (a folder that is
+    replaced may be gone). The folders above `path` are made. If the block raises, the temporary is deleted and `path`
+    stays as it was.
 
     Args:
         unique: the temporary's name holds the process number, for files that several processes may write at once.
-            Otherwise it is NAME.tmp, which the next attempt overwrites, so that a kill leaves no garbage for long.
+            Otherwise it is NAME.tmp, which the next attempt deletes, so that a kill leaves no garbage for long.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if unique else f"{path.name}.tmp")
+    remove(temporary)
     try:
         yield temporary
         if path.is_dir() and temporary.is_dir():  # os.replace does not replace a folder that holds something
@@ -77,8 +79,8 @@ def replace_whole(path: Path, unique: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text whole, and returns the path."""
-    with replace_whole(path) as temporary:
+    """Writes UTF-8 text whole, and returns the path. Several processes may do so at once."""
+    with writing(path), replace_whole(path, unique=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 

@@ -73,7 +73,7 @@ def test_dry_run_measures_everything(tmp_path):
     assert counts["parity"] == 23 and counts["training"] == 9
     assert {name for part, name in rows if part == "quickstart"} >= {"CLIP", "DINOv2", "SAM", "student, 2 steps"}
     waits = rows["training", "synchronizations"]
-    assert waits["in a step"] > 0 and "progress.py:" in waits["places"]
+    assert waits["in a step"] > 0 and "log.py:" in waits["places"]
     assert all(f"| {name} |" in done.stdout for _, name in rows)  # the table
     assert report["versions"]["torch"] == torch.__version__.split("+")[0] and "--dry" in report["command"]
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")

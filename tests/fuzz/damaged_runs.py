@@ -24,7 +24,7 @@ def prepare(folder: Path):
     """A run is known by its recipe, and so by its folders: each case has it at the same place."""
     images, place = make_images(folder), folder / "case"
     place.mkdir(exist_ok=True)
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=place, images=images))
+    (folder / "recipe.yaml").write_text(RECIPE.format(output=place / "run", images=images))
     overrides = [*OVERRIDES, f"teacher_cache={place / 'cache'}"]
     train(load_recipe(folder / "recipe.yaml", overrides))
     shutil.copytree(place, folder / "finished")

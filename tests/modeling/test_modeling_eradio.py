@@ -246,6 +246,8 @@ def test_fused_and_channels_last_it_is_the_same_network(fields):
     close(fused.fuse()(pixels).adaptors["clip"].summary, expected.adaptors["clip"].summary)
     with pytest.raises(ValueError, match="training mode"):
         model.train().fuse()
+    with pytest.raises(ValueError, match="save it before"):
+        fused.save_pretrained("nowhere")
 
 
 def test_windows_follow_the_resolution():

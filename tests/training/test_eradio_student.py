@@ -42,9 +42,9 @@ LOCAL = ["stages.late.batch_norm=local", "stages.late.micro_batch_size=2"]
 
 @pytest.fixture(scope="module")
 def write(recipe_text, image_folder):
-    def write(folder):
+    def write(folder, stages=("main", "late")):
         recipe = yaml.safe_load(recipe_text.format(output=folder / "run", images=image_folder))
-        recipe |= CHANGES
+        recipe |= CHANGES | {"stages": {name: CHANGES["stages"][name] for name in stages}}
         recipe["data"]["lanes"] = 4
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         return folder / "recipe.yaml"
@@ -101,24 +101,36 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(finished, write, tm
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
-def test_normalized_together_two_processes_train_as_one(finished, write, tmp_path, environment):
-    group = fork_group(2, write(tmp_path), **environment)
+def run(write, folder, processes, *overrides, **environment):
+    """The finished student's weights after training in forked processes."""
+    folder.mkdir()
+    group = fork_group(processes, write(folder, ["late"]), *overrides, **environment)
     outputs = [process.communicate()[0] for process in group]
-    assert [process.returncode for process in group] == [0, 0], outputs[0][-5000:]
-    assert_same(weights(tmp_path / "run"), weights(finished))
+    assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
+    return load_file(folder / "run" / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, write, image_folder):
+    """A recipe whose every batch is the same four crops, however many processes share it, and one process's result."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "images").mkdir()
+    for index in range(4):
+        (folder / "images" / f"{index}.png").write_bytes(
+            (image_folder / f"part{index % 3}" / f"{index:02d}.png").read_bytes()
+        )
+    overrides = [f"data.path={folder / 'images'}", "data.frozen_crops=true"]
+    return overrides, run(write, folder / "one", 1, *overrides, "data.lanes=1")
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_normalized_together_two_processes_train_as_one(together, write, tmp_path, environment):
+    overrides, expected = together
+    assert_same(run(write, tmp_path / "two", 2, *overrides, "data.lanes=2", **environment), expected)
 
 
 def test_normalized_each_for_itself_two_processes_train_as_one_with_the_same_passes(write, tmp_path):
-    results = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        group = fork_group(processes, write(folder), *LOCAL)
-        outputs = [process.communicate()[0] for process in group]
-        assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
-        results.append(weights(folder / "run"))
-    assert_same(results[1], results[0])
+    assert_same(run(write, tmp_path / "two", 2, *LOCAL), run(write, tmp_path / "one", 1, *LOCAL))
 
 
 def test_frozen_statistics_rest_and_the_weights_learn(finished, write, tmp_path):

@@ -267,3 +267,9 @@ def test_the_sizes_and_fields_told_without_loading_the_configuration_are_its_own
     own = {field.name for field in fields(RadioConfig)} - {field.name for field in fields(PreTrainedConfig)}
     followed = {"adaptors", "summary_type", "num_cls_tokens", "summary_idxs", "preferred_resolution"}
     assert own - followed <= set(STUDENT_CONFIG_FIELDS) and not followed & set(STUDENT_CONFIG_FIELDS)
+
+
+def test_a_summary_left_open_is_the_one_that_earlier_runs_have_recorded(make_recipe):
+    path = make_recipe()
+    assert load_recipe(path) == load_recipe(path, ["student.summary=cls_per_teacher"])
+    assert load_recipe(path, ["student.type=eradio", "student.config={}"]).student.summary is None

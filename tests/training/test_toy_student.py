@@ -201,7 +201,7 @@ def test_it_starts_from_its_checkpoint_and_grows_a_head(finished, conv_recipe, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["student.type=toi"], "student.type is 'toi'; expected one of radio, conv_student"),
+        (["student.type=toi"], "student.type is 'toi'; expected one of radio"),
         (["student.size=vit-b-16"], "size is 'vit-b-16'; choose one of small, large"),
         (["student.summary=cls"], "summary is 'cls'; this student has no CLS tokens"),
         (

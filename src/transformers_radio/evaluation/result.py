@@ -13,6 +13,8 @@ from transformers_radio.disk import setting, write_json
 from transformers_radio.teachers import TEACHERS
 
 SEPARATORS = " -_/,:@"  # characters between the words in names of models and data
+# Words in the protocols of earlier versions, and what they are now.
+REWORDED = {"centre": "center", "one box an image": "one box per image", "images a class": "images per class"}
 LONGEST = 150  # bytes of a name within a file name; file systems allow 255 for the whole file name
 
 
@@ -60,6 +62,8 @@ class Result:
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a result of an evaluation ({error}).") from error
         result.kind = result.kind or result._kind_before()
+        for before, now in REWORDED.items():  # one protocol, not two
+            result.protocol = result.protocol.replace(before, now)
         return result
 
     @property

@@ -172,7 +172,10 @@ class Task:
         if self.config.overwrite or not path.exists():
             return None
         result = Result.read(path)
-        changed = differences(self.recognized(result.settings), job.settings, self.counted)
+        there, here = self.recognized(result.settings), job.settings
+        if not (there.get("adaptor") and here.get("adaptor")):  # unknown, as its teacher could not be asked
+            there, here = {**there, "adaptor": None}, {**here, "adaptor": None}
+        changed = differences(there, here, self.counted)
         if changed:
             raise ValueError(
                 f"{path} holds a result of other settings; it differs in {', '.join(changed)}. Choose another "

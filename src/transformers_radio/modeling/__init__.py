@@ -42,8 +42,14 @@ def student_class(model_type: str):
     """
     if model_type not in STUDENTS:
         raise ValueError(f"{model_type!r} is not the type of a student; choose one of {', '.join(STUDENTS)}.")
-    module, name = STUDENTS[model_type].split(":")
-    return getattr(import_module(module), name)
+    module, _, name = STUDENTS[model_type].partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"STUDENTS[{model_type!r}] is {STUDENTS[model_type]!r}, which cannot be imported ({error}); expected "
+            "module:Class."
+        ) from error
 
 
 def __getattr__(name: str):

@@ -287,7 +287,13 @@ class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder carries this code, and opens as a student or as a backbone."""
+        """As in transformers; the folder carries this code, and opens as a student or as a backbone.
+
+        Raises:
+            ValueError: the model is fused, and its weights are not those that its configuration describes.
+        """
+        if any(isinstance(part, ERadioConvNorm) and isinstance(part.norm, nn.Identity) for part in self.modules()):
+            raise ValueError("This model is fused; save it before model.fuse(), and fuse it again once it is loaded.")
         from .modeling_eradio_heads import ERadioBackbone  # here, as that file imports this one
 
         self.config.auto_map = {

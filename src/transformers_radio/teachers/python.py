@@ -33,5 +33,11 @@ def choose_teacher(checkpoint: str, target: str | None = None, **options: Any) -
         raise ValueError(f"module {module_name!r} has no {class_name!r}") from error
     if not (inspect.isclass(teacher) and issubclass(teacher, Teacher)):
         raise ValueError(f"{name} is no subclass of transformers_radio.teachers.Teacher")
+    if teacher.from_checkpoint.__func__ is Teacher.from_checkpoint.__func__:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} has no from_checkpoint: add a classmethod from_checkpoint(cls, checkpoint, image_size=None, "
+            'dtype="float32", **options) that builds the network, loads its weights and returns '
+            "cls(network, ...).cast(dtype)"
+        )
     check_options(name, teacher.from_checkpoint, options)
     return teacher

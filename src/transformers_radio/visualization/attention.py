@@ -32,10 +32,8 @@ def summary_attention(model: RadioModel, images: torch.Tensor, layer: int = -1) 
             tokens do not see the image.
     """
     config = model.config
-    if config.summary_type != "cls":
-        raise ValueError(
-            f"This student's summary is the {config.summary_type} of its patches: no token attends for it."
-        )
+    if getattr(config, "summary_type", "mean") != "cls":
+        raise ValueError("This student's summary is the mean of its features: it has no token that attends.")
     depth = config.num_hidden_layers
     if not -depth <= layer < depth:
         raise ValueError(f"layer is {layer}; expected {-depth} to {depth - 1}, as the student has {depth} blocks.")

@@ -322,6 +322,11 @@ def _language_adaptor(adaptors: dict[str, dict[str, Any]], chosen: str | None, n
         return chosen
     if "clip" in adaptors:
         return "clip"
-    # the name tells where the adaptor does not say who its teacher was
-    found = [one for one in with_summary if one.startswith(("siglip", "clip")) or has_text(adaptors[one]["teacher"])]
+    # By names first: they need no look at a teacher's checkpoint, which may have moved.
+    named = [
+        name
+        for name in with_summary
+        if name.startswith(("siglip", "clip")) or adaptors[name]["teacher"].startswith("open_clip:")
+    ]
+    found = named or [name for name in with_summary if has_text(adaptors[name]["teacher"])]
     return found[0] if len(found) == 1 else None

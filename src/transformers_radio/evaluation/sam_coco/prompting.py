@@ -67,6 +67,8 @@ class StudentEncoder(nn.Module):
     ):
         super().__init__()
         image_size = sam.image_encoder.img_size if image_size is None else image_size
+        if window_size is not None and not hasattr(student.config, "window_size"):
+            raise ValueError("The student has no attention windows: leave window_size out.")
         step = student.min_resolution_step if window_size is None else student.patch_size * max(window_size, 1)
         if image_size < step or image_size % step:
             windows = f" with window_size {window_size}" if window_size else ""

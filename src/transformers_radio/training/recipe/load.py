@@ -97,8 +97,13 @@ def _one_line_errors(what: str) -> Iterator[None]:
 
 
 def expand_paths(recipe: Recipe) -> Recipe:
-    """A copy with `~` expanded in the paths that training opens itself; data and teachers expand their own."""
+    """A copy with `~` expanded in the paths that training opens itself; data and teachers expand their own.
+
+    The student's summary is written out where null stands for one, as earlier versions have recorded it in their runs.
+    """
     student, cache = recipe.student, recipe.teacher_cache
+    if student.summary is None and student.type == "radio":
+        student = replace(student, summary="cls_per_teacher")
     return replace(
         recipe,
         output_dir=os.path.expanduser(recipe.output_dir),
