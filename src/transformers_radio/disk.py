@@ -79,8 +79,8 @@ def replace_whole(path: Path, unique: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text whole, and returns the path. Several processes may do so at once."""
-    with writing(path), replace_whole(path, unique=True) as temporary:
+    """Writes UTF-8 text whole, and returns the path."""
+    with replace_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
