@@ -53,6 +53,21 @@ def test_folders_are_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "two"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_a_killed_attempt_left_has_no_part_in_the_next(tmp_path, kind):
+    leftover, victim = tmp_path / "out.tmp", tmp_path / "victim"
+    victim.write_text("mine")
+    if kind == "file":
+        leftover.write_text("half of something longer")
+    elif kind == "folder":
+        (leftover / "stale").mkdir(parents=True)
+    else:
+        leftover.symlink_to(victim)
+    disk.write_text(tmp_path / "out", "whole")
+    assert (tmp_path / "out").read_text() == "whole" and victim.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "victim"]
+
+
 def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
     context = multiprocessing.get_context("fork")
     ready, release = context.Event(), context.Event()

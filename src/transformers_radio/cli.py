@@ -84,7 +84,11 @@ class EvalCommand(TyperCommand):
     """Its help ends with the names of the tasks, or with the settings of the task that it is asked about."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta["arguments"] = [arg for arg in args if not arg.startswith("-")]
+        # an option's value is not an argument
+        is_value = [False, *(arg.startswith("--") and "=" not in arg and arg != "--help" for arg in args)]
+        ctx.meta["arguments"] = [
+            arg for arg, skipped in zip(args, is_value, strict=False) if not skipped and not arg.startswith("-")
+        ]
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -8,7 +8,9 @@ from helpers.tiny_sam import make_student
 from helpers.toy_task import Toy
 from transformers_radio.cli import app
 from transformers_radio.evaluation.models.encoder import load_encoder
+from transformers_radio.evaluation.report.collect import read_results
 from transformers_radio.evaluation.report.model_card import eval_results
+from transformers_radio.evaluation.report.rows import report_table
 from transformers_radio.evaluation.result import Result
 from transformers_radio.evaluation.run import TASKS, run_task
 
@@ -55,6 +57,14 @@ def test_a_finished_result_is_not_measured_again_whatever_does_not_count(student
     assert other.counts == {"images": 3} and measured == ["a", "a"]
     run_task("toy", [f"a={student}", f"b={student}"], output=tmp_path / "out", overrides=["images=3"])
     assert measured == ["a", "a", "b"]
+
+
+def test_its_units_and_direction_reach_the_table(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "units", {"Mean": "px"})
+    monkeypatch.setattr(Toy, "lower_is_better", ("Mean",))
+    run_task("toy", [f"a={student}"], output=tmp_path / "out")
+    table, _ = report_table(read_results([tmp_path / "out"]))
+    assert table.units == {"Mean": "px"} and table.lower_is_better == ["Mean"]
 
 
 def test_the_command_line_knows_it(student, tmp_path, measured):

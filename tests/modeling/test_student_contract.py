@@ -324,6 +324,16 @@ def test_students_are_found_by_their_type(monkeypatch):
         modeling.student_class("clip")
 
 
+@pytest.mark.parametrize(
+    "line", ["no_colon", "no.such.module:X", "transformers_radio.modeling.modeling_radio:Missing"]
+)
+def test_a_line_that_names_no_student_is_quoted(line, monkeypatch):
+    monkeypatch.setitem(modeling.STUDENTS, "broken", line)
+    with pytest.raises(ValueError, match=f"STUDENTS\\['broken'\\] is '{line}', which cannot be imported"):
+        modeling.student_class("broken")
+    assert modeling.student_class("radio") is RadioModel
+
+
 def test_the_dict_of_students_loads_no_torch():
     code = "import sys, transformers_radio.modeling as m; assert 'radio' in m.STUDENTS; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

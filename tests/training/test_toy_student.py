@@ -208,6 +208,7 @@ def test_it_starts_from_its_checkpoint_and_grows_a_head(finished, conv_recipe, t
             ["student.config={hiden_size: 8}"],
             "student.config.hiden_size is not a field of ConvStudentConfig; did you mean hidden",
         ),
+        (["student.attn_implementation=eager"], "have no attention to choose"),
         (["student.config={hidden_size: eight}"], "student.config {'hidden_size': 'eight'} gives no student"),
         (
             ["student.compile=true"],

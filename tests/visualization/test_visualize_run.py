@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.conv_student import ConvStudent, ConvStudentConfig
 from helpers.tiny_sam import picture
+from transformers_radio import modeling
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.evaluation.run import PICTURES
 from transformers_radio.modeling import RadioConfig, RadioModel
@@ -222,3 +224,12 @@ def test_each_model_sees_its_own_size_of_the_center(student, folder, tmp_path, m
 
 def test_the_kinds_that_are_told_before_torch_is_loaded_are_those_there_are():
     assert tuple(visualize_run.KINDS) == PICTURES
+
+
+def test_all_leaves_out_what_a_student_of_another_type_does_not_have(world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(modeling.STUDENTS, "conv_student", "helpers.conv_student:ConvStudent")
+    ConvStudent(ConvStudentConfig()).save_pretrained(tmp_path / "conv")
+    written = visualize("all", [str(tmp_path / "conv")], str(world), output=tmp_path / "out", overrides=["images=2"])
+    assert [path.suffix for path in written] == [".png"]  # its features
+    assert "attention is left out: This student's summary is the mean" in caplog.text
+    assert "positions is left out: conv has no position table" in caplog.text

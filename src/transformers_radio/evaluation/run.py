@@ -1,5 +1,6 @@
 """`transformers-radio eval TASK`: a task's settings from its recipe and `key=value`, then the task itself."""
 
+import difflib
 import importlib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from transformers_radio.evaluation.models.specs import ModelSpec, check_model
@@ -196,10 +197,20 @@ def load_config(
         owner = error.object_type if is_dataclass(error.object_type) else schema
         names = ", ".join(f.name for f in fields(owner))
         of_level = f" of {level}" if level and owner is not schema else ""
-        reason = f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+        reason = f"{key}: {_reason(error, key, [one.name for one in fields(owner)])}".removeprefix(": ")
         raise ValueError(f"{where}: {reason}. The settings{of_level} are {names}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+
+
+def _reason(error: OmegaConfBaseException, key: str, known: list[str]) -> str:
+    """What is wrong with a setting, without OmegaConf's own terms where they are known."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"it has no value; give one with {'--data' if key == 'data' else f'{key}=...'}"
+    if isinstance(error, ConfigKeyError):
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        return f"there is no such setting (did you mean {near[0]}?)" if near else "there is no such setting"
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _expanded(value: Any) -> Any:

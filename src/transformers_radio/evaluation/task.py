@@ -1,26 +1,6 @@
 """What every task of `transformers-radio eval` has in common, and its way from settings to result files.
 
-A new task is a folder with a subclass of `Task`, and one line in `run.TASKS`:
-
-    @dataclass
-    class BrightnessConfig:
-        data: str = field(default=MISSING, metadata={"help": "folder of PNG files"})
-        overwrite: bool = field(default=False, metadata={"help": "replace the result"})
-
-    class Brightness(Task):
-        name = "brightness"
-        config_class = BrightnessConfig
-        counted = (*ENCODER_COUNTED, "files")
-        columns = ("Brightness",)
-
-        def open(self, models):
-            self.images = read_images(self.config.data)
-            encoders = [load_encoder(spec) for spec in models]
-            return [Job.of(one, "my set", {**one.settings(), "files": digest(self.images)}) for one in encoders]
-
-        def measure(self, job, folder):
-            value = job.encoder.features(self.images)[0].mean().item()
-            return Measured({"Brightness": value}, "mean over all features", {"images": len(self.images)})
+A new task is a folder with a subclass of `Task`, and one line in `run.TASKS`; docs/extending.md has an example.
 """
 
 from collections.abc import Mapping
@@ -102,6 +82,8 @@ class Task:
         columns: Metrics that have a column in the report; ("*",) for all.
         without_column: Endings of metrics that have none all the same.
         column_is_data: Whether the column is called by the data instead of by the metric.
+        units: Unit of metrics that are not percentages, "" for numbers without one.
+        lower_is_better: Metrics of which the smallest value is the best.
         hub_task: Type and name of the task in a model card of the Hub; None if the Hub has no such task.
         hub_metrics: Metric, or the last word of its name -> its type in a model card; others are "accuracy".
     """
@@ -117,6 +99,8 @@ class Task:
     columns: tuple[str, ...] = ()
     without_column: tuple[str, ...] = ()
     column_is_data: bool = False
+    units: Mapping[str, str] = {}
+    lower_is_better: tuple[str, ...] = ()
     hub_task: tuple[str, str] | None = None
     hub_metrics: Mapping[str, str] = {}
 

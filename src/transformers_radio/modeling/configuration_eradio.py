@@ -1,6 +1,6 @@
 """Configuration of E-RADIO, the efficient student (paper Sec. 5.1)."""
 
-from dataclasses import field, fields
+from dataclasses import field
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -126,21 +126,6 @@ class ERadioConfig(StagesConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # 
         return 32 if self.neck is None else 16
 
     @classmethod
-    def adopt(cls, config: PreTrainedConfig) -> Any:
-        """`config` itself if it is of this type.
-
-        Raises:
-            ValueError: The configuration of another kind of model.
-        """
-        # not by isinstance: as remote code, one file may be imported more than once
-        if getattr(config, "model_type", None) != cls.model_type:
-            raise ValueError(
-                f"expected a {cls.__name__}, got a {type(config).__name__}; load it with {cls.__name__}"
-                ".from_pretrained(folder), or AutoConfig.from_pretrained(folder, trust_remote_code=True)."
-            )
-        return config
-
-    @classmethod
     def sizes(cls) -> dict[str, dict[str, Any]]:
         """Name -> fields. `b`, `b-no-upsample` and `l` are the backbone table's (Table 6); `released` is the network
         that was published as E-RADIO-L, which Table 1 measures; `xt`, `t` and `s` are in the text."""
@@ -156,10 +141,7 @@ class ERadioConfig(StagesConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # 
         sizes = cls.sizes()
         if size not in sizes:
             raise ValueError(f"there is no size {shown(size)}; choose one of {', '.join(sizes)}.")
-        known = {one.name for one in fields(cls) if not one.name.startswith("_")}  # type: ignore[arg-type]
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ValueError(f"ERadioConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        cls.check_known(overrides)
         return cls(**{**sizes[size], **overrides})
 
     @classmethod

@@ -1,6 +1,6 @@
 """Configuration of the RADIO vision transformer, a superset of the configuration that transformers ships."""
 
-from dataclasses import field, fields
+from dataclasses import field
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -204,10 +204,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         sizes = cls.sizes()
         if size not in sizes:
             raise ValueError(f"Unknown size {size!r}; choose one of {', '.join(sizes)}.")
-        known = {one.name for one in fields(cls)} | {"num_labels", "attn_implementation"}
-        unknown = sorted(set(overrides) - known)
-        if unknown:  # the constructor would keep them as attributes that nothing reads
-            raise ValueError(f"RadioConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        cls.check_known(overrides)
         return cls(**{**sizes[size], **overrides})
 
     @classmethod

@@ -1,7 +1,7 @@
 """Configuration of a student whose backbone is a network of timm (the paper's backbone study, Sec. 5.1)."""
 
 import copy
-from dataclasses import field, fields
+from dataclasses import field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -109,21 +109,6 @@ class RadioTimmConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[mis
                 raise ValueError(f"{type(self).__name__}: {name} is {statistic!r}, expected {expected}.")
 
     @classmethod
-    def adopt(cls, config: PreTrainedConfig) -> Any:
-        """`config` itself if it is of this type.
-
-        Raises:
-            ValueError: The configuration of another kind of model.
-        """
-        # not by isinstance: as remote code, one file may be imported more than once
-        if getattr(config, "model_type", None) != cls.model_type:
-            raise ValueError(
-                f"expected a {cls.__name__}, got a {type(config).__name__}; load it with {cls.__name__}"
-                ".from_pretrained(folder), or AutoConfig.from_pretrained(folder, trust_remote_code=True)."
-            )
-        return config
-
-    @classmethod
     def sizes(cls) -> dict[str, dict[str, Any]]:
         """Name -> fields of a few small networks, with about 2 million parameters each, for experiments on a CPU."""
         return copy.deepcopy(_SIZES)
@@ -135,10 +120,7 @@ class RadioTimmConfig(CheckedConfigMixin, PreTrainedConfig):  # type: ignore[mis
         Raises:
             ValueError: An unknown field. Names are compared with timm's own when a model is built.
         """
-        known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(overrides) - known)
-        if unknown:  # the constructor would keep them as attributes that nothing reads
-            raise ValueError(f"RadioTimmConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        cls.check_known(overrides)
         return cls(**{**cls.sizes().get(size, {"timm_model": size}), **overrides})
 
     @classmethod

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -258,6 +259,30 @@ class CheckedConfigMixin:
             super().validate()  # type: ignore[misc]
         except StrictDataclassError as error:
             raise ValueError(f"{type(self).__name__}: {one_line(error.__cause__ or error)}.") from error
+
+    @classmethod
+    def adopt(cls, config: Any) -> Any:
+        """`config` itself if it is of this type.
+
+        Raises:
+            ValueError: The configuration of another kind of model.
+        """
+        # not by isinstance: as remote code, one file may be imported more than once
+        if getattr(config, "model_type", None) != cls.model_type:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"expected a {cls.__name__}, got a {type(config).__name__}; load it with {cls.__name__}"
+                ".from_pretrained(folder), or AutoConfig.from_pretrained(folder, trust_remote_code=True)."
+            )
+        return config
+
+    @classmethod
+    def check_known(cls, names: Iterable[str]):
+        """ValueError unless all are fields: the constructor would keep others as attributes that nothing reads."""
+        own = {one.name for one in fields(cls) if not one.name.startswith("_")}  # type: ignore[arg-type]
+        known = own | {"num_labels", "attn_implementation"}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

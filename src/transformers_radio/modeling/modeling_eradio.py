@@ -10,11 +10,11 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
-from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
+from .adaptors_radio import RadioAdaptor
 from .caching_radio import WeightCache
 from .configuration_eradio import ERadioConfig
 from .inputs_radio import check_adaptors, check_images, check_outputs, returns_tensors_only
-from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin
+from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin, init_shared_part
 from .weights_radio import CheckedLoadingMixin
 
 
@@ -275,15 +275,7 @@ class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RadioAdaptorLayerScale):
-            init.constant_(module.gamma, 1e-5)
-        elif isinstance(module, RadioInputConditioner):
-            for statistic, values in (
-                (module.norm_mean, self.config.norm_mean),
-                (module.norm_std, self.config.norm_std),
-            ):
-                init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
-        else:
+        elif not init_shared_part(module, self.config):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
-from .adaptors_radio import AdaptorOutput, RadioAdaptor, RadioAdaptorLayerScale
+from .adaptors_radio import AdaptorOutput, RadioAdaptor
 from .caching_radio import WeightCache
 from .configuration_radio import RadioConfig
 from .inputs_radio import (
@@ -26,7 +26,7 @@ from .inputs_radio import (
     returns_tensors_only,
 )
 from .padding_radio import forward_padded, padded_grids
-from .student_radio import RadioInputConditioner, RadioModelOutput
+from .student_radio import RadioInputConditioner, RadioModelOutput, init_shared_part
 from .training_radio import RadioTrainingMixin
 from .weights_radio import CheckedLoadingMixin
 
@@ -413,17 +413,9 @@ class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             init.normal_(module.cls_register_token, std=self.config.hidden_size**-0.5)
         elif isinstance(module, RadioLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
-        elif isinstance(module, RadioAdaptorLayerScale):
-            init.constant_(module.gamma, 1e-5)
-        elif isinstance(module, RadioInputConditioner):
-            for statistic, values in (
-                (module.norm_mean, self.config.norm_mean),
-                (module.norm_std, self.config.norm_std),
-            ):
-                init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         elif isinstance(module, RadioModel):
             init.copy_(module.summary_idxs, torch.tensor(self.config.summary_idxs, dtype=torch.long))
-        else:
+        elif not init_shared_part(module, self.config):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple, logging
 
-from .adaptors_radio import RadioAdaptor, RadioAdaptorLayerScale
+from .adaptors_radio import RadioAdaptor
 from .configuration_radio_timm import RadioTimmConfig
 from .errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line, shown
 from .inputs_radio import (
@@ -22,7 +22,7 @@ from .inputs_radio import (
     nearest_multiple,
     returns_tensors_only,
 )
-from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin
+from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin, init_shared_part
 from .weights_radio import CheckedLoadingMixin
 
 logger = logging.get_logger(__name__)
@@ -55,15 +55,9 @@ class RadioTimmPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
         elif is_head and isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, RadioAdaptorLayerScale):
-            init.constant_(module.gamma, 1e-5)
-        elif isinstance(module, RadioInputConditioner):
-            for statistic, values in (
-                (module.norm_mean, self.config.norm_mean),
-                (module.norm_std, self.config.norm_std),
-            ):
-                init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
-        elif callable(fill := getattr(module, "init_non_persistent_buffers", None)):
+        elif not init_shared_part(module, self.config) and callable(
+            fill := getattr(module, "init_non_persistent_buffers", None)
+        ):
             fill()  # of timm: no checkpoint has these buffers
 
     @staticmethod

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from .adaptors_radio import AdaptorOutput
+from .adaptors_radio import AdaptorOutput, RadioAdaptorLayerScale
 from .errors_radio import shown
 from .inputs_radio import (
     can_read_values,
@@ -88,6 +89,18 @@ class RadioExternalConditioner(RadioInputConditioner, nn.Identity):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return pixel_values
+
+
+def init_shared_part(module: nn.Module, config: Any) -> bool:
+    """Initializes a part that all students have besides backbone and Linears; False if `module` is another part."""
+    if isinstance(module, RadioInputConditioner):
+        for statistic, values in ((module.norm_mean, config.norm_mean), (module.norm_std, config.norm_std)):
+            init.copy_(statistic, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))  # (C,) -> (C, 1, 1)
+        return True
+    if isinstance(module, RadioAdaptorLayerScale):
+        init.constant_(module.gamma, 1e-5)
+        return True
+    return False
 
 
 class RadioStudentMixin(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from transformers_radio.disk import replace_whole, write_json
+from transformers_radio.disk import replace_whole
 
 from .scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
@@ -156,7 +156,8 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
         for name, size, scenes in pool.imap_unordered(_write_shard, shards):
             sizes[name] = size
             progress.update(scenes)
-    write_json(directory / INDEX_FILE, {**spec, "bytes": dict(sorted(sizes.items()))})
+    with replace_whole(directory / INDEX_FILE, unique=True) as temporary:  # as the shards
+        temporary.write_text(json.dumps({**spec, "bytes": dict(sorted(sizes.items()))}, indent=2), encoding="utf-8")
     return world
 
 

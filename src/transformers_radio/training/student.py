@@ -67,13 +67,19 @@ def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioMod
             config = model_class.config_class.for_training(options.size, adaptors, **summary, **options.config)
             student = model_class(config)
     except (StrictDataclassError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if not options.config:
+        reason = f"gives no student of type {options.type} ({type(error).__name__}: {one_line(error)})"
+        if options.config:  # a field of a wrong type, or a value that layers cannot have
+            raise ValueError(
+                f"student.config {options.config} {reason}; correct the field, or leave it out"
+            ) from error
+        if options.checkpoint is not None:
             raise
-        # a field of a wrong type, or a value that layers cannot have
+        raise ValueError(f"student.size {options.size!r} {reason}; name a size of this type") from error
+    if options.attn_implementation != "sdpa" and not student._supports_sdpa:
         raise ValueError(
-            f"student.config {options.config} gives no student ({type(error).__name__}: {one_line(error)}); "
-            "correct the field, or leave it out for the size's own value"
-        ) from error
+            f"student.attn_implementation is {options.attn_implementation}, but students of the type {options.type} "
+            "have no attention to choose; leave it out"
+        )
     without_effect = [name for name in ON_LINEARS if getattr(options, name) and student.blocks]
     if without_effect and not any(isinstance(part, nn.Linear) for block in student.blocks for part in block.modules()):
         raise ValueError(

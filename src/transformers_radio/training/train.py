@@ -60,7 +60,7 @@ def train(recipe: Recipe) -> TrainResult:
     finished, checkpoint = on_main_process(accelerator, lambda: find_run(recipe))
     if finished:
         student_dir = Path(recipe.output_dir) / "student"
-        accelerator.print(f"{student_dir} is finished; choose another output_dir, or set overwrite=true to start over")
+        accelerator.print(f"{student_dir} is trained already; overwrite=true or another output_dir trains anew")
         return TrainResult(student_dir, sum(stage.steps for stage in recipe.stages.values()))
     # The other processes do not list the images either: on a server or a shared disk that takes minutes.
     with keep_files(on_main_process(accelerator, lambda: list_files(recipe.data))):

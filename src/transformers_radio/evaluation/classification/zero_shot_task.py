@@ -136,7 +136,7 @@ class ZeroShot(Task):
             path = self.output / "classifiers" / f"{name}.safetensors"
             if not path.exists():
                 weights = zero_shot_classifier(encode_text.to(state.device), self.names, self.templates).cpu()
-                with replace_whole(path) as temporary:
+                with replace_whole(path, unique=True) as temporary:
                     save_file({"classifier": weights}, temporary)
             made = [Classifier(load_file(path)["classifier"], name)]
         broadcast_object_list(made)

@@ -108,11 +108,14 @@ def folder_or_hub(name: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if os.path.exists(name) or "://" in name:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        first: BaseException = error
+        while first.__cause__ is not None:  # the Hub's libraries wrap what happened several times
+            first = first.__cause__
+        reason = (str(first).splitlines() or [type(first).__name__])[0].rstrip(".")
         raise FileNotFoundError(
             f"There is no folder {name}, and the Hub does not give one of this name: {reason}. Check the path, or the "
             "connection."
-        ) from error
+        ) from None
 
 
 def _split_size(text: str) -> tuple[str, int | None]:

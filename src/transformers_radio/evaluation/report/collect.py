@@ -80,6 +80,8 @@ def _check_same_model(one: Found, other: Found) -> None:
     """ValueError if two results of one name are of different models: of different weights, if that can be told."""
     if one.result.model != other.result.model:
         return
+    if (one.result.task == "sam-coco") != (other.result.task == "sam-coco"):
+        return  # whose digest is of the encoder in SAM's place, its neck included
     mine, theirs = one.result.settings, other.result.settings
     if "weights" in mine and mine["weights"] == theirs.get("weights"):
         return  # wherever the model lay

@@ -15,6 +15,7 @@ class _Cell:
     """One value of the table, its column, and where it was found."""
 
     column: str
+    metric: str
     value: float
     one: Found
 
@@ -56,14 +57,23 @@ def report_table(measured: Sequence[Found], title: str = "Students and teachers"
         first = (own[0].one if own else timed[0]).result
         speed = _throughput(timed, first.resolution)
         if speed is not None:
-            speeds.append(_Cell("Throughput", speed.result.metrics["Throughput"], speed))
+            speeds.append(_Cell("Throughput", "Throughput", speed.result.metrics["Throughput"], speed))
         elif timed:
             sides = " and ".join(dict.fromkeys(str(one.result.resolution) for one in timed))
             not_timed.append(f"Throughput of {model}: measured at {sides} px, none of which is the row's.")
         rows.append(_row(first, own, speed, timed, columns))
     everything = [*cells, *speeds]
     notes = [*_protocols(everything), *_choices(cells), *_other_resolutions(everything, rows), *not_timed]
-    return Table(title, rows, [*notes, *_left_out(measured), *without_row]), students
+    units: dict[str, str] = {}
+    lower_is_better = []
+    for cell in cells:
+        task = load_task(cell.one.result.task)
+        if cell.metric in task.units:
+            units[cell.column] = task.units[cell.metric]
+        if cell.metric in task.lower_is_better and cell.column not in lower_is_better:
+            lower_is_better.append(cell.column)
+    table = Table(title, rows, [*notes, *_left_out(measured), *without_row], lower_is_better, units)
+    return table, students
 
 
 def _row(
@@ -96,7 +106,7 @@ def _cells(measured: Sequence[Found]) -> list[_Cell]:
         for metric in _columns(one.result):
             column = metric if len(sets) == 1 else f"{metric} ({data})"
             column = data if load_task(task).column_is_data else column
-            cells.append(_Cell(f"{column} ({how})" if how else column, one.result.metrics[metric], one))
+            cells.append(_Cell(f"{column} ({how})" if how else column, metric, one.result.metrics[metric], one))
     return cells
 
 

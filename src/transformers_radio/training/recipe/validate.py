@@ -106,7 +106,7 @@ def _validate_student(recipe: Recipe) -> None:
             value = getattr(student, name)
             # cls_per_teacher: the default that earlier recipes have written out
             wrong = value not in (default, "cls_per_teacher")
-            _require(not wrong, f"student.{name}", value, "nothing, as student.checkpoint is given")
+            _require(not wrong, f"student.{name}", value, "none: remove it, as student.checkpoint has its own")
     if student.type == "radio":  # other configurations are asked when the student is built
         if student.checkpoint is None:
             _one_of("student.size", student.size, STUDENT_SIZES)
