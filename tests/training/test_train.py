@@ -312,7 +312,7 @@ def test_the_student_of_a_checkpoint_learns_from_a_new_teacher(finished, make_re
     assert_same_weights(cut, more)
     with pytest.raises(ValueError, match="teachers.clip needs 8"):
         train(load_recipe(make_recipe("other"), [start, "teachers.clip.options.width=8"]))
-    with pytest.raises(ValueError, match="student.summary is 'mean'; expected nothing"):
+    with pytest.raises(ValueError, match="student.summary is 'mean'; expected none"):
         load_recipe(make_recipe("other"), [start, "student.summary=mean"])
 
 
