@@ -18,8 +18,8 @@ $(VENV)/installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
 	touch $@
 
-quickstart: $(VENV)/installed  ## Train a student from three teachers, evaluate it, show the table (about 5 minutes)
-	$(BIN)/transformers-radio quickstart
+quickstart: $(VENV)/installed  ## Train a student (student=vit, eradio or convnext), evaluate it, show the table
+	$(BIN)/transformers-radio quickstart $(if $(student),student=$(student))
 
 seeds: $(VENV)/installed  ## The quickstart over three seeds (about 15 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py

@@ -8,20 +8,19 @@ same command goes on after a stop.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import statistics
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
-from transformers_radio.evaluation.models.encoder import load_encoder
-from transformers_radio.quickstart.measure import Yardstick, measure
+from measured_rows import mean_and_spread, measure_row
+
+from transformers_radio.quickstart.measure import Yardstick
 from transformers_radio.quickstart.run import RECIPE
 from transformers_radio.quickstart.world import make_world
-from transformers_radio.training import Recipe, load_recipe, train
-from transformers_radio.training.recipe import StageRecipe, recipe_to_dict
+from transformers_radio.training import Recipe, load_recipe
+from transformers_radio.training.recipe import StageRecipe
 
 BASE = ["loss.standardization=none"] + [
     f"teachers.{teacher}.{head}_weight=1" for teacher in ("clip", "dinov2") for head in ("summary", "feature")
@@ -65,23 +64,6 @@ def row_recipe(world: Path, steps: int, seed: int, overrides: list[str]) -> Reci
     return recipe
 
 
-def measure_row(recipe: Recipe, runs: Path, yardstick: Yardstick) -> dict[str, float]:
-    """Trains and measures, unless this very recipe was measured before: a row is known by all of its fields."""
-    recipe.output_dir = ""
-    key = hashlib.blake2b(json.dumps(recipe_to_dict(recipe)).encode(), digest_size=8).hexdigest()
-    result = runs / f"{key}.json"
-    if not result.exists():
-        recipe.output_dir = str(runs / key)
-        outcome = train(recipe)
-        if outcome.student_dir is None:
-            raise SystemExit("stopped; run the same command again to go on")
-        metrics = measure(load_encoder(str(outcome.student_dir), adaptor="clip"), yardstick)
-        temporary = result.with_suffix(".tmp")
-        temporary.write_text(json.dumps({name: metrics[name] for name in METRICS}) + "\n", encoding="utf-8")
-        os.replace(temporary, result)
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/ablations"))
@@ -92,12 +74,13 @@ def main() -> None:
     world = make_world(options.output / "world").directory
     yardstick = Yardstick(world, load_recipe(RECIPE))
     tables = {name: TABLES[name] for name in options.only or TABLES}
-    results: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    results: dict[tuple[str, ...], list[dict[str, float | None]]] = {}
     for seed in options.seeds:
         # the unchanged recipe is a row of each table, and is run once
         for overrides in dict.fromkeys(tuple(row) for rows in tables.values() for row in rows.values()):
             recipe = row_recipe(world, options.steps, seed, list(overrides))
-            metrics = measure_row(recipe, options.output / "runs", yardstick)
+            row = measure_row(recipe, options.output / "runs", yardstick)
+            metrics = {name: row[name] for name in METRICS}
             results.setdefault(overrides, []).append(metrics)
             print(f"seed {seed}, {' '.join(overrides) or 'unchanged'}: {json.dumps(metrics)}", flush=True)
     report = "\n".join(markdown(name, rows, results) for name, rows in tables.items())
@@ -105,14 +88,11 @@ def main() -> None:
     print(report)
 
 
-def markdown(table: str, rows: dict[str, list[str]], results: dict[tuple[str, ...], list[dict[str, float]]]) -> str:
+def markdown(table: str, rows: dict[str, list[str]], results: dict[tuple[str, ...], list[dict[str, float | None]]]) -> str:
     lines = [f"| {table} | " + " | ".join(METRICS) + " |", "|---" + "|---:" * len(METRICS) + "|"]
     for name, overrides in rows.items():
-        cells = []
-        for metric in METRICS:
-            values = [metrics[metric] for metrics in results[tuple(overrides)]]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        of_seeds = results[tuple(overrides)]
+        cells = [mean_and_spread([metrics[metric] for metrics in of_seeds]) for metric in METRICS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,14 @@ if TYPE_CHECKING:  # torch comes with it
     from transformers_radio.evaluation import Table
     from transformers_radio.evaluation.models.encoder import VisionEncoder
 
-RECIPE = Path(str(resources.files("transformers_radio.quickstart") / "recipe.yaml"))
+FOLDER = Path(str(resources.files("transformers_radio.quickstart")))
+RECIPE = FOLDER / "recipe.yaml"
+# the recipe of each student, and the folder of its run
+STUDENTS = {
+    "vit": (RECIPE, "run"),
+    "eradio": (FOLDER / "recipe_eradio.yaml", "run-eradio"),
+    "convnext": (FOLDER / "recipe_convnext.yaml", "run-convnext"),
+}
 TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
 STUDENT = "RADIO student"
 PICTURED = 6
@@ -25,13 +32,17 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
 
     Writes output/world (the images), output/teachers (the teachers' outputs for these images, for this run and later
     ones) and output/run: the recipe, checkpoints and metrics, student/ (the model that AutoModel loads), table.md,
-    table.json and features.png. `overrides` may name another `output_dir` than output/run.
+    table.json and features.png. `overrides` are those of the recipe, and `student=NAME` for another of `STUDENTS`,
+    whose run has a folder of its own (output/run-NAME). They may name another `output_dir`.
+
+    Raises:
+        ValueError: an unknown student, or what `load_recipe` refuses.
     """
     output = output.expanduser()
+    path, run, overrides = _choose_student(overrides or [])
     scenes = f"{glob.escape(str(output / 'world'))}/train-*.tar"
-    paths = {"output_dir": output / "run", "data.path": scenes, "teacher_cache": output / "teachers"}
-    settings = [*(f"{field}={path}" for field, path in paths.items()), *(overrides or [])]
-    recipe = load_recipe(RECIPE, settings)
+    paths = {"output_dir": output / run, "data.path": scenes, "teacher_cache": output / "teachers"}
+    recipe = load_recipe(path, [*(f"{field}={path}" for field, path in paths.items()), *overrides])
     world = make_world(output / "world")
     from rich.console import Console  # imported after mistakes in the overrides have been named
 
@@ -56,6 +67,18 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
     console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
     return table
+
+
+def _choose_student(overrides: list[str]) -> tuple[Path, str, list[str]]:
+    """The recipe and the run's folder that `student=NAME` stands for, and the other overrides."""
+    names = [override.partition("=")[2] for override in overrides if override.startswith("student=")]
+    name = names[-1] if names else "vit"
+    if name not in STUDENTS:
+        raise ValueError(
+            f"student is {name!r}, expected one of {', '.join(STUDENTS)}; student.size=... and the other fields of "
+            "student change a part of it"
+        )
+    return *STUDENTS[name], [override for override in overrides if not override.startswith("student=")]
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
