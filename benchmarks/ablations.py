@@ -88,7 +88,9 @@ def main() -> None:
     print(report)
 
 
-def markdown(table: str, rows: dict[str, list[str]], results: dict[tuple[str, ...], list[dict[str, float | None]]]) -> str:
+def markdown(
+    table: str, rows: dict[str, list[str]], results: dict[tuple[str, ...], list[dict[str, float | None]]]
+) -> str:
     lines = [f"| {table} | " + " | ".join(METRICS) + " |", "|---" + "|---:" * len(METRICS) + "|"]
     for name, overrides in rows.items():
         of_seeds = results[tuple(overrides)]

@@ -3,9 +3,9 @@
     python benchmarks/backbone_study.py [OUTPUT] [--steps 300] [--seeds 0 1 2] [--only NAME ...]
 
 Students of about two million parameters learn from the quickstart's three teachers with one recipe that was tuned for
-none of them: all weights 1, PHI-S, 128 pixels, 16 images per step. Two more rows learn from a larger student (the proxy)
-that learned from the same teachers: alone, and beside the teachers. A row that is done is kept: the same command resumes
-after a stop. OUTPUT gets backbones.md, backbones.json and backbones.png.
+none of them: all weights 1, PHI-S, 128 pixels, 16 images per step. Two more rows learn from a larger student (the
+proxy) that learned from the same teachers: alone, and beside the teachers. A row that is done is kept: the same
+command resumes after a stop. OUTPUT gets backbones.md, backbones.json and backbones.png.
 """
 
 import argparse
@@ -89,7 +89,9 @@ def proxy_recipe(world: Path, output: Path, steps: int) -> Recipe:
 def from_proxy_recipe(base: Recipe, name: str, proxy: Path) -> Recipe:
     recipe = student_recipe(base, "ViT")
     heads = {
-        teacher: TeacherRecipe(type="transformers", checkpoint=str(proxy), image_size=SIDE, options={"adaptor": teacher})
+        teacher: TeacherRecipe(
+            type="transformers", checkpoint=str(proxy), image_size=SIDE, options={"adaptor": teacher}
+        )
         for teacher in recipe.teachers
     }
     if name == FROM_PROXY[0]:

@@ -19,7 +19,7 @@ from .weights_radio import CheckedLoadingMixin
 
 
 class ERadioConvNorm(nn.Module):
-    """Convolution without bias, then batch norm. `fuse` makes one convolution of the two."""
+    """Convolution without bias, then batch norm. `_fuse` makes one convolution of the two."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
         super().__init__()
@@ -30,8 +30,7 @@ class ERadioConvNorm(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(maps))
 
-    @torch.no_grad()
-    def fuse(self):
+    def _fuse(self):
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv = nn.utils.fusion.fuse_conv_bn_eval(self.conv, self.norm)
             self.norm = nn.Identity()
@@ -238,8 +237,7 @@ class ERadioNeck(nn.Module):
         )
         return fine + coarse
 
-    @torch.no_grad()
-    def fuse(self):
+    def _fuse(self):
         for index, norm in enumerate(self.norms):
             if not isinstance(norm, nn.BatchNorm2d):
                 continue
@@ -279,13 +277,7 @@ class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder carries this code, and opens as a student or as a backbone.
-
-        Raises:
-            ValueError: the model is fused, and its weights are not those that its configuration describes.
-        """
-        if any(isinstance(part, ERadioConvNorm) and isinstance(part.norm, nn.Identity) for part in self.modules()):
-            raise ValueError("This model is fused; save it before model.fuse(), and fuse it again once it is loaded.")
+        """As in transformers; the folder carries this code, and opens as a student or as a backbone."""
         from .modeling_eradio_heads import ERadioBackbone  # here, as that file imports this one
 
         self.config.auto_map = {
@@ -410,20 +402,6 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
             return divisor
         windows = -(-side // largest)
         return -(-side // windows)
-
-    @torch.no_grad()
-    def fuse(self) -> "ERadioModel":
-        """Folds each batch norm into the convolution beside it, in place, for inference; returns the model.
-
-        Raises:
-            ValueError: the model is in training mode, in which batch norms follow the batch.
-        """
-        if self.training:
-            raise ValueError("The model is in training mode; call model.eval() before model.fuse().")
-        for module in self.modules():
-            if isinstance(module, (ERadioConvNorm, ERadioNeck)):
-                module.fuse()
-        return self
 
     # ---------------------------------------------------------------- the contract of every student
 

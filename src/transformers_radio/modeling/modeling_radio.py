@@ -256,16 +256,32 @@ class RadioAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj: nn.Linear | None = None  # the three in one, once fused
+
+    def _fuse(self):
+        parts = [self.q_proj, self.k_proj, self.v_proj]
+        weight = torch.cat([part.weight for part in parts])
+        self.qkv_proj = nn.Linear(weight.shape[1], weight.shape[0], self.q_proj.bias is not None, device="meta")
+        self.qkv_proj.weight = nn.Parameter(weight, requires_grad=False)
+        if self.q_proj.bias is not None:
+            self.qkv_proj.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        del self.q_proj, self.k_proj, self.v_proj
 
     def forward(
         self, hidden_states: torch.Tensor, lengths: list[int] | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`lengths`: tokens of each image in a packed sequence; tokens attend within their image."""
-        # (B, L, D) -> (B, L, heads, D/heads) -> (B, heads, L, D/heads)
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        if self.qkv_proj is not None:
+            # (B, L, 3D) -> (B, L, 3, heads, D/heads) -> 3 x (B, heads, L, D/heads)
+            query, key, value = (
+                self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+            )
+        else:
+            # (B, L, D) -> (B, L, heads, D/heads) -> (B, heads, L, D/heads)
+            query, key, value = (
+                projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for projection in (self.q_proj, self.k_proj, self.v_proj)
+            )
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
@@ -331,11 +347,19 @@ class RadioLayer(GradientCheckpointingLayer):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = RadioAttention(config)
-        self.layer_scale1 = RadioLayerScale(config)
+        self.layer_scale1: nn.Module = RadioLayerScale(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = RadioMLP(config)
-        self.layer_scale2 = RadioLayerScale(config)
+        self.layer_scale2: nn.Module = RadioLayerScale(config)
         self.drop_path = RadioDropPath(config)
+
+    def _fuse(self):
+        if isinstance(self.layer_scale1, nn.Identity):
+            return
+        for scale, linear in ((self.layer_scale1, self.attention.o_proj), (self.layer_scale2, self.mlp.fc2)):
+            linear.weight *= scale.lambda1[:, None]  # a row per output
+            linear.bias *= scale.lambda1
+        self.layer_scale1 = self.layer_scale2 = nn.Identity()
 
     def forward(
         self, hidden_states: torch.Tensor, lengths: list[int] | None = None, output_attentions: bool = False

@@ -265,6 +265,9 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
         # some networks have groups of whole stages
         return [block for group in found for block in getattr(group, "blocks", [group])]
 
+    def _fuse_parts(self):
+        _import_timm().utils.reparameterize_model(self.network, inplace=True)  # what timm has for some networks
+
     def no_weight_decay(self) -> set[str]:
         """What timm's own training leaves out, such as position biases."""
         named: set[str] = getattr(self.network, "no_weight_decay", set)()

@@ -118,6 +118,7 @@ class RadioStudentMixin(nn.Module):
     dtype: torch.dtype
     input_conditioner: nn.Module
     adaptors: nn.ModuleDict
+    is_fused = False  # by `fuse`
     _range_checked = False
 
     # ---------------------------------------------------------------- sizes
@@ -210,6 +211,33 @@ class RadioStudentMixin(nn.Module):
         # reading values makes an accelerator wait, so there only the first batch is looked at
         self._range_checked = error is not None or pixel_values.device.type != "cpu"
 
+    @torch.no_grad()
+    def fuse(self) -> Any:
+        """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
+
+        The query, key and value projections become one, layer scales and batch norms join the layer beside them. A
+        fused model cannot be trained or saved: its weights are no longer those that its configuration describes.
+
+        Raises:
+            ValueError: The model is in training mode.
+        """
+        if self.training:
+            raise ValueError("The model is in training mode; call model.eval() before model.fuse().")
+        if not self.is_fused:
+            self._fuse_parts()
+            self.is_fused = True
+        return self
+
+    def _fuse_parts(self):
+        for part in self.modules():
+            if hasattr(part, "_fuse"):
+                part._fuse()
+
+    def train(self, mode: bool = True):
+        if mode and self.is_fused:
+            raise ValueError("The model is fused, for inference; load it again to train it.")
+        return super().train(mode)
+
     # ---------------------------------------------------------------- heads
 
     def with_adaptors(self, names: list[str]) -> Any:
@@ -221,6 +249,7 @@ class RadioStudentMixin(nn.Module):
         Raises:
             ValueError: A name that is not an adaptor of this model, or weights that are parametrized.
         """
+        self._check_not_fused()
         names = check_adaptors(names, list(self.adaptors))
         config = copy.deepcopy(self.config)
         config.adaptors = {name: config.adaptors[name] for name in names}
@@ -245,9 +274,14 @@ class RadioStudentMixin(nn.Module):
         return self._share_weights(model)
 
     def _check_new(self, adaptors: dict[str, dict[str, Any]]):
+        self._check_not_fused()
         for name in adaptors:
             if name in self.adaptors:
                 raise ValueError(f"This model has an adaptor {shown(name)}; give the new one another name.")
+
+    def _check_not_fused(self):
+        if self.is_fused:
+            raise ValueError("The model is fused: choose its heads before model.fuse().")
 
     def _share_weights(self, model: Any, **grown: torch.Tensor) -> Any:
         """`model` with the weights of `grown` and of `self`, by name, and in the state of `self`."""

@@ -60,6 +60,16 @@ class CheckedLoadingMixin:
             _may_be_new.reset(token)
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: A student in it is fused, and its weights are not those that its configuration describes.
+        """
+        if any(getattr(part, "is_fused", False) for part in self.modules()):
+            raise ValueError("This model is fused; save it before model.fuse(), and fuse it again once it is loaded.")
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
         # before memory is allocated for missing weights: a mistyped width could need more than there is
