@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations teachers test test-slow test-lmms fuzz quality bench clean
+.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -26,6 +26,9 @@ seeds: $(VENV)/installed  ## The quickstart over three seeds (about 15 minutes)
 
 ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)
 	$(BIN)/python benchmarks/ablations.py
+
+backbones: $(VENV)/installed  ## The paper's backbone study in miniature, over three seeds (an hour and a half)
+	$(BIN)/python benchmarks/backbone_study.py
 
 teachers: $(VENV)/installed  ## Train the quickstart's three teachers again, into runs/teachers
 	$(BIN)/python -m transformers_radio.quickstart.train_teachers --output runs/teachers

@@ -169,19 +169,25 @@ def markdown(results: Results, parameters: dict[str, float], rates: dict[str, fl
         cells.append(mean_and_spread([row.get(FEATURE_LOSS) for row in rows], digits=3))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if len([name for name in STUDENTS if name in results]) > 2:
-        found = ", ".join(f"{metric} {correlation(results, metric):.2f}" for metric in METRICS)
+        known = [metric for metric in METRICS if means(results, metric)]
+        found = ", ".join(f"{metric} {correlation(results, metric):.2f}" for metric in known)
         lines.append(f"\nCorrelation of the feature loss with {found}.")
     return "\n".join(lines) + "\n"
 
 
-def draw_points(axes: Axes, x: dict[str, float], y: dict[str, float], front: bool) -> None:
-    """A point per student with its name; those that no other one beats in both are joined and blue."""
+def front(x: dict[str, float], y: dict[str, float]) -> list[str]:
+    """The students that no other one beats in both."""
     names = [name for name in STUDENTS if name in x]
-    best = [name for name in names if not any(x[other] > x[name] and y[other] > y[name] for other in names)]
-    for name in names:
-        axes.plot(x[name], y[name], "o", color=BLUE if front and name in best else GRAY, markersize=4)
+    return [name for name in names if not any(x[other] > x[name] and y[other] > y[name] for other in names)]
+
+
+def draw_points(axes: Axes, x: dict[str, float], y: dict[str, float], with_front: bool) -> None:
+    """A point per student with its name; those on the front are joined and blue."""
+    best = front(x, y) if with_front else []
+    for name in (name for name in STUDENTS if name in x):
+        axes.plot(x[name], y[name], "o", color=BLUE if name in best else GRAY, markersize=4)
         axes.annotate(name, (x[name], y[name]), (3, 3), textcoords="offset points", size=5.5)
-    if front:
+    if best:
         line = sorted((x[name], y[name]) for name in best)
         axes.plot(*zip(*line, strict=True), color=BLUE, linewidth=0.8)
 
@@ -190,10 +196,10 @@ def draw(results: Results, rates: dict[str, float], path: Path) -> None:
     figure = new_figure(3 * PANEL[0], PANEL[1])
     panels = figure.subplots(1, 3)
     for axes, metric in zip(panels, ("k-NN", "mIoU"), strict=False):
-        draw_points(axes, rates, means(results, metric), front=True)
+        draw_points(axes, rates, means(results, metric), with_front=True)
         axes.set_xscale("log")
         style_axes(axes, "images/s", f"{metric}, %")
-    draw_points(panels[2], means(results, FEATURE_LOSS), means(results, "mIoU"), front=False)
+    draw_points(panels[2], means(results, FEATURE_LOSS), means(results, "mIoU"), with_front=False)
     style_axes(panels[2], "feature loss (DINOv2)", "mIoU, %")
     save_figure(figure, path)
 

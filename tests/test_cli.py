@@ -36,6 +36,7 @@ MISTYPED = {
     "visualize features": "There is no model to show",
     "visualize features --model /no/such/dir": "There is no folder /no/such/dir",
     "quickstart seeed=1": "unknown recipe field seeed; did you mean seed?",
+    "quickstart student=resnet": "student is 'resnet', expected one of vit, eradio, convnext",
     "report nofolder": "There is no folder nofolder",
 }
 # Runs each command in one process, and says how it ended and whether torch or another large library was loaded.

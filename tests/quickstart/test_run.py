@@ -1,0 +1,26 @@
+"""`quickstart student=NAME`: one recipe, three students."""
+
+import pytest
+
+from transformers_radio.modeling import STUDENTS as STUDENT_TYPES
+from transformers_radio.quickstart.run import STUDENTS, run_quickstart
+from transformers_radio.training import load_recipe
+from transformers_radio.training.recipe import recipe_to_dict
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_recipes_differ_in_their_student_alone(name):
+    path, run = STUDENTS[name]
+    recipe, vit = recipe_to_dict(load_recipe(path)), recipe_to_dict(load_recipe(STUDENTS["vit"][0]))
+    assert recipe.pop("output_dir") == f"runs/quickstart/{run}"
+    assert recipe.pop("student")["type"] in STUDENT_TYPES
+    vit.pop("student"), vit.pop("output_dir")
+    assert recipe == vit
+
+
+def test_a_student_that_the_quickstart_does_not_have_is_named(tmp_path):
+    with pytest.raises(ValueError, match="student is 'resnet', expected one of vit, eradio, convnext"):
+        run_quickstart(tmp_path, ["student=resnet"])
+    with pytest.raises(ValueError, match="unknown recipe field student.sise"):
+        run_quickstart(tmp_path, ["student=eradio", "student.sise=xt"])
+    assert list(tmp_path.iterdir()) == []
