@@ -11,6 +11,8 @@ from .fields_radio import is_integer
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FORMATS = ("NCHW", "NLC")  # of forward_intermediates
+AGGREGATIONS = ("sparse", "dense")
 
 
 def check_images(pixel_values: torch.Tensor, num_channels: int, step: int, weight: torch.Tensor):
@@ -108,6 +110,27 @@ def check_layers(output_hidden_states: Any, count: int) -> set[int]:
             f"{-count} to {count - 1}: the embeddings and {count - 1} blocks."
         )
     return {layer % count for layer in layers}
+
+
+def check_intermediates(indices: Any, count: int, output_fmt: Any, aggregation: Any) -> list[int]:
+    """Numbers of the chosen blocks out of `count`, ascending, as timm counts them: all for None, the last n for n."""
+    for name, value, known in (("output_fmt", output_fmt, FORMATS), ("aggregation", aggregation, AGGREGATIONS)):
+        if value not in known:
+            raise ValueError(f"{name} is {shown(value)}, expected {' or '.join(map(repr, known))}.")
+    if indices is None:
+        return list(range(count))
+    if is_integer(indices, 1, count):
+        return list(range(count - indices, count))
+    if (
+        not isinstance(indices, (list, tuple))
+        or not indices
+        or not all(is_integer(i, -count, count - 1) for i in indices)
+    ):
+        raise ValueError(
+            f"indices is {shown(indices)}, expected None, the number of the last blocks to take (1 to {count}), or a "
+            f"list of blocks from {-count} to {count - 1}."
+        )
+    return sorted({index % count for index in indices})
 
 
 def check_window(window_size: int, rows: int, cols: int, patch_size: int):

@@ -356,7 +356,7 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
                 'RadioImageProcessor(size={"height": h, "width": w}, size_divisor=32).'
             )
         stages = self.stage_maps(pixel_values)
-        maps = self.norm(stages[-1]) if self.neck is None else self.neck(stages[-2], stages[-1])
+        maps = self._last_maps(stages)
         features = maps.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
         summary, grid = features.mean(1), self.grid(*pixel_values.shape[-2:])
 
@@ -373,19 +373,37 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
             grid=None if returns_tensors_only() else grid,
         )
 
-    def stage_maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """Images as in `forward` -> the maps of the stem and of each stage, `(B, C, h, w)`."""
+    def stage_maps(self, pixel_values: torch.Tensor, stop: int | None = None) -> list[torch.Tensor]:
+        """Images as in `forward` -> the maps of the stem and of each stage (of the first `stop`), `(B, C, h, w)`."""
         self.check_images(pixel_values)
         self._warn_about_range(pixel_values)
         window = self.window_for(*pixel_values.shape[-2:])
         maps = self.stem(self.input_conditioner(pixel_values).to(self.stem.conv1.conv.weight.dtype))
         stages = [maps]
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages[:stop]):
             if index > 0:
                 maps = self.downsamples[index - 1](maps)
             maps = stage(maps) if index < 2 else stage(maps, window)
             stages.append(maps)
         return stages
+
+    def _last_maps(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        """The maps of the features, `(B, hidden, h, w)`, from those of all stages."""
+        return self.norm(stages[-1]) if self.neck is None else self.neck(stages[-2], stages[-1])
+
+    @property
+    def num_intermediates(self) -> int:
+        """Number of stages, the maps that `forward_intermediates` chooses among; the neck is no stage."""
+        return len(self.stages)
+
+    def _intermediates(self, pixel_values, wanted, stop, norm):
+        stages = self.stage_maps(pixel_values, stop)[1:]  # without the stem's
+        is_whole = len(stages) == self.num_intermediates
+        last = self._last_maps(stages) if is_whole else stages[-1]
+        if norm and is_whole:
+            stages[-1] = self.norm(stages[-1])
+        # (B, D, h, w) -> (B, h*w, D)
+        return last.flatten(2).transpose(1, 2), [(stages[index], None) for index in wanted]
 
     def window_for(self, height: int, width: int) -> int:
         """Side of the attention windows for images of this size in pixels, in places of 32 x 32 pixels.

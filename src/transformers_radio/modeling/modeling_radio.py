@@ -389,18 +389,23 @@ class RadioEncoder(nn.Module):
         lengths: list[int] | None,
         output_hidden_states: bool,
         output_attentions: bool,
+        wanted: list[int] | None = None,
+        stop: int | None = None,
     ) -> tuple[torch.Tensor, tuple | None, tuple | None]:
-        all_hidden_states, all_attentions = [hidden_states], []
+        """`wanted`: hidden states of these blocks alone, without the embeddings. `stop`: run so many blocks."""
+        all_hidden_states, all_attentions = [hidden_states] if wanted is None else [], []
         if windows is not None:
             hidden_states = windows.sort(hidden_states)
         for index, layer in enumerate(self.layer):
+            if index == stop:
+                break
             if windows is not None:
                 hidden_states = windows.arrange(hidden_states, windowed=index not in self.global_blocks)
             if self.training and _is_checkpointed_reentrantly(layer) and not hidden_states.requires_grad:
                 # such a layer gets no gradients unless its input needs them: above frozen embeddings none would train
                 hidden_states.requires_grad_(any(weight.requires_grad for weight in self.parameters()))
             hidden_states, weights = layer(hidden_states, lengths, output_attentions)
-            if output_hidden_states:
+            if output_hidden_states and (wanted is None or index in wanted):
                 all_hidden_states.append(hidden_states if windows is None else windows.to_image(hidden_states))
             if output_attentions:
                 all_attentions.append(weights if windows is None else windows.unsort_attention(weights))
@@ -566,6 +571,22 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
             pooler_output=summary,
             grid=None if returns_tensors_only() else grid,
         )
+
+    @property
+    def num_intermediates(self) -> int:
+        """Number of blocks, the maps that `forward_intermediates` chooses among."""
+        return len(self.encoder.layer)
+
+    def _intermediates(self, pixel_values, wanted, stop, norm):
+        (height, width), num_prefix = pixel_values.shape[-2:], self.config.num_summary_tokens
+        windows = self._windows(None, height, width)
+        tokens = self.embeddings(self.input_conditioner(pixel_values).to(self._embedding_dtype))
+        tokens, states, _ = self.encoder(tokens, windows, None, True, False, wanted, stop)
+        states = [self.norm(state) if norm else state for state in states]
+        # (B, prefix + h*w, D) -> (B, D, h, w) and (B, prefix, D)
+        maps = [self.features_to_grid(state[:, num_prefix:], height, width) for state in states]
+        prefixes = [state[:, :num_prefix] if num_prefix else None for state in states]
+        return self.norm(tokens), list(zip(maps, prefixes, strict=True))
 
     def _windows(self, window_size: int | None, height: int, width: int) -> RadioWindows | None:
         """The windows of one forward for images of this size in pixels; None for global attention."""

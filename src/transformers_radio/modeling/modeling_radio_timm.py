@@ -199,12 +199,8 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
         summary = self.network.forward_head(final, pre_logits=True)  # (B, D)
         if self.feature_stage is not None:
             features = stages[self.feature_stage].flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
-        elif final.ndim == 3:
-            features = final[:, getattr(self.network, "num_prefix_tokens", 0) :]  # (B, prefix + h*w, D)
-        elif getattr(self.network, "output_fmt", "NCHW") == "NHWC":
-            features = final.flatten(1, 2)  # (B, h, w, D) -> (B, h*w, D)
         else:
-            features = final.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+            features = self._tokens(final)
 
         dense = features.clone(memory_format=torch.contiguous_format) if names else features  # one copy for all heads
         heads = {name: self.adaptors[name](summary.unsqueeze(1), dense, [grid]) for name in names}
@@ -217,6 +213,33 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
             pooler_output=summary,
             grid=None if returns_tensors_only() else grid,
         )
+
+    def _tokens(self, final: torch.Tensor) -> torch.Tensor:
+        """What the network's `forward_features` returns, in its own layout -> `(B, h*w, D)`."""
+        if final.ndim == 3:
+            return final[:, getattr(self.network, "num_prefix_tokens", 0) :]  # (B, prefix + h*w, D)
+        if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
+            return final.flatten(1, 2)  # (B, h, w, D) -> (B, h*w, D)
+        return final.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
+
+    @property
+    def num_intermediates(self) -> int:
+        """Number of stages (of a vision transformer, blocks), the maps that `forward_intermediates` chooses among."""
+        return len(self.network.feature_info)
+
+    def _intermediates(self, pixel_values, wanted, stop, norm):
+        network, stage = self.network, self.feature_stage
+        pixels = self.input_conditioner(pixel_values).to(next(network.parameters()).dtype)
+        has_prefix = getattr(network, "num_prefix_tokens", 0) > 0
+        options = {"return_prefix_tokens": True} if has_prefix else {}
+        reads_stage = stage is not None and (stop is None or stop > stage)  # features of forward
+        indices = sorted({*wanted, stage}) if reads_stage else wanted
+        final, found = network.forward_intermediates(
+            pixels, indices=indices, norm=norm, stop_early=stop is not None, output_fmt="NCHW", **options
+        )
+        pairs = found if has_prefix else [(maps, None) for maps in found]
+        last = pairs[indices.index(stage)][0].flatten(2).transpose(1, 2) if reads_stage else self._tokens(final)
+        return last, [pair for index, pair in zip(indices, pairs, strict=True) if index in wanted]
 
     # ---------------------------------------------------------------- the contract of every student
 

@@ -16,6 +16,7 @@ from .inputs_radio import (
     can_read_values,
     check_adaptors,
     check_images,
+    check_intermediates,
     check_size,
     check_tensor,
     describe_range_error,
@@ -101,6 +102,13 @@ def init_shared_part(module: nn.Module, config: Any) -> bool:
         init.constant_(module.gamma, 1e-5)
         return True
     return False
+
+
+def _mean_tensor(tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    total = tensors[0]
+    for tensor in tensors[1:]:  # one by one: a stack would hold all of them twice
+        total = total + tensor
+    return None if total is None else total / len(tensors)
 
 
 class RadioStudentMixin(nn.Module):
@@ -308,6 +316,89 @@ class RadioStudentMixin(nn.Module):
         Models that know one class token expect this.
         """
         return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+
+    # ---------------------------------------------------------------- intermediate features
+
+    def forward_intermediates(
+        self,
+        pixel_values: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        aggregation: str = "sparse",
+    ) -> Any:
+        """The maps of some blocks, as timm's method of this name returns them. Runs no adaptors.
+
+        Blocks are those of a vision transformer, and the stages of a network that has stages; with
+        `output_hidden_states`, block i is `hidden_states[i + 1]` (of a timm student `hidden_states[i]`).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Images as in `forward`.
+            indices (`int` or `list[int]`, *optional*): Blocks from 0, negative numbers from the end; the last n for a
+                number n; all when missing. The maps come in the order of the blocks.
+            return_prefix_tokens (`bool`): Return pairs `(map, prefix)` where the model has CLS and register tokens,
+                `(batch, prefix, hidden)`.
+            norm (`bool`): Apply the final norm to every map; of a network with stages, to its last map alone. Without
+                effect where the model has none.
+            stop_early (`bool`): Do not compute the blocks behind the last wanted one.
+            output_fmt (`str`): "NCHW" for maps `(batch, hidden, h, w)`, "NLC" for `(batch, h * w, hidden)`.
+            intermediates_only (`bool`): Return the list alone.
+            aggregation (`str`): "sparse" returns the maps of the given blocks. "dense" returns, for each index, the
+                mean of the maps of all blocks since the previous index (exclusive; since block 0 for the first) up to
+                this index (inclusive). Prefix tokens are averaged likewise; with `norm`, after it.
+
+        Returns:
+            `(last, maps)`, or `maps` with `intermediates_only`. `last` is the `last_hidden_state` of `forward`; with
+            `stop_early`, what it would be if the last wanted block were the model's last.
+
+        Raises:
+            ValueError: An image that `forward` refuses, an unknown block, format or aggregation, "dense" for maps of
+                different sizes, or a model without intermediate maps.
+        """
+        if not self.num_intermediates:
+            raise ValueError(f"{type(self).__name__} has no intermediate maps; its features are forward's.")
+        chosen = check_intermediates(indices, self.num_intermediates, output_fmt, aggregation)
+        wanted = list(range(chosen[-1] + 1)) if aggregation == "dense" else chosen
+        self.check_images(pixel_values)
+        self._warn_about_range(pixel_values)
+        last, found = self._intermediates(pixel_values, wanted, chosen[-1] + 1 if stop_early else None, norm)
+        if aggregation == "dense":
+            if len({pixels.shape for pixels, _ in found}) > 1:
+                raise ValueError(
+                    f"aggregation='dense' averages maps, but those of {type(self).__name__} differ in size "
+                    f"({', '.join('x'.join(map(str, pixels.shape[1:])) for pixels, _ in found)}); use 'sparse'."
+                )
+            starts = [0, *(index + 1 for index in chosen[:-1])]
+            groups = [found[start : end + 1] for start, end in zip(starts, chosen, strict=True)]
+            found = [tuple(map(_mean_tensor, zip(*group, strict=True))) for group in groups]
+        maps: list[Any] = [pixels for pixels, _ in found]
+        if output_fmt == "NLC":
+            maps = [pixels.flatten(2).transpose(1, 2) for pixels in maps]  # (B, D, h, w) -> (B, h*w, D)
+        if return_prefix_tokens and found[0][1] is not None:
+            maps = [(pixels, prefix) for pixels, (_, prefix) in zip(maps, found, strict=True)]
+        return maps if intermediates_only else (last, maps)
+
+    @property
+    def num_intermediates(self) -> int:
+        """Number of maps that `forward_intermediates` chooses among; 0 for a model without."""
+        return 0
+
+    def _intermediates(
+        self, pixel_values: torch.Tensor, wanted: list[int], stop: int | None, norm: bool
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """What `forward_intermediates` arranges, of images that were checked.
+
+        Args:
+            wanted: Numbers of blocks, ascending.
+            stop: Compute this many blocks; all for None.
+
+        Returns:
+            The last tokens, and for each wanted block its map `(B, D, h, w)` and its prefix, `(B, prefix, D)` or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has num_intermediates, but no _intermediates.")
 
     # ---------------------------------------------------------------- training
 
