@@ -126,6 +126,11 @@ FIELDS: dict[str, _Check] = {
     "qkv_bias": _BOOLEAN,
     "final_norm": _BOOLEAN,
     "mlp_norm": _BOOLEAN,
+    "use_swiglu_ffn": _BOOLEAN,
+    "patch_bias": _BOOLEAN,
+    "feature_normalizer": _BOOLEAN,
+    "intermediate_normalizer": _optional(_choice("shared", "per_layer")),
+    "converted_from": _optional((lambda value: isinstance(value, dict), "a dict of source, version and license")),
     "cpe_sampling": _BOOLEAN,
     "reshape_hidden_states": _BOOLEAN,
     "out_features": _optional(_STAGES),
@@ -168,6 +173,7 @@ _ADAPTOR_OPTIONAL = {
     "mlp_num_inner": 0,
     "spatial_mlp_version": None,
     "upsample_factor": 1,
+    "mlp_pre_norm": False,
 }
 _ADAPTOR_SIZES = {
     "summary_dim": (1, 65536),
@@ -220,6 +226,10 @@ def _check_adaptor(where: str, name: str, adaptor: dict[str, Any], tokens: int):
     for key in ("teacher", "teacher_weights"):
         if not isinstance(adaptor[key], str):
             raise ValueError(f"{where}: {key} is {shown(adaptor[key])}, expected text.")
+    if not isinstance(adaptor["mlp_pre_norm"], bool) or (adaptor["mlp_pre_norm"] and adaptor["mlp_version"] != "v2"):
+        raise ValueError(
+            f'{where}: mlp_pre_norm is {shown(adaptor["mlp_pre_norm"])}, expected true or false; only "v2" has it.'
+        )
     if adaptor["mlp_version"] not in ("v1", "v2"):
         raise ValueError(f'{where}: mlp_version is {shown(adaptor["mlp_version"])}, expected "v1" or "v2".')
     if adaptor["spatial_mlp_version"] not in (None, "v1", "v2", "attn"):
