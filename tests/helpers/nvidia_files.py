@@ -27,7 +27,12 @@ LAYOUTS = {
         model="vit_huge_patch16_224", teachers=[CLIP, OPENAI, DINO, SAM, RTX], multiple=8, by="index", spectral=2
     ),
     "radio_v2.1": dict(
-        model="vit_huge_patch16_224", teachers=[CLIP, OPENAI, DINO, SAM, RTX], multiple=8, by="index", bf16=True, ema=True
+        model="vit_huge_patch16_224",
+        teachers=[CLIP, OPENAI, DINO, SAM, RTX],
+        multiple=8,
+        by="index",
+        bf16=True,
+        ema=True,
     ),
     "radio_v2.5-b": dict(model="vit_base_patch16_224", teachers=V25, multiple=8, spectral=1),
     "radio_v2.5-l": dict(model="vit_large_patch16_224", teachers=V25, multiple=8, ema=True),
@@ -43,7 +48,12 @@ LAYOUTS = {
     "c-radio_v3-h": dict(model="vit_huge_patch16_224", teachers=V3, registers=4, normalizers="shared"),
     "c-radio_v3-g": dict(model="vit_giant_patch16_224", teachers=V3, registers=4),
     "c-radio_v4-h": dict(
-        model="vit_huge_patch16_224", teachers=[SIGLIP2, DINO3, SAM3], multiple=10, inner=2, attn="siglip2-g", damp=True
+        model="vit_huge_patch16_224",
+        teachers=[SIGLIP2, DINO3, SAM3],
+        multiple=10,
+        inner=2,
+        attn="siglip2-g",
+        damp=True,
     ),
     "c-radio_v4-so400m": dict(model="vit_so400m_patch16_224", teachers=[SIGLIP2, DINO3, SAM3], multiple=10, inner=2),
 }
@@ -193,7 +203,9 @@ def make(name, form="pth", seed=0):
     args = arguments(layout)
     mean, std = rand(3, 1, 1).abs(), 0.2 + rand(3, 1, 1).abs()
     stored = {}
-    prefix = {"pth": "base_model.", "hub": "radio_model.model."}[form] + ("inner." if layout.get("inner_prefix") else "")
+    prefix = {"pth": "base_model.", "hub": "radio_model.model."}[form] + (
+        "inner." if layout.get("inner_prefix") else ""
+    )
     stored |= {prefix + key: value for key, value in plain.items()}
     outer = {"pth": "", "hub": "radio_model."}[form]
     stored |= {f"{outer}input_conditioner.norm_mean": mean, f"{outer}input_conditioner.norm_std": std}
@@ -220,7 +232,12 @@ def reparametrize(state, version, seed=1):
     rand = Randoms(seed)
     new = {}
     for name, weight in state.items():
-        if not (name.startswith("base_model.") and ".blocks." in f".{name}" and name.endswith(".weight") and weight.ndim == 2):
+        if not (
+            name.startswith("base_model.")
+            and ".blocks." in f".{name}"
+            and name.endswith(".weight")
+            and weight.ndim == 2
+        ):
             new[name] = weight
             continue
         base = f"{name.removesuffix('.weight')}.parametrizations.weight"
@@ -242,7 +259,9 @@ def folded(state, eps=1e-6):
     for name, tensor in state.items():
         if name.endswith(".parametrizations.weight.original"):
             base = name.removesuffix(".original")
-            parts = sorted({key.rpartition(".")[0] for key in state if key.startswith(base) and key.endswith(".scale")})
+            parts = sorted(
+                {key.rpartition(".")[0] for key in state if key.startswith(base) and key.endswith(".scale")}
+            )
             chunks = []
             for chunk, part in zip(tensor.chunk(len(parts)), parts, strict=True):
                 scale = state[f"{part}.scale"][0, 0]
@@ -257,7 +276,9 @@ def folded(state, eps=1e-6):
 
 
 def write_pth(path, args, state, ema=None, dtype=None):
-    cast = (lambda s: {k: v.to(dtype) if v.is_floating_point() else v for k, v in s.items()}) if dtype else (lambda s: s)
+    cast = (
+        (lambda s: {k: v.to(dtype) if v.is_floating_point() else v for k, v in s.items()}) if dtype else (lambda s: s)
+    )
     content = {"args": argparse.Namespace(**args), "state_dict": cast(state), "epoch": 3, "arch": args["model"]}
     if ema is not None:
         content["state_dict_ema"] = cast(ema)

@@ -142,7 +142,9 @@ def _read(weights: Weights, targets: Callable[[str], list[Target] | None]) -> di
         tensor = weights.read(name)
         for target, part, parts in found:
             if tensor.ndim and tensor.shape[0] % parts:
-                raise ValueError(f"{weights.original(name)} is {tuple(tensor.shape)}, which has no {parts} equal parts")
+                raise ValueError(
+                    f"{weights.original(name)} is {tuple(tensor.shape)}, which has no {parts} equal parts"
+                )
             if target in state:
                 raise ValueError(f"{weights.original(name)} is a second tensor for {target}")
             state[target] = tensor if parts == 1 else tensor.chunk(parts)[part].clone()
@@ -206,3 +208,22 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"what becomes {name} holds NaN or infinite values: the file is damaged")
+
+
+def load_any(
+    path_or_id: str | Path, adaptor_names: Sequence[str] | None = None, version: str | None = None
+) -> RadioModel | ERadioModel:
+    """As `load_nvidia_checkpoint`, and also a checkpoint of this package's RADIO or E-RADIO.
+
+    Raises:
+        OSError, ValueError: as there.
+    """
+    released = open_release(path_or_id)
+    kind = released.config.get("model_type")
+    if released.args is None and (kind == ERadioModel.config_class.model_type or "adaptors" in released.config):
+        if kind not in ("radio", "eradio"):
+            raise ValueError(f"{path_or_id} is a {kind}; only RADIO and E-RADIO students are converted")
+        student: Any = (RadioModel if kind == "radio" else ERadioModel).from_pretrained(path_or_id)
+        names = list(student.config.adaptors) if adaptor_names is None else list(adaptor_names)
+        return student.with_adaptors(names).eval()
+    return load_nvidia_checkpoint(path_or_id, adaptor_names, version)

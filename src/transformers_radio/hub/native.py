@@ -1,8 +1,10 @@
 """Files of transformers' own RADIO class, whose names on disk are NVIDIA's or its own."""
 
 import re
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers import RadioConfig as NativeRadioConfig
 
@@ -18,6 +20,7 @@ _TO_NVIDIA = [
     (r"embeddings\.cls_register_token", "patch_generator.cls_token.token"),
     (r"encoder\.layer\.", "blocks."),
 ]
+_LEFT_OUT = ("adaptors.", "intermediate_normalizer.")
 _OWN = {"preferred_resolution", "version", "auto_map", "torch_dtype", "_name_or_path", "converted_from"}
 
 
@@ -73,3 +76,34 @@ def native_targets(tensors: Tensors) -> Tensors:
         is_model = new != name or name.startswith("blocks.")
         names[f"radio_model.{'model.' if is_model else ''}{new}"] = name
     return _Renamed(tensors, names)
+
+
+def write_native(model: Any, folder: Path) -> list[str]:
+    """Writes a student for transformers' own class: its backbone, which that class computes bit for bit.
+
+    Returns:
+        What was left out, in lines for a reader.
+
+    Raises:
+        ValueError: that class would compute something else; the fields are named.
+    """
+    config = model.config
+    if not isinstance(config, RadioConfig):
+        raise ValueError(f"transformers has no {type(model).__name__}; only a RADIO ViT can be written for it")
+    if isinstance(config.to_dict()["use_swiglu_ffn"], str):
+        raise ValueError(f"transformers' own class would misread it: {config.to_dict()['use_swiglu_ffn']}")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_LEFT_OUT)}
+    written = NativeRadioConfig(**{name: getattr(config, name) for name in _native_fields()})
+    written.architectures, written.dtype = ["RadioModel"], model.dtype
+    written.preferred_resolution, written.converted_from = config.preferred_resolution, config.converted_from
+    written.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    left_out = [f"adaptor {name}" for name in config.adaptors]
+    left_out += ["the normalizer of intermediate features"] if config.intermediate_normalizer else []
+    return [f"left out, as the class has no place for it: {', '.join(left_out)}"] if left_out else []
+
+
+def _native_fields() -> list[str]:
+    general = PreTrainedConfig().to_dict()
+    derived = ("model_type", "patch_dim", "video_patch_dim", "video_temporal_patch_size")
+    return [name for name in NativeRadioConfig().to_dict() if name not in general and name not in derived]

@@ -20,7 +20,7 @@ from transformers_radio.modeling.errors_radio import check_source, naming_checkp
 TORCH_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 AVERAGED, TRAINED = "state_dict_ema", "state_dict"
 # all that a pickle may hold besides tensors and Python's own containers
-PLAIN_TYPES = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath]
+PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath]
 _REOPEN = 256 << 20  # bytes read from a mapped file until it is mapped anew: pages that were read stay in memory
 
 
@@ -240,7 +240,6 @@ def _refuse_merging(released: Released) -> None:
     marks = [key for key in (*fields, *released.tensors.shapes) if "merg" in str(key).lower()]
     if is_1d or marks:
         raise ValueError(
-            f"{released.source} is C-RADIOv4-1D-H or a relative ({marks[0] if marks else 'by its name'}): its tokens are "
-            "merged, which this package does not do; convert nvidia/C-RADIOv4-H"
+            f"{released.source} is C-RADIOv4-1D-H or a relative ({marks[0] if marks else 'by its name'}): its tokens "
+            "are merged, which this package does not do; convert nvidia/C-RADIOv4-H"
         )
-

@@ -38,7 +38,12 @@ _IDLE = {"img_size", "num_classes", "class_token", "reg_tokens", "no_embed_class
 _IDLE |= {"global_pool", "weight_init", "fix_init", "return_full_features", "num_register_tokens", "block_chunks"}
 _IDLE |= {f"{name}_rate" for name in ("drop", "drop_path", "proj_drop", "attn_drop", "pos_drop", "patch_drop")}
 _HUB_FIELDS = {"args", "version", "patch_size", "max_resolution", "preferred_resolution", "adaptor_names"}
-_HUB_FIELDS |= {"adaptor_configs", "vitdet_window_size", "feature_normalizer_config", "inter_feature_normalizer_config"}
+_HUB_FIELDS |= {
+    "adaptor_configs",
+    "vitdet_window_size",
+    "feature_normalizer_config",
+    "inter_feature_normalizer_config",
+}
 _HUB_FIELDS |= {"torch_dtype", "_name_or_path", "auto_map"}
 
 
@@ -80,7 +85,9 @@ def vit_config(
     stated = args.get("cpe_max_size") or config.get("max_resolution")
     if stated and int(stated) // patch != side:
         logger.warning("The position table is for %s pixels, cpe_max_size says %s: the table counts.", size, stated)
-    gated = "model.blocks.0.mlp.w12.weight" in weights.shapes or "model.blocks.0.mlp.gate_proj.weight" in weights.shapes
+    gated = (
+        "model.blocks.0.mlp.w12.weight" in weights.shapes or "model.blocks.0.mlp.gate_proj.weight" in weights.shapes
+    )
     tokens, registers = _tokens(args, weights, teachers)
     fields: dict[str, Any] = {
         "hidden_size": width,
@@ -192,8 +199,13 @@ def _patches(released: Released, weights: Weights, kwargs: dict[str, Any]) -> tu
     pixels = _shape(weights, "patch_generator.embedder.weight")[1]
     patch = math.isqrt(pixels // channels)
     if channels * patch**2 != pixels:
-        raise ValueError(f"patches have {pixels} values, which are not {channels} channels (args.in_chans) of a square")
-    for where, stated in (("patch_size", released.config.get("patch_size")), ("model_kwargs", kwargs.get("patch_size"))):
+        raise ValueError(
+            f"patches have {pixels} values, which are not {channels} channels (args.in_chans) of a square"
+        )
+    for where, stated in (
+        ("patch_size", released.config.get("patch_size")),
+        ("model_kwargs", kwargs.get("patch_size")),
+    ):
         if stated not in (None, patch):
             raise ValueError(f"{where} says patches of {stated} pixels, but the tensors are for {patch}")
     return channels, patch

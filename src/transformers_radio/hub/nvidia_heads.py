@@ -163,7 +163,9 @@ def _describe(weights: Weights, prefix: str) -> dict[str, Any]:
         version, first, last, inner = "attn", "mlp.fc1.weight", "mlp.final.2.weight", 0
         blocks = {key.split(".")[1] for key in shapes if key.startswith("blocks.")}
         if blocks != {"0", "1"} or any(key.startswith("mlp.blocks.") for key in shapes):
-            raise ValueError(f"the head of {where} has {len(blocks)} attention blocks or inner blocks behind; expected 2")
+            raise ValueError(
+                f"the head of {where} has {len(blocks)} attention blocks or inner blocks behind; expected 2"
+            )
     elif "final.2.weight" in shapes:
         version, first, last = "v2", "fc1.weight", "final.2.weight"
         inner = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.0\.weight", key)])

@@ -198,8 +198,14 @@ _ERADIO: list[tuple[str, str | None]] = [
     (_ATTENTION + r"pre_conv\.(conv|bn)\.(.+)", r"stages.\1.\2.\3.pre_conv.\4.\5"),
     (_ATTENTION + r"(norm[12]|mlp\.fc[12])\.(weight|bias)", r"stages.\1.\2.\3.\4.\5"),
     (_ATTENTION + r"attn\.(qkv|proj)\.(weight|bias)", r"stages.\1.\2.\3.attention.\4.\5"),
-    (_ATTENTION + r"attn\.pos_emb_funct\.cpb_mlp\.0\.(weight|bias)", r"stages.\1.\2.\3.attention.position_bias.fc1.\4"),
-    (_ATTENTION + r"attn\.pos_emb_funct\.cpb_mlp\.2\.(weight|bias)", r"stages.\1.\2.\3.attention.position_bias.fc2.\4"),
+    (
+        _ATTENTION + r"attn\.pos_emb_funct\.cpb_mlp\.0\.(weight|bias)",
+        r"stages.\1.\2.\3.attention.position_bias.fc1.\4",
+    ),
+    (
+        _ATTENTION + r"attn\.pos_emb_funct\.cpb_mlp\.2\.(weight|bias)",
+        r"stages.\1.\2.\3.attention.position_bias.fc2.\4",
+    ),
     # computed from cpb_mlp and the size of the window
     (_ATTENTION + r"attn\.pos_emb_funct\.relative_(?:bias|coords_table|position_index)", None),
     (r"high_res_neck\.neck_features_proj\.([01])\.conv1\.(.+)", r"neck.depthwise.\1.\2"),
