@@ -20,6 +20,7 @@ RTX = {"name": "rtx-translate", "type": "rtx_translate", "model": "rtx"}
 V25 = [CLIP, SIGLIP, DINO, SAM]
 V3 = [CLIP, SIGLIP2, DINO, SAM]
 
+# ruff: noqa: E501
 # What each release has. `by`: how the .pth.tar names its heads.
 LAYOUTS = {
     "radio_v1": dict(model="vit_huge_patch14_224", patch=14, teachers=[CLIP, DINO], mlp="v1", inner=1, by="index"),

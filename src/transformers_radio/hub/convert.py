@@ -102,6 +102,9 @@ def _spectral_eps(args: dict[str, Any]) -> float:
 
 
 def _origin(released: Released, version: str | None) -> dict[str, Any]:
+    earlier = released.config.get("converted_from")
+    if isinstance(earlier, dict):
+        return earlier
     release = find_release(version)
     license = release.license if release else {"license": "unknown: see the source"}
     source = released.source if not Path(released.source).expanduser().exists() else Path(released.source).name

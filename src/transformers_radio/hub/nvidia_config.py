@@ -44,7 +44,7 @@ _HUB_FIELDS |= {
     "feature_normalizer_config",
     "inter_feature_normalizer_config",
 }
-_HUB_FIELDS |= {"torch_dtype", "_name_or_path", "auto_map"}
+_HUB_FIELDS |= {"torch_dtype", "_name_or_path", "auto_map", "norm_mean", "norm_std", "converted_from"}
 
 
 def check_hub_fields(config: dict[str, Any]) -> None:
@@ -85,9 +85,7 @@ def vit_config(
     stated = args.get("cpe_max_size") or config.get("max_resolution")
     if stated and int(stated) // patch != side:
         logger.warning("The position table is for %s pixels, cpe_max_size says %s: the table counts.", size, stated)
-    gated = (
-        "model.blocks.0.mlp.w12.weight" in weights.shapes or "model.blocks.0.mlp.gate_proj.weight" in weights.shapes
-    )
+    gated = any(f"model.blocks.0.mlp.{name}.weight" in weights.shapes for name in ("w12", "gate_proj"))
     tokens, registers = _tokens(args, weights, teachers)
     fields: dict[str, Any] = {
         "hidden_size": width,
@@ -199,13 +197,9 @@ def _patches(released: Released, weights: Weights, kwargs: dict[str, Any]) -> tu
     pixels = _shape(weights, "patch_generator.embedder.weight")[1]
     patch = math.isqrt(pixels // channels)
     if channels * patch**2 != pixels:
-        raise ValueError(
-            f"patches have {pixels} values, which are not {channels} channels (args.in_chans) of a square"
-        )
-    for where, stated in (
-        ("patch_size", released.config.get("patch_size")),
-        ("model_kwargs", kwargs.get("patch_size")),
-    ):
+        raise ValueError(f"patches have {pixels} values, which are no square of {channels} channels (args.in_chans)")
+    for where, fields in (("patch_size", released.config), ("model_kwargs.patch_size", kwargs)):
+        stated = fields.get("patch_size")
         if stated not in (None, patch):
             raise ValueError(f"{where} says patches of {stated} pixels, but the tensors are for {patch}")
     return channels, patch

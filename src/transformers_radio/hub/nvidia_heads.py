@@ -139,9 +139,9 @@ def _teacher_name(key: str, teachers: Teachers, configs: dict[str, Any]) -> str 
     raise ValueError(f"the file has heads of {key!r}, which is none of args.teachers ({', '.join(teachers.entries)})")
 
 
-_SETTINGS = ("type", "model", "pretrained", "head_idx", "name", "use_summary", "token_slot", "mlp_version")
-_SETTINGS += ("spatial_mlp_version", "fd_upsample_factor", "fd_normalize", "mlp_hidden_size", "mlp_num_inner")
-_SETTINGS += ("input_size", "vitdet_window_size", "amp", "dtype")
+_SETTINGS = {"type", "model", "pretrained", "head_idx", "name", "use_summary", "token_slot", "mlp_version"}
+_SETTINGS |= {"spatial_mlp_version", "fd_upsample_factor", "fd_normalize", "mlp_hidden_size", "mlp_num_inner"}
+_SETTINGS |= {"input_size", "vitdet_window_size", "amp", "dtype"}
 
 
 def _settings(name: str, settings: Any) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _settings(name: str, settings: Any) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ValueError(f"adaptor_configs.{name} is {shown(settings)}, expected settings by name")
-    unknown = sorted(set(settings) - set(_SETTINGS))
+    unknown = sorted(set(settings) - _SETTINGS)
     if unknown:
         raise ValueError(f"adaptor_configs.{name}.{unknown[0]} is {shown(settings[unknown[0]])}: it is not known here")
     return settings

@@ -183,6 +183,7 @@ _VIT: list[tuple[str, tuple[str, ...]]] = [
     (r"(?:reg_token|mask_token)", ()),
 ]
 _ATTENTION = r"levels\.(\d)\.blocks\.(\d+)\.attention_blocks\.(\d)\."
+_BIAS = _ATTENTION + r"attn\.pos_emb_funct\."
 _ERADIO: list[tuple[str, str | None]] = [
     (r"patch_embed\.conv_down\.0\.(conv|bn)\.(.+)", r"stem.conv1.\1.\2"),
     (r"patch_embed\.conv_down\.2\.(conv|bn)\.(.+)", r"stem.conv2.\1.\2"),
@@ -199,15 +200,15 @@ _ERADIO: list[tuple[str, str | None]] = [
     (_ATTENTION + r"(norm[12]|mlp\.fc[12])\.(weight|bias)", r"stages.\1.\2.\3.\4.\5"),
     (_ATTENTION + r"attn\.(qkv|proj)\.(weight|bias)", r"stages.\1.\2.\3.attention.\4.\5"),
     (
-        _ATTENTION + r"attn\.pos_emb_funct\.cpb_mlp\.0\.(weight|bias)",
+        _BIAS + r"cpb_mlp\.0\.(weight|bias)",
         r"stages.\1.\2.\3.attention.position_bias.fc1.\4",
     ),
     (
-        _ATTENTION + r"attn\.pos_emb_funct\.cpb_mlp\.2\.(weight|bias)",
+        _BIAS + r"cpb_mlp\.2\.(weight|bias)",
         r"stages.\1.\2.\3.attention.position_bias.fc2.\4",
     ),
     # computed from cpb_mlp and the size of the window
-    (_ATTENTION + r"attn\.pos_emb_funct\.relative_(?:bias|coords_table|position_index)", None),
+    (_BIAS + r"relative_(?:bias|coords_table|position_index)", None),
     (r"high_res_neck\.neck_features_proj\.([01])\.conv1\.(.+)", r"neck.depthwise.\1.\2"),
     (r"high_res_neck\.neck_features_proj\.([01])\.norm\.(.+)", r"neck.norms.\1.\2"),
     (r"high_res_neck\.neck_features_proj\.([01])\.conv2\.(.+)", r"neck.convs.\1.\2"),

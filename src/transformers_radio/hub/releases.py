@@ -90,6 +90,8 @@ def teacher_of(name: str, entry: dict[str, Any]) -> str:
         return f"transformers:{_OPENAI[model]}"
     if "siglip2" in kind and "/" in model:
         return f"transformers:{model}"
+    if kind in ("transformers", "segment_anything", "timm") and model:  # as this package writes it
+        return ":".join(part for part in (kind, model, pretrained) if part)
     if name in _TEACHERS:
         return _TEACHERS[name]
     return ":".join(part for part in (kind, model, pretrained) if part) or name

@@ -41,8 +41,8 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         use_swiglu_ffn (`bool`): The gated MLP of DINOv2's largest size in place of the plain one (RADIOv2.5-g).
         patch_bias (`bool`): The patch projection has a bias (RADIOv2.5-g).
         feature_normalizer (`bool`): A fixed linear map standardizes the features (RADIOv2.5-H-norm).
-        intermediate_normalizer (`"shared"`, `"per_layer"` or `None`): Fixed maps for the outputs of the blocks, with one
-            rotation or one for each block, at `RadioModel.intermediate_normalizer`; the outputs do not pass through it.
+        intermediate_normalizer (`"shared"`, `"per_layer"` or `None`): Fixed maps for the outputs of the blocks, with
+            one rotation or one for each, at `RadioModel.intermediate_normalizer`; no output passes through it.
         converted_from (`dict`, *optional*): `source`, `version`, `license` and `license_url` of a converted release.
         window_size (`int`, *optional*): Side, in patches, of the ViTDet windows used by default; `None` or 0 is global
             attention in every block. A call may choose another one.
