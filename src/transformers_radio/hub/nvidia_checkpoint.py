@@ -236,7 +236,9 @@ def _refuse_merging(released: Released) -> None:
     words = [released.name, *(str(released.config.get(key) or "") for key in ("version", "_name_or_path"))]
     words += [str(name) for name in released.config.get("architectures") or []]
     is_1d = any(re.search(r"radio.*1d\b|radio.*1d-", word.lower()) for word in words)
-    fields = [key for where in (released.config, args, args.get("model_kwargs") or {}) for key in where if where[key]]
+    kwargs = args.get("model_kwargs")
+    places = [released.config, args, kwargs if isinstance(kwargs, dict) else {}]
+    fields = [key for place in places for key in place if place[key]]
     marks = [key for key in (*fields, *released.tensors.shapes) if "merg" in str(key).lower()]
     if is_1d or marks:
         raise ValueError(

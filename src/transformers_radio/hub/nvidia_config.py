@@ -122,9 +122,8 @@ def eradio_config(
     """
     args = released.args or {}
     _check_kwargs(args)
-    for name in ("model_norm", "cls_token_per_teacher"):
-        if args.get(name) and name == "model_norm":
-            raise ValueError(f"args.{name} is {args[name]!r}, but E-RADIO's features have no norm")
+    if args.get("model_norm"):
+        raise ValueError(f"args.model_norm is {args['model_norm']!r}, but E-RADIO's features have no norm")
     if any(name.startswith(("feature_normalizer.", "intermediate_normalizer.")) for name in weights.shapes):
         raise ValueError("the file has feature normalizers, which E-RADIO has not here")
     stem = _shape(weights, "patch_embed.conv_down.2.conv.weight")
@@ -155,7 +154,8 @@ def eradio_config(
         "pre_convolution": f"model.{attention.format(3, 'pre_conv.conv.weight')}" in weights.shapes,
         "neck": "depthwise",
         "window_size": window,
-        "adaptors": adaptors,
+        # the mean of the features is the summary that every head reads
+        "adaptors": {name: {**adaptor, "summary_token": 0} for name, adaptor in adaptors.items()},
         "preferred_resolution": preferred or 512,
         "max_img_size": int(released.config.get("max_resolution") or args.get("cpe_max_size") or 2048),
         **_statistics(weights),

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .errors_radio import check_source, naming_checkpoint, one_line, shown
+from .errors_radio import check_layout, check_source, convert_command, naming_checkpoint, one_line, shown
 
 _LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
@@ -326,6 +326,7 @@ class CheckedConfigMixin:
             ValueError: The configuration of another kind of model, or a field is out of range.
         """
         check_source(cls.__name__, pretrained_model_name_or_path)
+        check_layout(cls.__name__, pretrained_model_name_or_path)
         with naming_checkpoint(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
@@ -335,6 +336,11 @@ class CheckedConfigMixin:
         if not config_dict:  # transformers would take its defaults, which describe another model
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
+            )
+        if isinstance(config_dict, dict) and isinstance(config_dict.get("args"), dict):
+            raise ValueError(
+                f"{cls.__name__}: {pretrained_model_name_or_path} has the layout of NVIDIA's releases. "
+                f"{convert_command(pretrained_model_name_or_path)}."
             )
         return config_dict, kwargs
 
