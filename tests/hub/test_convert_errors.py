@@ -19,9 +19,8 @@ def changed(tmp_path, state=(), args=(), drop=(), name=PLAIN):
     """A .pth.tar of a layout with other tensors and arguments, and without some."""
     written, stored, *_ = make(name)
     stored = {**stored, **dict(state)}
-    return write_pth(
-        tmp_path / f"{name}.pth.tar", {**written, **dict(args)}, {k: stored[k] for k in stored if k not in drop}
-    )
+    kept = {key: tensor for key, tensor in stored.items() if key not in drop}
+    return write_pth(tmp_path / f"{name}.pth.tar", {**written, **dict(args)}, kept)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +159,10 @@ def test_weight_noise_has_no_tensors_and_changes_nothing(tmp_path):
     args, stored, *_ = make("c-radio_v4-h")
     plain = load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored))
     noisy = {
-        k.replace(".fc1.weight", ".fc1.parametrizations.weight.original")
-        if k.startswith("base_model.blocks")
-        else k: v
-        for k, v in stored.items()
+        re.sub(r"^(base_model[.]blocks.*[.]fc1)[.]weight$", r"\1.parametrizations.weight.original", name): tensor
+        for name, tensor in stored.items()
     }
+    assert set(noisy) != set(stored)
     model = load_nvidia_checkpoint(write_pth(tmp_path / "b.pth.tar", args, noisy))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
 

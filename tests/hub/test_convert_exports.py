@@ -94,7 +94,8 @@ def test_layer_scale_is_folded_for_vllm(tmp_path):
     again = load_nvidia_checkpoint(tmp_path / "vllm")
     images = torch.rand(1, 3, 48, 64)
     with torch.no_grad():
-        torch.testing.assert_close(again(images).features, model(images).features, atol=1e-3, rtol=1e-3)
+        found, wanted = again(images).features, model(images).features
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize(
@@ -173,9 +174,11 @@ def test_native_files_go_both_ways(tmp_path):
     images = torch.rand(2, 3, 64, 48)
     theirs = native.eval()(images)
     assert torch.equal(theirs.summary, model(images).summary) and torch.equal(theirs.features, model(images).features)
+    fresh = transformers.RadioModel(native.config).eval()  # one that was not loaded saves NVIDIA's names by default
+    fresh.load_state_dict(native.state_dict())
     for original in (True, False):
         folder = tmp_path / f"saved-{original}"
-        native.save_pretrained(folder, save_original_format=original)
+        fresh.save_pretrained(folder, save_original_format=original)
         names = load_file(folder / "model.safetensors")
         assert any(key.startswith("radio_model.") for key in names) == original
         again = load_nvidia_checkpoint(folder)
