@@ -181,6 +181,41 @@ def visualize(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A released RADIO: a .pth.tar file, a folder with config.json and safetensors, a Hub id, or "
+            "OWNER/NAME:FILE. With --for also a folder of this package.",
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The new folder.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="Who is to read it: radio (this package), native (transformers), nvidia, vllm, sglang, tensorrt-llm, "
+            "or timm.",
+        ),
+    ] = "radio",
+    adaptors: Annotated[
+        str | None, typer.Option(help="The adaptors to take, as a,b; all if not given, none with ''.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels, for timm.")] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Such as radio_v2.5-h, where neither config nor file name says it.")
+    ] = None,
+) -> None:
+    """Bring in a released RADIO, C-RADIO or E-RADIO, or write a student for another library."""
+    from transformers_radio.hub.folder import convert  # torch comes with it
+
+    names = None if adaptors is None else [name for name in adaptors.split(",") if name]
+    for line in convert(source, destination, target, names, image_size, version):
+        typer.echo(line)
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the made images, the run and the results.")] = Path(
         "runs/quickstart"

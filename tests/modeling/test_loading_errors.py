@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from helpers.tiny_radio import ADAPTORS, TINY
 from helpers.tiny_radio import build_with_adaptors as build
@@ -19,6 +20,7 @@ from transformers_radio import (
     RadioVisionTower,
     load_student,
 )
+from transformers_radio.cli import app
 
 FAMILY = [RadioModel, RadioForImageClassification, RadioForSemanticSegmentation, RadioBackbone, RadioVisionTower]
 
@@ -100,10 +102,10 @@ def test_nvidia_layout_is_refused_and_the_advice_works(tmp_path):
     native = transformers.RadioModel(transformers.RadioConfig(**TINY)).eval()
     native.save_pretrained(tmp_path / "released")  # transformers writes the released names by default
     assert any(key.startswith("radio_model.") for key in load_file(tmp_path / "released/model.safetensors"))
-    with pytest.raises(ValueError, match="save_original_format=False"):
+    with pytest.raises(ValueError, match="transformers-radio convert .*released FOLDER") as error:
         RadioModel.from_pretrained(tmp_path / "released")
-    opened = transformers.RadioModel.from_pretrained(tmp_path / "released")
-    opened.save_pretrained(tmp_path / "converted", save_original_format=False)
+    command = str(error.value).partition("`")[2].partition("`")[0].split()
+    assert CliRunner().invoke(app, [*command[1:-1], str(tmp_path / "converted")]).exit_code == 0
     ours = RadioModel.from_pretrained(tmp_path / "converted")
     images = torch.rand(1, 3, 64, 48)
     with torch.no_grad():

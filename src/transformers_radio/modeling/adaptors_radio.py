@@ -1,6 +1,7 @@
 """Adaptor heads: one summary head and one feature head per teacher (paper Sec. 3.2), and the released forms."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,20 +30,24 @@ class AdaptorOutput(ModelOutput):
 
 
 class RadioAdaptorMLP(nn.Module):
-    """`fc1`, `num_inner` residual blocks, `final`: with `num_inner=0` the paper's Linear, LayerNorm, GELU, Linear."""
+    """`fc1`, `num_inner` residual blocks, `final`: with `num_inner=0` the paper's Linear, LayerNorm, GELU, Linear.
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_inner: int = 0):
+    `pre_norm` puts LayerNorm and GELU before `fc1`.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_inner: int = 0, pre_norm: bool = False):
         super().__init__()
 
         def norm_gelu_linear(width):
             return nn.Sequential(nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
 
+        self.pre_norm = nn.Sequential(nn.LayerNorm(in_dim), nn.GELU()) if pre_norm else nn.Identity()
         self.fc1 = nn.Linear(in_dim, hidden_dim)
         self.blocks = nn.ModuleList([norm_gelu_linear(hidden_dim) for _ in range(num_inner)])
         self.final = norm_gelu_linear(out_dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.fc1(hidden_states)
+        hidden_states = self.fc1(self.pre_norm(hidden_states))
         for block in self.blocks:
             hidden_states = hidden_states + block(hidden_states)
         return self.final(hidden_states)
@@ -145,7 +150,10 @@ class RadioAdaptor(nn.Module):
         super().__init__()
         self.summary_token = adaptor["summary_token"]
         self.upsample_factor = adaptor["upsample_factor"]
-        mlps = {"v1": RadioAdaptorMLPV1, "v2": RadioAdaptorMLP}
+        mlps: dict[str, Any] = {
+            "v1": RadioAdaptorMLPV1,
+            "v2": partial(RadioAdaptorMLP, pre_norm=adaptor["mlp_pre_norm"]),
+        }
         hidden, inner, version = adaptor["hidden_dim"], adaptor["mlp_num_inner"], adaptor["mlp_version"]
         self.summary_head: nn.Module | None = None
         self.feature_head: nn.Module | None = None

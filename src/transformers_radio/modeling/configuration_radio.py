@@ -38,6 +38,12 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
             (Table 5). `summary_idxs` defaults to the CLS tokens that the adaptors' summary heads read.
         final_norm (`bool`): LayerNorm after the last block (the released `model_norm`).
         mlp_norm (`bool`): LayerNorm inside each MLP, between activation and `fc2` (the released `mlpnorm` variant).
+        use_swiglu_ffn (`bool`): The gated MLP of DINOv2's largest size in place of the plain one (RADIOv2.5-g).
+        patch_bias (`bool`): The patch projection has a bias (RADIOv2.5-g).
+        feature_normalizer (`bool`): A fixed linear map standardizes the features (RADIOv2.5-H-norm).
+        intermediate_normalizer (`"shared"`, `"per_layer"` or `None`): Fixed maps for the outputs of the blocks, with
+            one rotation or one for each, at `RadioModel.intermediate_normalizer`; no output passes through it.
+        converted_from (`dict`, *optional*): `source`, `version`, `license` and `license_url` of a converted release.
         window_size (`int`, *optional*): Side, in patches, of the ViTDet windows used by default; `None` or 0 is global
             attention in every block. A call may choose another one.
         window_num_global (`int`): Number of global blocks when windows are used; every `depth // window_num_global`-th
@@ -65,6 +71,10 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
     summary_type: Literal["cls", "mean"] = "cls"
     final_norm: bool = False
     mlp_norm: bool = False
+    patch_bias: bool = False
+    feature_normalizer: bool = False
+    intermediate_normalizer: Literal["shared", "per_layer"] | None = None
+    converted_from: dict[str, Any] | None = None
     window_size: int | None = None
     window_num_global: int = 4
     window_num_windowed: int | None = None
@@ -92,7 +102,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         # `to_dict` writes a sentence into this field when transformers' own class would misread the checkpoint: it is
         # typed `bool` there, so that class stops and prints the sentence
         if name == "use_swiglu_ffn" and isinstance(value, str) and value.startswith(_REFUSAL):
-            value = False
+            value = "use_swiglu_ffn=True" in value
         super().__setattr__(name, value)
 
     def validate(self):
@@ -101,7 +111,7 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         self._check_adaptors()  # they may have been set after construction, as from_pretrained(adaptors=...) does
         channels = (1, self.num_channels)
         for name, ok, expected in (
-            ("use_swiglu_ffn", self.use_swiglu_ffn is False, "False: this model has the plain MLP"),
+            ("mlp_norm", not (self.mlp_norm and self.use_swiglu_ffn), "False: the gated MLP has no norm"),
             (
                 "video_temporal_patch_size",
                 getattr(self, "video_temporal_patch_size", None) is None,  # came with a later transformers
@@ -140,6 +150,12 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
     def _check_adaptors(self):
         tokens = self.num_cls_tokens if self.summary_type == "cls" else 1
         self.adaptors = complete_adaptors(type(self).__name__, self.adaptors, tokens)
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside each MLP: `hidden_size * mlp_ratio`; of the gated one two thirds, rounded up to eights."""
+        width = int(self.hidden_size * self.mlp_ratio)
+        return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
 
     @property
     def global_blocks(self) -> list[int]:
@@ -246,8 +262,10 @@ class RadioConfig(CheckedConfigMixin, NativeRadioConfig):  # type: ignore[misc]
         """As in transformers, with a refusal for its own RADIO class where that would give other features."""
         output = super().to_dict()
         native = {"summary_type": "cls", "final_norm": False, "mlp_norm": False, "window_size": None}
+        native |= {"patch_bias": False, "feature_normalizer": False}
         ours = [f"{name}={getattr(self, name)!r}" for name in native if getattr(self, name) != native[name]]
         if ours:
+            ours += ["use_swiglu_ffn=True"] if self.use_swiglu_ffn else []  # read again from this sentence
             output["use_swiglu_ffn"] = (
                 f"{_REFUSAL} ({', '.join(ours)}): load it with "
                 "AutoModel.from_pretrained(..., trust_remote_code=True), or `pip install transformers_radio` and use "

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+_TORCH_FILES = (".pth", ".pt", ".tar", ".ckpt")
 _LONGEST_VALUE = 100
 _LONGEST_MESSAGE = 1000
 # what readers of JSON, safetensors, pickles and ZIP archives raise if a file is damaged or holds something else
@@ -28,6 +29,11 @@ OF_DAMAGED_FILES = (
     ArithmeticError,
     AssertionError,
 )
+
+
+def convert_command(source: Any) -> str:
+    """How to get a checkpoint of this package from a release of NVIDIA or a file of transformers' own class."""
+    return f"Convert it with `transformers-radio convert {source} FOLDER` and load that folder"
 
 
 def shown(value: Any) -> str:
@@ -62,6 +68,13 @@ def check_source(owner: str, source: Any):
         raise FileNotFoundError(
             f"{owner}: there is no folder {name}; give an existing one, or a Hub id such as owner/name."
         )
+
+
+def check_layout(owner: str, source: Any):
+    """Raises ValueError for a torch file, as NVIDIA's releases are: a model opens folders and Hub ids."""
+    name = str(source)
+    if name.endswith(_TORCH_FILES) and os.path.isfile(name):
+        raise ValueError(f"{owner}: {name} is a torch file, not a folder. {convert_command(name)}.")
 
 
 @contextlib.contextmanager

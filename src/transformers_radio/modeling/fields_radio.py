@@ -12,7 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .errors_radio import check_source, naming_checkpoint, one_line, shown
+from .errors_radio import check_layout, check_source, convert_command, naming_checkpoint, one_line, shown
 
 _LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
@@ -126,6 +126,11 @@ FIELDS: dict[str, _Check] = {
     "qkv_bias": _BOOLEAN,
     "final_norm": _BOOLEAN,
     "mlp_norm": _BOOLEAN,
+    "use_swiglu_ffn": _BOOLEAN,
+    "patch_bias": _BOOLEAN,
+    "feature_normalizer": _BOOLEAN,
+    "intermediate_normalizer": _optional(_choice("shared", "per_layer")),
+    "converted_from": _optional((lambda value: isinstance(value, dict), "a dict of source, version and license")),
     "cpe_sampling": _BOOLEAN,
     "reshape_hidden_states": _BOOLEAN,
     "out_features": _optional(_STAGES),
@@ -168,6 +173,7 @@ _ADAPTOR_OPTIONAL = {
     "mlp_num_inner": 0,
     "spatial_mlp_version": None,
     "upsample_factor": 1,
+    "mlp_pre_norm": False,
 }
 _ADAPTOR_SIZES = {
     "summary_dim": (1, 65536),
@@ -220,6 +226,10 @@ def _check_adaptor(where: str, name: str, adaptor: dict[str, Any], tokens: int):
     for key in ("teacher", "teacher_weights"):
         if not isinstance(adaptor[key], str):
             raise ValueError(f"{where}: {key} is {shown(adaptor[key])}, expected text.")
+    if not isinstance(adaptor["mlp_pre_norm"], bool) or (adaptor["mlp_pre_norm"] and adaptor["mlp_version"] != "v2"):
+        raise ValueError(
+            f'{where}: mlp_pre_norm is {shown(adaptor["mlp_pre_norm"])}, expected true or false; only "v2" has it.'
+        )
     if adaptor["mlp_version"] not in ("v1", "v2"):
         raise ValueError(f'{where}: mlp_version is {shown(adaptor["mlp_version"])}, expected "v1" or "v2".')
     if adaptor["spatial_mlp_version"] not in (None, "v1", "v2", "attn"):
@@ -316,6 +326,7 @@ class CheckedConfigMixin:
             ValueError: The configuration of another kind of model, or a field is out of range.
         """
         check_source(cls.__name__, pretrained_model_name_or_path)
+        check_layout(cls.__name__, pretrained_model_name_or_path)
         with naming_checkpoint(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
@@ -325,6 +336,11 @@ class CheckedConfigMixin:
         if not config_dict:  # transformers would take its defaults, which describe another model
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
+            )
+        if isinstance(config_dict, dict) and isinstance(config_dict.get("args"), dict):
+            raise ValueError(
+                f"{cls.__name__}: {pretrained_model_name_or_path} has the layout of NVIDIA's releases. "
+                f"{convert_command(pretrained_model_name_or_path)}."
             )
         return config_dict, kwargs
 

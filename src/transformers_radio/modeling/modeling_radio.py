@@ -25,6 +25,7 @@ from .inputs_radio import (
     check_window,
     returns_tensors_only,
 )
+from .normalizers_radio import RadioFeatureNormalizer, RadioIntermediateNormalizer
 from .padding_radio import forward_padded, padded_grids
 from .student_radio import RadioInputConditioner, RadioModelOutput, init_shared_part
 from .training_radio import RadioTrainingMixin
@@ -47,7 +48,9 @@ class RadioPatchEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.table_side = config.max_img_size // config.patch_size
-        self.patch_projection = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size, bias=False)
+        self.patch_projection = nn.Linear(
+            config.num_channels * config.patch_size**2, config.hidden_size, bias=config.patch_bias
+        )
         self.position_embedding = nn.Parameter(torch.zeros(1, self.table_side**2, config.hidden_size))
         self.cls_register_token = nn.Parameter(
             torch.zeros(config.num_cls_tokens + config.num_registers, config.hidden_size)
@@ -309,7 +312,7 @@ class RadioAttention(nn.Module):
 class RadioMLP(nn.Module):
     def __init__(self, config: RadioConfig):
         super().__init__()
-        width = int(config.hidden_size * config.mlp_ratio)
+        width = config.mlp_width
         self.fc1 = nn.Linear(config.hidden_size, width)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.mlp_norm else nn.Identity()
@@ -317,6 +320,20 @@ class RadioMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.norm(self.activation_fn(self.fc1(hidden_states))))
+
+
+class RadioSwiGLUFFN(nn.Module):
+    """The gated MLP of DINOv2's largest size, `down(silu(gate(x)) * up(x))`, two thirds as wide as a plain one."""
+
+    def __init__(self, config: RadioConfig):
+        super().__init__()
+        width = config.mlp_width
+        self.gate_proj = nn.Linear(config.hidden_size, width)
+        self.up_proj = nn.Linear(config.hidden_size, width)
+        self.down_proj = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class RadioLayerScale(nn.Module):
@@ -349,14 +366,15 @@ class RadioLayer(GradientCheckpointingLayer):
         self.attention = RadioAttention(config)
         self.layer_scale1: nn.Module = RadioLayerScale(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = RadioMLP(config)
+        self.mlp: nn.Module = RadioSwiGLUFFN(config) if config.use_swiglu_ffn else RadioMLP(config)
         self.layer_scale2: nn.Module = RadioLayerScale(config)
         self.drop_path = RadioDropPath(config)
 
     def _fuse(self):
         if isinstance(self.layer_scale1, nn.Identity):
             return
-        for scale, linear in ((self.layer_scale1, self.attention.o_proj), (self.layer_scale2, self.mlp.fc2)):
+        last = self.mlp.down_proj if isinstance(self.mlp, RadioSwiGLUFFN) else self.mlp.fc2
+        for scale, linear in ((self.layer_scale1, self.attention.o_proj), (self.layer_scale2, last)):
             linear.weight *= scale.lambda1[:, None]  # a row per output
             linear.bias *= scale.lambda1
         self.layer_scale1 = self.layer_scale2 = nn.Identity()
@@ -444,6 +462,13 @@ class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             init.constant_(module.lambda1, self.config.layerscale_value)
         elif isinstance(module, RadioModel):
             init.copy_(module.summary_idxs, torch.tensor(self.config.summary_idxs, dtype=torch.long))
+        elif isinstance(module, (RadioFeatureNormalizer, RadioIntermediateNormalizer)):
+            for name, statistic in module.named_buffers():  # the identity
+                zero = name.startswith("mean")
+                value = torch.zeros_like(statistic) if zero else torch.ones_like(statistic)
+                if name in ("tx", "rotation"):
+                    value = torch.eye(statistic.shape[-1]).expand_as(statistic)
+                init.copy_(statistic, value)
         elif not init_shared_part(module, self.config):
             super()._init_weights(module)
 
@@ -475,6 +500,12 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
         self.embeddings = RadioPatchEmbeddings(config)
         self.encoder = RadioEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.feature_normalizer = RadioFeatureNormalizer(config.hidden_size) if config.feature_normalizer else None
+        self.intermediate_normalizer = None
+        if config.intermediate_normalizer is not None:
+            self.intermediate_normalizer = RadioIntermediateNormalizer(
+                config.num_hidden_layers, config.hidden_size, config.intermediate_normalizer
+            )
         self.summary_idxs = nn.Buffer(torch.tensor(config.summary_idxs, dtype=torch.long))
         self.adaptors = nn.ModuleDict(
             {name: RadioAdaptor(config.hidden_size, adaptor) for name, adaptor in config.adaptors.items()}
@@ -557,7 +588,7 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
         self._warn_about_range(pixel_values)
         hidden_states = self.embeddings(self.input_conditioner(pixel_values).to(self._embedding_dtype))
         hidden_states, all_hidden_states, attentions = self.encoder(hidden_states, windows, None, **returned)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.finish(hidden_states)
         # (B, prefix + h*w, D) -> (B, prefix, D) and (B, h*w, D)
         prefix, features = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
         summary, heads = self._summary_and_heads(prefix, features, [grid], names)
@@ -586,7 +617,18 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
         # (B, prefix + h*w, D) -> (B, D, h, w) and (B, prefix, D)
         maps = [self.features_to_grid(state[:, num_prefix:], height, width) for state in states]
         prefixes = [state[:, :num_prefix] if num_prefix else None for state in states]
-        return self.norm(tokens), list(zip(maps, prefixes, strict=True))
+        return self.finish(tokens), list(zip(maps, prefixes, strict=True))
+
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The last block's output `(B, prefix + h*w, D)` -> `last_hidden_state`: final norm and feature normalizer.
+
+        Both are identities but for the variants that have them; the normalizer is for patches alone.
+        """
+        tokens = self.norm(tokens)
+        if self.feature_normalizer is None:
+            return tokens
+        num_prefix = self.config.num_summary_tokens
+        return torch.cat([tokens[:, :num_prefix], self.feature_normalizer(tokens[:, num_prefix:])], dim=1)
 
     def _windows(self, window_size: int | None, height: int, width: int) -> RadioWindows | None:
         """The windows of one forward for images of this size in pixels; None for global attention."""
@@ -622,9 +664,9 @@ class RadioModel(RadioTrainingMixin, RadioPreTrainedModel):
         hidden_states = self.embeddings.forward_packed(pixels, grids)
         lengths = [num_prefix + rows * cols for rows, cols in grids]
         hidden_states, all_hidden_states, attentions = self.encoder(hidden_states, None, lengths, **returned)
-        hidden_states = self.norm(hidden_states)
         # (1, total length, D) -> per image (1, prefix + h*w, D) -> (N, prefix, D) and (1, total patches, D)
-        images = hidden_states.split(lengths, dim=1)
+        images = [self.finish(image) for image in hidden_states.split(lengths, dim=1)]
+        hidden_states = torch.cat(images, dim=1)
         prefix = torch.cat([image[:, :num_prefix] for image in images])
         features = torch.cat([image[:, num_prefix:] for image in images], dim=1)
         summary, heads = self._summary_and_heads(prefix, features, grids, names)

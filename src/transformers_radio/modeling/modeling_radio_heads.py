@@ -264,10 +264,11 @@ class RadioBackbone(BackboneMixin, RadioPart):
         outputs, wanted = self.run_student(pixel_values, output_hidden_states, output_attentions, pixel_mask)
         height, width = pixel_values.shape[-2:]
         feature_maps = []
-        for stage, tokens in zip(stages, outputs.hidden_states, strict=True):
+        last = self.config.num_hidden_layers
+        for block, (stage, tokens) in enumerate(zip(stages, outputs.hidden_states, strict=True)):
             if stage in self.out_features:
                 # the final norm of the variant that has one (an identity otherwise): the last map is `features`
-                tokens = self.model.norm(tokens)
+                tokens = self.model.finish(tokens) if block == last else self.model.norm(tokens)
                 if self.config.reshape_hidden_states:
                     patches = tokens[:, self.config.num_summary_tokens :]
                     feature_maps.append(self.model.features_to_grid(patches, height, width))

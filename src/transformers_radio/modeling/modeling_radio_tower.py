@@ -101,8 +101,11 @@ class RadioVisionTower(RadioPart):
 
         hidden_states = None
         if wanted:
+            last = len(outputs.hidden_states) - 1
             hidden_states = tuple(
-                summary_and_patches(self.model.norm(tokens)) if layer in wanted else None
+                summary_and_patches(self.model.finish(tokens) if layer == last else self.model.norm(tokens))
+                if layer in wanted
+                else None
                 for layer, tokens in enumerate(outputs.hidden_states)
             )
         return BaseModelOutputWithPooling(

@@ -105,7 +105,7 @@ def init_shared_part(module: nn.Module, config: Any) -> bool:
 
 
 def _mean_tensor(tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-    total = tensors[0]
+    total: Any = tensors[0]
     for tensor in tensors[1:]:  # one by one: a stack would hold all of them twice
         total = total + tensor
     return None if total is None else total / len(tensors)
@@ -373,7 +373,8 @@ class RadioStudentMixin(nn.Module):
                 )
             starts = [0, *(index + 1 for index in chosen[:-1])]
             groups = [found[start : end + 1] for start, end in zip(starts, chosen, strict=True)]
-            found = [tuple(map(_mean_tensor, zip(*group, strict=True))) for group in groups]
+            means = (map(_mean_tensor, zip(*group, strict=True)) for group in groups)
+            found = [(pixels, prefix) for pixels, prefix in means]
         maps: list[Any] = [pixels for pixels, _ in found]
         if output_fmt == "NLC":
             maps = [pixels.flatten(2).transpose(1, 2) for pixels in maps]  # (B, D, h, w) -> (B, h*w, D)
@@ -388,7 +389,7 @@ class RadioStudentMixin(nn.Module):
 
     def _intermediates(
         self, pixel_values: torch.Tensor, wanted: list[int], stop: int | None, norm: bool
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]]:
+    ) -> tuple[torch.Tensor, list[tuple[Any, Any]]]:
         """What `forward_intermediates` arranges, of images that were checked.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .errors_radio import check_source, naming_checkpoint
+from .errors_radio import check_layout, check_source, convert_command, naming_checkpoint
 
 # weights of task heads, which a checkpoint may have or lack
 HEADS = ("summary_norm.", "batch_norm.", "classifier.")
@@ -43,6 +43,7 @@ class CheckedLoadingMixin:
         """
         if pretrained_model_name_or_path is not None or "state_dict" not in kwargs:
             check_source(cls.__name__, pretrained_model_name_or_path)
+            check_layout(cls.__name__, pretrained_model_name_or_path)
         left_out = (*allow_unexpected, *HEADS, *(["adaptors."] if "adaptors" in kwargs else []))
         token = _may_be_new.set(tuple(allow_missing))
         try:
@@ -79,17 +80,24 @@ class CheckedLoadingMixin:
             loading_info.mismatched_keys,
             loading_info.unexpected_keys,
             load_config.ignore_mismatched_sizes,
+            model.name_or_path or "SOURCE",
         )
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
 
 def _check_found(
-    owner: str, missing: Iterable[str], mismatched: Iterable[tuple], unexpected: Iterable[str], new: bool
+    owner: str,
+    missing: Iterable[str],
+    mismatched: Iterable[tuple],
+    unexpected: Iterable[str],
+    new: bool,
+    source: Any = "SOURCE",
 ):
     """Raises unless every weight of the model is in the checkpoint, in its shape; those in `_may_be_new` need not be.
 
     Args:
         mismatched: (name, shape in the checkpoint, shape in the model) of weights.
+        source: the checkpoint, for messages.
         new: whether the weights in `_may_be_new` may have another shape in the checkpoint.
     """
     allowed = _may_be_new.get()
@@ -112,10 +120,7 @@ def _check_found(
     absent = sorted(key for key in missing if not key.startswith(allowed))
     if absent:
         if any(key.startswith("radio_model.") for key in unexpected):
-            fix = (
-                "It has the layout of NVIDIA's releases: open it with transformers.RadioModel.from_pretrained and "
-                "write it with save_pretrained(folder, save_original_format=False), then load that folder"
-            )
+            fix = f"It has the layout of NVIDIA's releases. {convert_command(source)}"
         else:
             heads = sorted({key.split(".")[0] for key in absent})
             fix = f"Check the checkpoint and its config, or pass allow_missing={heads} to train these from scratch"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers import RadioModel as NativeRadioModel
 
+from transformers_radio.hub.convert import load_nvidia_checkpoint
 from transformers_radio.modeling import RadioConfig, RadioModel, student_class
 from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import Teacher, build_teacher, digest_weights, has_text
@@ -288,15 +288,12 @@ def load_encoder(
 
 
 def load_student(checkpoint: str, dtype: str = "float32") -> Any:
-    """A student of any type in `STUDENTS`, also out of a backbone's or tower's checkpoint; or a RADIO of transformers'
-    own class, whose file may have NVIDIA's layout."""
+    """A student of any type in `STUDENTS`, also out of a backbone's or tower's checkpoint; or a release of NVIDIA or a
+    RADIO of transformers' own class, which is converted in memory."""
     written = PretrainedConfig.get_config_dict(checkpoint)[0]
-    model_type = written["model_type"]
-    if model_type == RadioConfig.model_type and "adaptors" not in written:
-        native = NativeRadioModel.from_pretrained(checkpoint, dtype=DTYPES[dtype])
-        student = RadioModel(RadioConfig.from_dict(native.config.to_dict())).to(DTYPES[dtype])
-        student.load_state_dict(native.state_dict())
-        return student
+    model_type = str(written.get("model_type"))
+    if "args" in written or (model_type == RadioConfig.model_type and "adaptors" not in written):
+        return load_nvidia_checkpoint(checkpoint).to(DTYPES[dtype])
     found = RadioModel if model_type in HEADS else student_class(model_type)
     return found.from_pretrained(checkpoint, dtype=DTYPES[dtype])
 

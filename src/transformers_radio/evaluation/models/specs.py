@@ -143,8 +143,13 @@ def _model_type(checkpoint: str) -> str | None:
                 f"{checkpoint} has no config.json, so it is no transformers model: name a type, such as "
                 f"open_clip:{checkpoint}."
             )
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return _type_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     from transformers import PretrainedConfig
 
     with folder_or_hub(checkpoint):
-        return PretrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+        return _type_of(PretrainedConfig.get_config_dict(checkpoint)[0])
+
+
+def _type_of(config: dict) -> str | None:
+    """The `model_type`; a config of NVIDIA's own code has `args` and may have no type."""
+    return config.get("model_type") or ("radio" if "args" in config else None)

@@ -1,0 +1,114 @@
+"""`transformers-radio convert`: a checkpoint from one place and layout as a folder in another."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from transformers_radio.disk import replace_whole, write_text, writing
+from transformers_radio.modeling import RadioImageProcessor
+
+from .convert import load_any, load_nvidia_checkpoint
+from .export_nvidia import check_loader, write_nvidia
+from .native import write_native
+from .timm_layout import write_timm
+
+SERVING = ("vllm", "sglang", "tensorrt-llm")
+TARGETS = ("radio", "native", "nvidia", *SERVING, "timm")
+
+
+def convert(
+    source: str,
+    folder: Path,
+    target: str = "radio",
+    adaptor_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    version: str | None = None,
+) -> list[str]:
+    """Writes the checkpoint at `source` into the new folder in the layout of `target`, whole or not at all.
+
+    Args:
+        source: anything `load_nvidia_checkpoint` opens; for an export also a folder of this package.
+        target: "radio", this package's own layout; "native", transformers' own class; "nvidia", the Hub layout of the
+            releases; a serving loader, "vllm", "sglang" or "tensorrt-llm"; or "timm".
+        adaptor_names: the adaptors to take; all when missing, where the target has any.
+        image_size: side in pixels for timm, whose position table is for one size; the preferred one when missing.
+        version: see `load_nvidia_checkpoint`.
+
+    Returns:
+        What was done, in lines for a reader.
+
+    Raises:
+        FileExistsError: the folder has something in it.
+        OSError, ValueError: the source cannot be read, or the target cannot hold it; both name the reason.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"--for is {target!r}, expected one of {', '.join(TARGETS)}")
+    if image_size is not None and target != "timm":
+        raise ValueError(f"--image-size is for --for timm; {target} checkpoints take any size, so leave it out")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; give a new folder, or remove it")
+    if target == "radio":
+        model = load_nvidia_checkpoint(source, adaptor_names, version)
+    else:
+        model = load_any(source, adaptor_names, version)
+    write: Callable[[Any, Path], list[str]]
+    if target == "radio":
+        write = _write_own
+    elif target == "native":
+        write = write_native
+    elif target == "timm":
+        side = model.preferred_resolution if image_size is None else image_size
+
+        def write(model: Any, folder: Path) -> list[str]:
+            return write_timm(model, folder, side)
+
+    else:
+        if target in SERVING:
+            check_loader(model, target)
+
+        def write(model: Any, folder: Path) -> list[str]:
+            return write_nvidia(model, folder, serving=target in SERVING)
+
+    with writing(folder), replace_whole(folder) as temporary:
+        temporary.mkdir()
+        lines = write(model, temporary)
+        write_text(temporary / "README.md", _card(model, source, target))
+    return [f"{folder}: {type(model).__name__}, {_count(model):.1f} M parameters, for {target}", *lines]
+
+
+def _write_own(model: Any, folder: Path) -> list[str]:
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    transformers_logging.enable_progress_bar()
+    side = model.preferred_resolution
+    processor = RadioImageProcessor(size={"height": side, "width": side}, size_divisor=model.min_resolution_step)
+    processor.save_pretrained(folder)
+    adaptors = ", ".join(model.config.adaptors) or "none; the teachers' heads are in the .pth.tar of a release"
+    return [f"adaptors: {adaptors}"]
+
+
+def _card(model: Any, source: str, target: str) -> str:
+    """A README whose first lines the Hub reads."""
+    origin = getattr(model.config, "converted_from", None) or {}
+    named = origin.get("source", Path(source).name)
+    lines = ["---", "library_name: transformers" if target != "timm" else "library_name: timm", "license: other"]
+    for key in ("license_name", "license_url"):
+        if key in origin:
+            lines.append(f"{key.replace('url', 'link')}: {origin[key]}")
+    if named.count("/") == 1 and ":" not in named:
+        lines.append(f"base_model: {named}")
+    lines += ["tags:", "- radio", "---", "", f"# {named}, converted", ""]
+    license = origin.get("license", "the license of the source")
+    lines.append(f"Converted from `{named}`{_version(origin)} with transformers_radio, for {target}.")
+    lines += ["", f"License of the weights: {license}. Conversion does not change it.", ""]
+    return "\n".join(lines)
+
+
+def _version(origin: dict[str, Any]) -> str:
+    return f" (version {origin['version']})" if origin.get("version") else ""
+
+
+def _count(model: Any) -> float:
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -1,0 +1,270 @@
+"""Students for other libraries: what comes back, what timm and transformers compute, and what loaders cannot take."""
+
+import json
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from helpers import nvidia_reference as reference
+from helpers.nvidia_files import HEADS, LAYOUTS, make, write_hub, write_pth
+from helpers.tiny_radio import TINY, build, build_with_adaptors, scramble
+from transformers_radio import RadioConfig, RadioImageProcessor, RadioModel
+from transformers_radio.cli import app
+from transformers_radio.hub.convert import load_nvidia_checkpoint
+from transformers_radio.hub.folder import convert
+from transformers_radio.modeling.fields_radio import complete_adaptors
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["convert", *map(str, words)])
+
+
+def same_outputs(first, second, images):
+    with torch.no_grad():
+        one, other = first(images), second(images)
+    assert torch.equal(one.summary, other.summary) and torch.equal(one.features, other.features)
+    assert list(one.adaptors) == list(other.adaptors)
+    for name, head in one.adaptors.items():
+        for key, value in head.items():
+            assert (
+                value == other.adaptors[name][key] if key == "grid" else torch.equal(value, other.adaptors[name][key])
+            )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_comes_back_from_nvidias(tmp_path, name):
+    """.pth.tar -> ours -> NVIDIA's Hub layout -> ours: same configuration, same outputs."""
+    args, stored, *_ = make(name)
+    first = load_nvidia_checkpoint(write_pth(tmp_path / f"{name}.pth.tar", args, stored))
+    first.save_pretrained(tmp_path / "ours")
+    convert(str(tmp_path / "ours"), tmp_path / "theirs", "nvidia")
+    again = load_nvidia_checkpoint(tmp_path / "theirs")
+    before, after = first.config.to_dict(), again.config.to_dict()
+    left = ("architectures", "auto_map", "_name_or_path", "transformers_version")
+    assert {k: v for k, v in before.items() if k not in left} == {k: v for k, v in after.items() if k not in left}
+    first = first.with_adaptors(sorted(first.adaptors))
+    same_outputs(first, again.with_adaptors(sorted(again.adaptors)), torch.rand(1, 3, *[4 * first.patch_size] * 2))
+
+
+def test_nvidias_names_hold_the_same_function(tmp_path):
+    """The exported file, read by the plain reference that knows NVIDIA's names alone."""
+    model = build(summary_idxs=[0, 1], num_cls_tokens=2)
+    model.save_pretrained(tmp_path / "ours")
+    convert(str(tmp_path / "ours"), tmp_path / "theirs", "nvidia")
+    state = load_file(tmp_path / "theirs/model.safetensors")
+    prefix = "radio_model.model."
+    plain = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    plain |= {key: state[f"radio_model.input_conditioner.{key}"] for key in ("norm_mean", "norm_std")}
+    images = torch.rand(2, 3, 96, 64)
+    with torch.no_grad():
+        out = model(images).last_hidden_state
+    torch.testing.assert_close(
+        reference.vit(plain, images, 16, TINY["num_attention_heads"]), out, atol=2e-5, rtol=2e-5
+    )
+    assert state["radio_model.summary_idxs"].tolist() == [0, 1]
+
+
+SMALL = dict(num_hidden_layers=12, hidden_size=384, num_attention_heads=6, mlp_ratio=4.0, max_img_size=64)
+
+
+def small(**fields):
+    """A network that vLLM knows by name, with a small table."""
+    torch.manual_seed(0)
+    return scramble(RadioModel(RadioConfig(**{**TINY, **SMALL, "summary_idxs": [0, 1], **fields})).eval())
+
+
+def test_layer_scale_is_folded_for_vllm(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path / "ours")
+    lines = convert(str(tmp_path / "ours"), tmp_path / "vllm", "vllm")
+    assert "LayerScale is folded into attn.proj and mlp.fc2" in lines
+    state = load_file(tmp_path / "vllm/model.safetensors")
+    assert all(key.startswith("radio_model.") for key in state)
+    assert not [key for key in state if "ls1" in key or "lambda" in key]
+    args = json.loads((tmp_path / "vllm/config.json").read_text())["args"]
+    assert args["model"] == "vit_small_patch16_224" and args["cpe_max_size"] == 64
+    # what the loader counts from these: registers = multiple - tokens % multiple
+    tokens = len({teacher["name"] for teacher in args["teachers"]}) if args["cls_token_per_teacher"] else 1
+    assert (tokens, args["register_multiple"] - tokens % args["register_multiple"]) == (3, 2)
+    assert [teacher["use_summary"] for teacher in args["teachers"]] == [True, True, False]
+    again = load_nvidia_checkpoint(tmp_path / "vllm")
+    images = torch.rand(1, 3, 48, 64)
+    with torch.no_grad():
+        found, wanted = again(images).features, model(images).features
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("fields", "loader", "named"),
+    [
+        ({"final_norm": True}, "vllm", "final_norm"),
+        ({"mlp_norm": True}, "vllm", "mlp_norm"),
+        ({"feature_normalizer": True}, "tensorrt-llm", "feature_normalizer"),
+        ({"patch_bias": True}, "vllm", "patch_bias"),
+        ({"use_swiglu_ffn": True}, "vllm", "use_swiglu_ffn"),
+        ({"window_size": 2}, "vllm", "window_size"),
+        ({"qkv_bias": False}, "vllm", "qkv_bias"),
+        ({"summary_type": "mean"}, "vllm", "summary_type"),
+        ({"num_hidden_layers": 3}, "vllm", "vit_small_patch16_224"),
+        ({"patch_size": 8}, "vllm", "vit_small_patch16_224"),
+        ({}, "sglang", "SGLang takes one"),
+    ],
+)
+def test_what_a_loader_cannot_serve_is_named(tmp_path, fields, loader, named):
+    with torch.device("meta"):
+        model = RadioModel(RadioConfig(**{**TINY, **SMALL, "summary_idxs": [0, 1], **fields}))
+    from transformers_radio.hub.export_nvidia import check_loader
+
+    with pytest.raises(ValueError, match=f"{loader} cannot serve this student: .*{named}"):
+        check_loader(model, loader)
+
+
+def test_sglang_and_tensorrt_take_a_single_token(tmp_path):
+    with torch.device("meta"):
+        model = RadioModel(RadioConfig(**{**TINY, **SMALL, "summary_idxs": [0], "num_cls_tokens": 1}))
+    from transformers_radio.hub.export_nvidia import check_loader
+
+    for loader in ("vllm", "sglang", "tensorrt-llm"):
+        check_loader(model, loader)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"final_norm": True}, {"mlp_norm": True}, {"num_registers": 0}, {"patch_size": 8}]
+)
+@torch.no_grad()
+def test_timm_computes_the_same(tmp_path, fields):
+    model = build(**fields)
+    model.save_pretrained(tmp_path / "ours")
+    side = 6 * model.patch_size
+    result = command(tmp_path / "ours", tmp_path / "timm", "--for", "timm", "--image-size", side)
+    assert result.exit_code == 0, result.output
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    images = torch.rand(2, 3, side, side)
+    mean, std = (torch.tensor(theirs.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    out, tokens = model(images), theirs.forward_features((images - mean) / std)
+    torch.testing.assert_close(tokens, out.last_hidden_state, atol=2e-5, rtol=2e-5)
+    assert theirs.num_prefix_tokens == model.config.num_summary_tokens
+    torch.testing.assert_close(theirs.forward_head(tokens), out.last_hidden_state[:, 0], atol=2e-5, rtol=2e-5)
+
+
+def test_timm_cannot_hold_everything(tmp_path):
+    for fields, named in (({"use_swiglu_ffn": True}, "use_swiglu_ffn"), ({"feature_normalizer": True}, "normalizer")):
+        build(**fields).save_pretrained(tmp_path / named)
+        with pytest.raises(ValueError, match=named):
+            convert(str(tmp_path / named), tmp_path / "out", "timm")
+    build().save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="--image-size is 100"):
+        convert(str(tmp_path / "ours"), tmp_path / "out", "timm", image_size=100)
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_native_files_go_both_ways(tmp_path):
+    """Ours -> native -> NVIDIA's names on disk, as transformers writes -> ours."""
+    model = build_with_adaptors()
+    model.save_pretrained(tmp_path / "ours")
+    lines = convert(str(tmp_path / "ours"), tmp_path / "native", "native")
+    assert "adaptor clip, adaptor sam" in lines[1]
+    native, info = transformers.AutoModel.from_pretrained(tmp_path / "native", output_loading_info=True)
+    assert type(native) is transformers.RadioModel and not info["unexpected_keys"] and not info["missing_keys"]
+    images = torch.rand(2, 3, 64, 48)
+    theirs = native.eval()(images)
+    assert torch.equal(theirs.summary, model(images).summary) and torch.equal(theirs.features, model(images).features)
+    fresh = transformers.RadioModel(native.config).eval()  # one that was not loaded saves NVIDIA's names by default
+    fresh.load_state_dict(native.state_dict())
+    for original in (True, False):
+        folder = tmp_path / f"saved-{original}"
+        fresh.save_pretrained(folder, save_original_format=original)
+        names = load_file(folder / "model.safetensors")
+        assert any(key.startswith("radio_model.") for key in names) == original
+        again = load_nvidia_checkpoint(folder)
+        same_outputs(again, model.with_adaptors([]), images)
+
+
+def test_the_gated_mlp_is_natives(tmp_path):
+    native = scramble(transformers.RadioModel(transformers.RadioConfig(**TINY, use_swiglu_ffn=True)).eval())
+    native.save_pretrained(tmp_path / "native")
+    ours, images = load_nvidia_checkpoint(tmp_path / "native"), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(images).features, native(images).features)
+
+
+def test_the_command_writes_a_whole_folder(tmp_path):
+    args, stored, *_ = make("c-radio_v4-h")
+    path = write_pth(tmp_path / "c-radio_v4-h.pth.tar", args, stored)
+    result = command(path, tmp_path / "out", "--adaptors", "siglip2-g")
+    assert result.exit_code == 0 and "adaptors: siglip2-g" in result.output
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license_name: nvidia-open-model-license" in card and "c-radio_v4-h.pth.tar" in card
+    model = RadioModel.from_pretrained(tmp_path / "out").eval()
+    assert list(model.adaptors) == ["siglip2-g"] and model.preferred_resolution == 96
+    assert RadioImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 96
+    same_outputs(model, load_nvidia_checkpoint(path, ["siglip2-g"]), torch.rand(1, 3, 64, 64))
+    remote = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    same_outputs(remote.eval(), model, torch.rand(1, 3, 64, 64))
+
+
+def test_the_command_overwrites_nothing_and_leaves_nothing(tmp_path):
+    args, stored, *_ = make("radio_v2.5-b", "hub")
+    folder = write_hub(tmp_path / "hub", args, stored, "radio_v2.5-b")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="full exists already"):
+        convert(str(folder), tmp_path / "full")
+    with pytest.raises(ValueError, match="--for is 'onnx', expected one of radio, native, nvidia, vllm"):
+        convert(str(folder), tmp_path / "out", "onnx")
+    with pytest.raises(ValueError, match="--image-size is for --for timm"):
+        convert(str(folder), tmp_path / "out", image_size=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "hub"]
+
+
+def test_text_towers_are_recorded(tmp_path):
+    """The `teacher` of each adaptor is what zero-shot evaluation asks in words."""
+    towers = {
+        "radio_v2": {
+            "clip": "open_clip:ViT-H-14-378-quickgelu:dfn5b",
+            "openai_clip": "transformers:openai/clip-vit-large-patch14-336",
+        },
+        "c-radio_v3-b": {"siglip2-g": "transformers:google/siglip2-giant-opt-patch16-384"},
+        "c-radio_v4-h": {"siglip2-g": "transformers:google/siglip2-giant-opt-patch16-384"},
+        "radio_v2.5-l": {"siglip": "open_clip:ViT-SO400M-14-SigLIP-384:webli"},
+    }
+    for name, wanted in towers.items():
+        args, stored, *_ = make(name)
+        # also where the arguments say no more than the names
+        for teacher in args["teachers"] if name == "radio_v2.5-l" else []:
+            teacher.pop("model"), teacher.pop("pretrained", None)
+        model = load_nvidia_checkpoint(write_pth(tmp_path / f"{name}.pth.tar", args, stored))
+        assert {key: model.config.adaptors[key]["teacher"] for key in wanted} == wanted
+
+
+def test_evaluation_opens_a_release_and_knows_its_text_tower(tmp_path):
+    from transformers_radio.evaluation.models.encoder import load_encoder
+
+    args, stored, *_ = make("c-radio_v4-h", "hub")
+    folder = write_hub(tmp_path / "c-radio_v4-h", args, stored, "c-radio_v4-h")
+    encoder = load_encoder(str(folder))
+    assert encoder.is_student and encoder.adaptor == "siglip2-g"
+    assert encoder.text_tower() == "transformers:google/siglip2-giant-opt-patch16-384"
+    images = torch.rand(2, 3, 64, 64)
+    assert encoder.language(images).shape == (2, 10)
+
+
+def test_a_pre_norm_of_the_heads_is_read(tmp_path):
+    args, stored, plain, heads, _ = make("radio_v2.5-b")
+    extra = {"pre_norm.0.weight": torch.rand(32), "pre_norm.0.bias": torch.rand(32)}
+    for prefix in ("_heads", "_feature_projections"):
+        stored |= {f"{prefix}.clip.{key}": value for key, value in extra.items()}
+    model = load_nvidia_checkpoint(write_pth(tmp_path / "radio_v2.5-b.pth.tar", args, stored), ["clip"])
+    images = torch.rand(1, 3, 64, 64)
+    tokens = reference.vit(plain, images, 16, HEADS)
+    with torch.no_grad():
+        out = model(images).adaptors["clip"]
+    wanted = reference.head({**heads["clip"][1], **extra}, tokens[:, 8:])
+    torch.testing.assert_close(out.features, wanted, atol=2e-5, rtol=2e-5)
+    with pytest.raises(ValueError, match="mlp_pre_norm"):
+        complete_adaptors("x", {"a": {**model.config.adaptors["clip"], "mlp_version": "v1"}}, 4)
