@@ -109,9 +109,10 @@ class StudentEncoder(AdaptorMaps):
         image_size: int | None = None,
         window_size: int | None = None,
     ):
+        needs_neck = _needs_neck(student, sam, adaptor)
         image_size = sam.image_encoder.img_size if image_size is None else image_size
         super().__init__(student, adaptor, tuple(sam.prompt_encoder.image_embedding_size), image_size, window_size)
-        self.neck = sam.image_encoder.neck if _needs_neck(student, sam, adaptor) else nn.Identity()
+        self.neck = sam.image_encoder.neck if needs_neck else nn.Identity()
         self.padding: torch.Tensor
         self.register_buffer("padding", sam.pixel_mean / 255, persistent=False)  # (3, 1, 1)
 
