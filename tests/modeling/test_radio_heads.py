@@ -194,13 +194,14 @@ def test_a_student_gets_a_new_head_and_back(tmp_path, head, final_norm):
     model, info = head.from_pretrained(tmp_path / "student", num_labels=6, output_loading_info=True)
     assert set(info["missing_keys"]) == HEAD_KEYS[head]
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert model.config.adaptors == {} and model.config.num_labels == 6
+    assert list(model.config.adaptors) == ["clip"] and model.config.num_labels == 6
     assert not model.classifier.bias.any() and 0.01 < model.classifier.weight.std() < 0.03  # initialized, not garbage
     if head is RadioForSemanticSegmentation:
         assert (model.batch_norm.running_mean == 0).all() and (model.batch_norm.running_var == 1).all()
 
     pixel_values = torch.rand(1, 3, 48, 32)
-    summary = student(pixel_values, adaptors=[]).summary
+    expected = student(pixel_values)
+    summary = expected.summary
     assert torch.equal(model.eval().model(pixel_values).summary, summary)
     randomise(model).save_pretrained(tmp_path / "head")
     again, info = head.from_pretrained(tmp_path / "head", output_loading_info=True)
@@ -208,7 +209,34 @@ def test_a_student_gets_a_new_head_and_back(tmp_path, head, final_norm):
     assert torch.equal(again.eval()(pixel_values).logits, model(pixel_values).logits)
     back = RadioModel.from_pretrained(tmp_path / "head").eval()
     assert torch.equal(back(pixel_values).summary, summary)
-    assert json.loads((tmp_path / "head" / "config.json").read_text())["adaptors"] == {}
+    assert torch.equal(back(pixel_values).adaptors["clip"].features, expected.adaptors["clip"].features)
+
+
+@pytest.mark.parametrize("head", HEAD_KEYS)
+def test_adaptors_are_kept_but_not_computed_unless_they_are_dropped(tmp_path, student_folder, head, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an adaptor was computed")
+
+    model = head.from_pretrained(student_folder, num_labels=3)
+    adaptors = list(model.model.adaptors.parameters())
+    assert adaptors and not any(parameter.requires_grad for parameter in adaptors)
+    labels = torch.tensor([1]) if head is RadioForImageClassification else torch.ones(1, 4, 4, dtype=torch.long)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.adaptors["clip"]), "forward", refuse)
+        model(torch.rand(1, 3, 32, 32), labels=labels).loss.backward()
+    # as DistributedDataParallel needs it: all that can be trained has a gradient
+    assert [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None] == []
+
+    model.save_pretrained(tmp_path / "kept")
+    assert list(RadioModel.from_pretrained(tmp_path / "kept").adaptors) == ["clip"]
+    bare = head.from_pretrained(tmp_path / "kept", adaptors={})
+    assert not list(bare.model.adaptors.parameters())
+    bare.save_pretrained(tmp_path / "dropped")
+    assert json.loads((tmp_path / "dropped" / "config.json").read_text())["adaptors"] == {}
+    weights = {key: one for key, one in model.state_dict().items() if "adaptors.clip.feature" not in key}
+    model.save_pretrained(tmp_path / "half", state_dict=weights)
+    with pytest.raises(ValueError, match="adaptors.clip.feature_head.* would be random"):
+        head.from_pretrained(tmp_path / "half")
 
 
 def test_average_pooled_student(tmp_path):

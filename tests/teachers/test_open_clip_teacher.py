@@ -315,7 +315,7 @@ def test_the_paper_s_teachers(monkeypatch, name, summary_dim, feature_dim, size,
     with torch.device("meta"):
         original = open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     original.visual.preprocess_cfg = PREPROCESS
-    monkeypatch.setattr(module, "_load_open_clip", lambda checkpoint, image_size: (original, config))
+    monkeypatch.setattr(module, "load_open_clip", lambda checkpoint, image_size: (original, config))
     teacher = build_teacher("open_clip", f"{name}:weights")
     assert (teacher.summary_dim, teacher.feature_dim, teacher.image_size) == (summary_dim, feature_dim, size)
     output = teacher.encode(torch.empty(1, 3, size, size, device="meta"))

@@ -7,9 +7,10 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_eradio import ERadioConfig
 from .configuration_radio import RadioConfig
+from .configuration_radio_timm import RadioTimmConfig
 from .fields_radio import CheckedConfigMixin, PartConfigMixin
 
-_STUDENTS: dict[str, Any] = {"radio": RadioConfig, "eradio": ERadioConfig}
+_STUDENTS: dict[str, Any] = {"radio": RadioConfig, "eradio": ERadioConfig, "radio_timm": RadioTimmConfig}
 
 
 class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # type: ignore[misc]
@@ -19,8 +20,8 @@ class RadioVisionTowerConfig(PartConfigMixin, CheckedConfigMixin, PreTrainedConf
     built from it has a tower with random weights; `load_student(llava, folder)` replaces them by the student's.
 
     Args:
-        radio_config: the student's configuration, a [`RadioConfig`] or an [`ERadioConfig`], or its fields as a dict,
-            with `model_type` unless it is a RADIO. The tower has no adaptors.
+        radio_config: the student's configuration, a [`RadioConfig`], [`ERadioConfig`] or [`RadioTimmConfig`], or its
+            fields as a dict, with `model_type` unless it is a RADIO. The tower has no adaptors.
         image_size: nominal side of the input in pixels; the student's `preferred_resolution` when missing.
 
     Raises:

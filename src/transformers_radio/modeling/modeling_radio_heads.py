@@ -27,23 +27,37 @@ _IGNORED_CLASS = -100  # by cross-entropy, in torch and transformers
 
 
 class RadioHeadModel(RadioInnerModel):
-    """A student below a task head, which a subclass adds; adaptors are neither built nor saved."""
+    """A student below a task head, which a subclass adds.
 
+    The student's adaptors stay and are saved with it, so that a fine-tuned folder still opens as a student with them;
+    `from_pretrained(folder, adaptors={})` drops them. The head never computes them, and they are frozen: they keep
+    the values that they were distilled with, while fine-tuning moves the features below them.
+    """
+
+    _keys_to_ignore_on_load_unexpected = None  # adaptors are left out where `adaptors` says so, and only there
     accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
     output_class: type[ModelOutput]
     student_class: Any = RadioModel
     _labels_checked = False
 
     def __init__(self, config):
-        config = copy.deepcopy(self.config_class.adopt(config))
-        config.adaptors = {}
-        super().__init__(config)
-        self.model = self.student_class(config)
+        super().__init__(copy.deepcopy(self.config_class.adopt(config)))
+        self.model = self.student_class(self.config)
+        self._freeze_adaptors()
+
+    def _freeze_adaptors(self):
+        # DistributedDataParallel refuses weights that could be trained and get no gradients
+        self.model.adaptors.requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, *args, allow_missing: Sequence[str] = HEADS, **kwargs):
-        """As [`RadioModel.from_pretrained`]; only the head may be missing, and transformers then reports it as new."""
-        return super().from_pretrained(*args, allow_missing=allow_missing, **kwargs)
+        """As [`RadioModel.from_pretrained`]; only the head may be missing, and transformers then reports it as new.
+
+        `adaptors={}` leaves the student's adaptors out.
+        """
+        loaded = super().from_pretrained(*args, allow_missing=allow_missing, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_adaptors()  # loading makes weights trainable
+        return loaded
 
     @can_return_tuple
     def forward(

@@ -12,10 +12,11 @@ from .errors_radio import shown
 from .inputs_radio import check_layers
 from .modeling_eradio import ERadioModel
 from .modeling_radio import RadioModel
+from .modeling_radio_timm import RadioTimmModel
 from .padding_radio import top_left
 from .parts_radio import RadioPart, weight_state
 
-_STUDENTS: dict[str, Any] = {"radio": RadioModel, "eradio": ERadioModel}
+_STUDENTS: dict[str, Any] = {"radio": RadioModel, "eradio": ERadioModel, "radio_timm": RadioTimmModel}
 
 
 class RadioVisionTower(RadioPart):
@@ -34,8 +35,8 @@ class RadioVisionTower(RadioPart):
     [`RadioLlavaProcessor`] puts as many image tokens into the text and returns the `image_sizes`, so that no image
     sees the padding of its batch. Pixels are in [0, 1], and the student normalizes them.
 
-    A student whose blocks have maps of different sizes (E-RADIO) has one layer, its features: LLaVA then needs
-    `vision_feature_layer=-1`. Images of different sizes run one by one.
+    A student whose blocks have maps of different sizes (E-RADIO, a network of timm) has one layer, its features:
+    LLaVA then needs `vision_feature_layer=-1`. Images of different sizes run one by one.
     """
 
     config_class = RadioVisionTowerConfig  # type: ignore[assignment]

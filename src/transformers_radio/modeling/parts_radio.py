@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 class RadioInnerModel(RadioPreTrainedModel):
-    """A RADIO student without adaptors at `self.model`; loading leaves the adaptors of a checkpoint out silently.
+    """A RADIO student at `self.model`, in a part without adaptors: loading leaves those of a checkpoint out silently.
 
     A student that is frozen as a whole (`model.model.requires_grad_(False)`) stays in eval mode while the other parts
     train: its features must not vary with the random position crops of training.

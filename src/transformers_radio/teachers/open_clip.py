@@ -72,7 +72,7 @@ class OpenClipTeacher(Teacher):
             ValueError: for a checkpoint without weights, with other keys than its architecture's, or with pickled
                 code; for an image_size that the tower cannot take.
         """
-        model, config = _load_open_clip(checkpoint, image_size)
+        model, config = load_open_clip(checkpoint, image_size)
         preprocess = require("open_clip").get_model_preprocess_cfg(model)
         return cls(model.visual, config, (preprocess["mean"], preprocess["std"]), image_size).cast(dtype)
 
@@ -103,9 +103,9 @@ class OpenClipTeacher(Teacher):
     @classmethod
     def text_encoder(cls, checkpoint: str) -> TextEncoder:
         """As `Teacher.text_encoder`; the image tower is loaded too, and leaves the memory again."""
-        model, _ = _load_open_clip(checkpoint)
+        model, _ = load_open_clip(checkpoint)
         del model.visual
-        return OpenClipTextEncoder(model, require("open_clip").get_tokenizer(_split_checkpoint(checkpoint)[0]))
+        return OpenClipTextEncoder(model, require("open_clip").get_tokenizer(split_checkpoint(checkpoint)[0]))
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         if hasattr(self.model, "trunk"):  # a timm tower
@@ -124,7 +124,7 @@ class OpenClipTextEncoder(TextEncoder):
         return self.model.encode_text(tokens.to(self.model.logit_scale.device))
 
 
-def _split_checkpoint(checkpoint: str) -> tuple[str, str | None]:
+def split_checkpoint(checkpoint: str) -> tuple[str, str | None]:
     """OpenCLIP's (model name, weights) of a checkpoint string; the weights are None where the name brings its own."""
     if checkpoint.startswith(("hf-hub:", "local-dir:")):
         return checkpoint, None
@@ -139,10 +139,10 @@ def _split_checkpoint(checkpoint: str) -> tuple[str, str | None]:
     return name, weights
 
 
-def _load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:
+def load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:
     """The whole model on the CPU in float32, strictly loaded, and its model config."""
     open_clip = require("open_clip")
-    name, weights = _split_checkpoint(checkpoint)
+    name, weights = split_checkpoint(checkpoint)
     model_config = open_clip.get_model_config(name)
     if model_config is None:
         raise ValueError(f"OpenCLIP knows no model {name!r}: see open_clip.list_models()")

@@ -280,7 +280,7 @@ def load_encoder(
             if not hasattr(student.config, "window_size"):
                 raise ValueError(f"{name} has no attention windows: leave window_size out.")
             student.config.window_size = window_size  # its step and what `choices` says follow
-        adaptor = _language_adaptor(student.config.adaptors, adaptor, name)
+        adaptor = language_adaptor(student.config.adaptors, adaptor, name)
         return VisionStudent(spec, student, image_size, adaptor).to(device)
     if adaptor is not None:
         raise ValueError(f"{name} is no student, so it has no adaptor {adaptor!r}: leave adaptor out.")
@@ -303,7 +303,7 @@ def count_parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def _language_adaptor(adaptors: dict[str, dict[str, Any]], chosen: str | None, name: str) -> str | None:
+def language_adaptor(adaptors: dict[str, dict[str, Any]], chosen: str | None, name: str) -> str | None:
     """`chosen`, if it has a summary; else the adaptor to a teacher with a text tower, where there is exactly one, or
     the one named "clip".
 

@@ -37,7 +37,51 @@ class SamEncoder(nn.Module):
         return self.image_encoder(self.preprocess(images.float()))
 
 
-class StudentEncoder(nn.Module):
+class AdaptorMaps(nn.Module):
+    """The features of a student's adaptor as maps on a fixed grid.
+
+    Args:
+        student: a `RadioModel` or another student with this adaptor.
+        adaptor: its name.
+        grid: rows and columns of the maps; features on another grid are interpolated bilinearly.
+        image_size: side of the student's square input in pixels.
+        window_size: as in the student's forward: None for its own default, 0 for global attention.
+
+    Raises:
+        ValueError: windows that the student does not have, or an image_size that it (with them) does not take.
+    """
+
+    def __init__(
+        self, student: Any, adaptor: str, grid: tuple[int, int], image_size: int, window_size: int | None = None
+    ):
+        super().__init__()
+        if window_size is not None and not hasattr(student.config, "window_size"):
+            raise ValueError("The student has no attention windows: leave window_size out.")
+        step = student.min_resolution_step if window_size is None else student.patch_size * max(window_size, 1)
+        if image_size < step or image_size % step:
+            windows = f" with window_size {window_size}" if window_size else ""
+            raise ValueError(
+                f"image_size is {image_size}, but the student{windows} takes multiples of {step}: use "
+                f"{max(1, round(image_size / step)) * step}, or another window_size (0 for global attention)."
+            )
+        self.student = student
+        self.adaptor = adaptor
+        self.grid = grid
+        self.image_size = image_size
+        self.window_size = window_size
+
+    def maps(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] (B, 3, image_size, image_size) -> (B, feature_dim, *grid), float32; gradients flow."""
+        options = {} if self.window_size is None else {"window_size": self.window_size}
+        pixel_values = pixel_values.to(self.student.dtype)
+        output = self.student(pixel_values, adaptors=[self.adaptor], **options).adaptors[self.adaptor]
+        maps = output.features.transpose(1, 2).unflatten(2, output.grid)  # (B, h*w, C) -> (B, C, h*w) -> (B, C, h, w)
+        if maps.shape[2:] != self.grid:
+            maps = F.interpolate(maps, size=self.grid, mode="bilinear", align_corners=False)
+        return maps
+
+
+class StudentEncoder(AdaptorMaps):
     """A student's adaptor to SAM in place of SAM's image encoder.
 
     Images are scaled as SAM scales them, longest side to image_size, and filled up to a square at the right and the
@@ -65,23 +109,10 @@ class StudentEncoder(nn.Module):
         image_size: int | None = None,
         window_size: int | None = None,
     ):
-        super().__init__()
+        needs_neck = _needs_neck(student, sam, adaptor)
         image_size = sam.image_encoder.img_size if image_size is None else image_size
-        if window_size is not None and not hasattr(student.config, "window_size"):
-            raise ValueError("The student has no attention windows: leave window_size out.")
-        step = student.min_resolution_step if window_size is None else student.patch_size * max(window_size, 1)
-        if image_size < step or image_size % step:
-            windows = f" with window_size {window_size}" if window_size else ""
-            raise ValueError(
-                f"image_size is {image_size}, but the student{windows} takes multiples of {step}: use "
-                f"{max(1, round(image_size / step)) * step}, or another window_size (0 for global attention)."
-            )
-        self.student = student
-        self.adaptor = adaptor
-        self.image_size = image_size
-        self.window_size = window_size
-        self.neck = sam.image_encoder.neck if _needs_neck(student, sam, adaptor) else nn.Identity()
-        self.grid: tuple[int, int] = tuple(sam.prompt_encoder.image_embedding_size)
+        super().__init__(student, adaptor, tuple(sam.prompt_encoder.image_embedding_size), image_size, window_size)
+        self.neck = sam.image_encoder.neck if needs_neck else nn.Identity()
         self.padding: torch.Tensor
         self.register_buffer("padding", sam.pixel_mean / 255, persistent=False)  # (3, 1, 1)
 
@@ -92,23 +123,33 @@ class StudentEncoder(nn.Module):
         images = resize_longest_side(images, size).float() / 255
         pixel_values = self.padding.repeat(len(images), 1, size, size)  # (3, 1, 1) -> (B, 3, size, size)
         pixel_values[..., : images.shape[2], : images.shape[3]] = images
-        options = {} if self.window_size is None else {"window_size": self.window_size}
-        output = self.student(pixel_values, adaptors=[self.adaptor], **options).adaptors[self.adaptor]
-        maps = output.features.transpose(1, 2).unflatten(2, output.grid)  # (B, h*w, C) -> (B, C, h*w) -> (B, C, h, w)
-        if maps.shape[2:] != self.grid:
-            maps = F.interpolate(maps, size=self.grid, mode="bilinear", align_corners=False)
-        return self.neck(maps)
+        return self.embed(pixel_values)
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Padded images in [0, 1] (B, 3, image_size, image_size) -> (B, C, g, g); gradients flow."""
+        maps = self.maps(pixel_values)
+        weight = next(self.neck.parameters(), maps)
+        return self.neck(maps.to(weight.dtype))
 
 
-def _needs_neck(student: Any, sam: Any, adaptor: str) -> bool:
-    """Whether the adaptor's features are those of SAM's blocks (True) or of its neck's output (False)."""
+def feature_width(student: Any, adaptor: str) -> int | None:
+    """Width of the features of a student's adaptor to SAM; None for an adaptor without features.
+
+    Raises:
+        ValueError: no such adaptor.
+    """
     adaptors = student.config.adaptors
     if adaptor not in adaptors:
         raise ValueError(
             f"The student has no adaptor {adaptor!r}, it has {sorted(adaptors)}: name its adaptor to SAM, or distil a "
             "student with SAM among its teachers."
         )
-    width = adaptors[adaptor]["feature_dim"]
+    return adaptors[adaptor]["feature_dim"]
+
+
+def _needs_neck(student: Any, sam: Any, adaptor: str) -> bool:
+    """Whether the adaptor's features are those of SAM's blocks (True) or of its neck's output (False)."""
+    width, adaptors = feature_width(student, adaptor), student.config.adaptors
     trunk, neck = sam.image_encoder.neck[0].in_channels, sam.image_encoder.neck[0].out_channels
     if width not in (trunk, neck):
         teacher = adaptors[adaptor].get("teacher") or "unknown"
