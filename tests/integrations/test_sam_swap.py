@@ -134,9 +134,7 @@ def test_transformers_sam_with_its_own_features(features):
     encoder = copy.deepcopy(model.vision_encoder)
 
     def encode(images):
-        mean, std = (
-            torch.tensor(values).view(-1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         seen = []
         hook = encoder.neck.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         embedding = encoder((images - mean) / std).last_hidden_state

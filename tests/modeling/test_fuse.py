@@ -36,7 +36,9 @@ def close(actual, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"qkv_bias": False}, {"attn_implementation": "eager"}, {"window_size": 2}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"qkv_bias": False}, {"attn_implementation": "eager"}, {"window_size": 2}, {"use_swiglu_ffn": True}]
+)
 def test_a_fused_vit_gives_the_same(fields):
     model = vit(**fields)
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
