@@ -96,6 +96,7 @@ def from_proxy_recipe(base: Recipe, name: str, proxy: Path) -> Recipe:
     }
     if name == FROM_PROXY[0]:
         recipe.teachers = heads
+        recipe.teacher_cache = f"{recipe.teacher_cache}-proxy"  # other outputs under the teachers' names
     else:
         recipe.teachers |= {f"proxy_{teacher}": head for teacher, head in heads.items()}
     return recipe
