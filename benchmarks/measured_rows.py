@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers_radio.disk import write_text
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.quickstart.measure import Yardstick, measure
+from transformers_radio.quickstart.run import FOLDER
 from transformers_radio.training import Recipe, train
 from transformers_radio.training.recipe import recipe_to_dict
 
@@ -31,9 +32,9 @@ def measure_row(recipe: Recipe, runs: Path, yardstick: Yardstick) -> dict[str, f
 
 
 def row_paths(recipe: Recipe, runs: Path) -> tuple[Path, Path]:
-    """The file of a row's result, and the folder of its run; the study's folder may have moved."""
+    """The file of a row's result, and the folder of its run. The study's folder and the package may have moved."""
     fields = {**recipe_to_dict(recipe), "output_dir": "", "teacher_cache": None}
-    text = json.dumps(fields).replace(str(runs.parent), "")
+    text = json.dumps(fields).replace(str(runs.parent), "").replace(str(FOLDER), "")
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return runs / f"{key}.json", runs / key
 
