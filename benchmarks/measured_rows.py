@@ -34,7 +34,7 @@ def measure_row(recipe: Recipe, runs: Path, yardstick: Yardstick) -> dict[str, f
 def row_paths(recipe: Recipe, runs: Path) -> tuple[Path, Path]:
     """The file of a row's result, and the folder of its run. The study's folder and the package may have moved."""
     fields = {**recipe_to_dict(recipe), "output_dir": "", "teacher_cache": None}
-    text = json.dumps(fields).replace(str(runs.parent), "").replace(str(FOLDER), "")
+    text = json.dumps(fields).replace(str(FOLDER), "").replace(str(runs.parent), "")
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return runs / f"{key}.json", runs / key
 
