@@ -291,7 +291,7 @@ def load_student(checkpoint: str, dtype: str = "float32") -> Any:
     """A student of any type in `STUDENTS`, also out of a backbone's or tower's checkpoint; or a release of NVIDIA or a
     RADIO of transformers' own class, which is converted in memory."""
     written = PretrainedConfig.get_config_dict(checkpoint)[0]
-    model_type = written.get("model_type")
+    model_type = str(written.get("model_type"))
     if "args" in written or (model_type == RadioConfig.model_type and "adaptors" not in written):
         return load_nvidia_checkpoint(checkpoint).to(DTYPES[dtype])
     found = RadioModel if model_type in HEADS else student_class(model_type)
