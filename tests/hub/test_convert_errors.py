@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 
 import pytest
 import torch

@@ -268,3 +268,15 @@ def test_a_pre_norm_of_the_heads_is_read(tmp_path):
     torch.testing.assert_close(out.features, wanted, atol=2e-5, rtol=2e-5)
     with pytest.raises(ValueError, match="mlp_pre_norm"):
         complete_adaptors("x", {"a": {**model.config.adaptors["clip"], "mlp_version": "v1"}}, 4)
+
+
+def test_a_release_is_a_teacher(tmp_path):
+    from transformers_radio.teachers import build_teacher
+
+    args, stored, *_ = make("c-radio_v4-h", "hub")
+    folder = write_hub(tmp_path / "c-radio_v4-h", args, stored, "c-radio_v4-h")
+    teacher = build_teacher("transformers", str(folder), image_size=64, adaptor="siglip2-g")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = load_nvidia_checkpoint(folder)(images).adaptors["siglip2-g"]
+    assert torch.equal(teacher(images).features, wanted.features)

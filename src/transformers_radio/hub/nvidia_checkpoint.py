@@ -21,7 +21,9 @@ TORCH_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 AVERAGED, TRAINED = "state_dict_ema", "state_dict"
 # all that a pickle may hold besides tensors and Python's own containers
 PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath]
-_REOPEN = 256 << 20  # bytes read from a mapped file until it is mapped anew: pages that were read stay in memory
+# A mapped file is mapped anew when this share of it was read, and at least so many bytes: pages that were read stay in
+# memory as long as the file is mapped.
+_REOPEN_SHARE, _REOPEN_BYTES = 16, 16 << 20
 
 
 class Tensors:
@@ -63,9 +65,10 @@ class TorchFile(Tensors):
         self._state = open_state()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
+        self._limit = max(sum(t.nbytes for t in self._state.values()) // _REOPEN_SHARE, _REOPEN_BYTES)
 
     def read(self, name: str) -> torch.Tensor:
-        if self._seen > _REOPEN:
+        if self._seen > self._limit:
             self._state, self._seen = {}, 0
             self._state = self._open()
         tensor = self._state[name].clone()

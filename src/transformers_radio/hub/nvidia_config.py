@@ -211,7 +211,7 @@ def _heads(args: dict[str, Any], kwargs: dict[str, Any], width: int) -> int:
         heads = int(kwargs["num_heads"])
     else:
         size = next((size for key, size in _HEADS.items() if re.search(rf"(?<![a-z]){key}(?![a-z])", name)), None)
-        size = size or next((size for key, size in _HEADS.items() if f"_{key}" in name), None)
+        size = size or next((size for size in _HEADS.values() if size[0] == width), None)  # a width of the releases
         if size is None or width != (kwargs.get("embed_dim") or size[0]):
             raise ValueError(
                 f"args.model is {name!r}, which does not say how many heads attention has at width {width}; "

@@ -31,15 +31,15 @@ class Release:
 
 # a version belongs to the first family whose pattern it matches; it is written as in "radio_v2.5-h", "c-radio_v3-b"
 RELEASES: list[tuple[str, Release]] = [
-    (r"c-?radio_?v?4", Release(OPEN_MODEL, 512)),
-    (r"c-?radio_?v?3", Release(OPEN_MODEL, 512, None)),
-    (r"c-?radio_?v?2.*(g$|g\b|vlm)", Release(OPEN_MODEL, 768, {"window_num_global": 8})),
+    (r"c-?radio[-_]?v?4", Release(OPEN_MODEL, 512)),
+    (r"c-?radio[-_]?v?3", Release(OPEN_MODEL, 512, None)),
+    (r"c-?radio[-_]?v?2.*(g$|g\b|vlm)", Release(OPEN_MODEL, 768, {"window_num_global": 8})),
     (r"c-?radio", Release(OPEN_MODEL, 768)),
     (r"e-?radio", Release(RESEARCH, 512)),
-    (r"radio_?v?2\.5-?g", Release(RESEARCH, 896, {"window_num_global": 8})),
-    (r"radio_?v?2\.5", Release(RESEARCH, 768)),
-    (r"radio_?v?2", Release(RESEARCH, 432, {"window_num_windowed": 5})),
-    (r"radio_?v?1", Release(RESEARCH, 378)),
+    (r"radio[-_]?v?2\.5-?g", Release(RESEARCH, 896, {"window_num_global": 8})),
+    (r"radio[-_]?v?2\.5", Release(RESEARCH, 768)),
+    (r"radio[-_]?v?2", Release(RESEARCH, 432, {"window_num_windowed": 5})),
+    (r"radio[-_]?v?1", Release(RESEARCH, 378)),
     (r"radio-[blh]\b", Release(RESEARCH, 768)),
     (r"radio-g\b", Release(RESEARCH, 896, {"window_num_global": 8})),
 ]
@@ -58,7 +58,7 @@ def version_in(name: str) -> str | None:
     found = _VERSION.search(name)
     if found is not None:
         return found.group().lower()
-    short = re.search(r"(?<![a-z])(e-radio|radio-[blhg]\b)", name.lower())
+    short = re.search(r"(?<![a-z])(c-radio\b|e-radio\b|radio-[blhg]\b)", name.lower())
     return short.group() if short else None
 
 

@@ -57,7 +57,8 @@ def choose_teacher(checkpoint: str, **options: Any) -> type[Teacher]:
             f"there is no folder {checkpoint}; give an existing one, or a Hub id such as owner/name"
         )
     try:
-        model_type = config_dict(checkpoint, options.get("revision")).get("model_type")
+        written = config_dict(checkpoint, options.get("revision"))
+        model_type = written.get("model_type") or ("radio" if "args" in written else None)  # NVIDIA's remote code
     except OSError as error:
         if Path(checkpoint).is_dir():
             raise

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 
+from transformers_radio.hub.convert import load_nvidia_checkpoint
 from transformers_radio.modeling import student_class
-from transformers_radio.teachers.base import Teacher, TeacherOutput, resolve_image_size
+from transformers_radio.teachers.base import Teacher, TeacherOutput, resolve_image_size, torch_dtype
 
 from .pretrained import config_dict, load_pretrained
 
 
 class RadioTeacher(Teacher):
-    """A student of any type in `STUDENTS`; it normalizes its input itself.
+    """A student of any type in `STUDENTS`, or a release of NVIDIA (folder or Hub id); it normalizes its input itself.
 
     summary and features: the backbone's, or with `adaptor` those in that teacher's space.
 
@@ -49,7 +50,10 @@ class RadioTeacher(Teacher):
     def from_checkpoint(
         cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32", adaptor: str | None = None
     ) -> Teacher:
-        student = student_class(config_dict(checkpoint)["model_type"])
+        written = config_dict(checkpoint)
+        if "args" in written:  # a release of NVIDIA
+            return cls(load_nvidia_checkpoint(checkpoint).to(torch_dtype(dtype)), image_size, adaptor)
+        student = student_class(written["model_type"])
         return cls(load_pretrained(checkpoint, student, dtype), image_size, adaptor)
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
