@@ -60,6 +60,7 @@ def test_the_backbone_reads_a_student_and_its_last_features(folder, tmp_path):
     pixels = torch.rand(2, 3, 64, 96)
     maps = backbone(pixels).feature_maps
     features = student.features_to_grid(student(pixels, adaptors=[]).features, 64, 96)
+    assert torch.equal(backbone.pyramid.levels[0][1].weight, torch.ones(16))  # initialized, not garbage
     for found, expected in zip(maps, backbone.pyramid(features), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert backbone(pixels).hidden_states is None
@@ -123,5 +124,5 @@ def test_other_wrong_input_is_named(folder):
     with pytest.raises(ValueError, match="48x64 pixels, but the largest stride is 32"):
         backbone(torch.rand(1, 3, 48, 64))
     assert isinstance(AutoBackbone.from_config(backbone.config), RadioPyramidBackbone)
-    with pytest.raises(ValueError, match="radio"):
+    with pytest.raises(ValueError, match="expected a RadioPyramidConfig, got a ResNetConfig"):
         RadioPyramidBackbone(transformers.ResNetConfig())

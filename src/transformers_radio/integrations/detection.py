@@ -11,7 +11,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 from transformers import PreTrainedConfig
 
-from transformers_radio.modeling import ERadioConfig, RadioPyramidConfig, load_student
+from transformers_radio import ERadioConfig, RadioPyramidConfig, load_student  # this registers their backbones too
 from transformers_radio.modeling.pyramid_radio import RadioSimplePyramid
 
 from .students import open_student

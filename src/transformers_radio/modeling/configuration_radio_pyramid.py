@@ -29,6 +29,7 @@ class RadioPyramidConfig(RadioBackboneConfig):  # type: ignore[misc]
     pyramid_size: int = 256
 
     def __post_init__(self, **kwargs):
+        check_strides(self.strides, self.patch_size)
         if kwargs.get("out_features") is None and kwargs.get("out_indices") is None:
             kwargs["out_features"] = self._stages()
         super().__post_init__(**kwargs)
@@ -36,6 +37,7 @@ class RadioPyramidConfig(RadioBackboneConfig):  # type: ignore[misc]
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
         if name == "strides" and hasattr(self, "stage_names"):  # the maps follow
+            check_strides(value, self.patch_size)
             self.stage_names = self._stages()
             self.set_output_features_output_indices(self._stages(), None)
 

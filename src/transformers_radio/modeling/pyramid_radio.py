@@ -22,8 +22,11 @@ def check_strides(strides: Any, stride: int):
         )
 
 
-class RadioMapNorm(nn.LayerNorm):
+class RadioMapLayerNorm(nn.LayerNorm):  # transformers initializes classes of norms by the end of their name
     """LayerNorm over the channels of maps `(B, C, h, w)`."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         # (B, C, h, w) -> (B, h, w, C) -> (B, C, h, w)
@@ -49,12 +52,12 @@ class RadioSimplePyramid(nn.Module):
             layers += [nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)]
             width, scale = width // 2, 2 * scale
             if scale < 1:
-                layers += [RadioMapNorm(width), nn.GELU()]
+                layers += [RadioMapLayerNorm(width), nn.GELU()]
         if scale > 1:
             layers += [nn.MaxPool2d(kernel_size=int(scale), stride=int(scale))]
-        layers += [nn.Conv2d(width, out_channels, kernel_size=1, bias=False), RadioMapNorm(out_channels)]
+        layers += [nn.Conv2d(width, out_channels, kernel_size=1, bias=False), RadioMapLayerNorm(out_channels)]
         layers += [nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)]
-        return nn.Sequential(*layers, RadioMapNorm(out_channels))
+        return nn.Sequential(*layers, RadioMapLayerNorm(out_channels))
 
     def forward(self, maps: torch.Tensor) -> list[torch.Tensor]:
         return [level(maps) for level in self.levels]
