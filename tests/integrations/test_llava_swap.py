@@ -148,7 +148,9 @@ def test_onevision_sees_videos_and_several_images(tmp_path):
     assert (inputs["input_ids"] == llava.config.video_token_id).sum() == 3 * (6 // 2) ** 2 + 1
     assert inputs["pixel_values_videos"].min() >= 0 and inputs["pixel_values_videos"].max() <= 1
     assert llava(**inputs).logits.isfinite().all()
-    inputs = processor(images=[[picture(40, 50), picture(50, 40)]], text=[f"{IMAGE} {IMAGE} What"], return_tensors="pt")
+    inputs = processor(
+        images=[[picture(40, 50), picture(50, 40)]], text=[f"{IMAGE} {IMAGE} What"], return_tensors="pt"
+    )
     assert llava(**inputs).logits.isfinite().all()
 
 
@@ -188,7 +190,7 @@ def test_what_cannot_be_swapped_is_named():
     swap_vision_tower(tiny_llava("next")[0], tiny_student("radio"), SIDE)
 
 
-# --- the original code base -------------------------------------------------------------------------------------------
+# --- the original code base ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=KINDS)

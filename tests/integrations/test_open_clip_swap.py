@@ -120,7 +120,11 @@ def test_half_precision_follows_open_clip():
     ("adaptors", "arguments", "message"),
     [
         ({}, {}, "no adaptor to a teacher with a text tower"),
-        ({"clip": {**ENTRY, "teacher": "transformers:some/siglip"}}, {}, "'transformers:some/siglip', which open_clip"),
+        (
+            {"clip": {**ENTRY, "teacher": "transformers:some/siglip"}},
+            {},
+            "'transformers:some/siglip', which open_clip",
+        ),
         ({"clip": {**ENTRY, "summary_dim": 64}}, {"text": f"open_clip:{CLIP}"}, "64 dimensions, but .* has 128"),
         ({"clip": ENTRY}, {"text": f"open_clip:{CLIP}", "image_size": 70}, "image_size is 70.*use 64"),
         ({"clip": ENTRY}, {"text": "open_clip:no/such"}, "no/such"),

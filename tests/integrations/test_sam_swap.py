@@ -96,7 +96,7 @@ def test_gradients_reach_a_swapped_student(sam):
     assert swapped.image_encoder.encoder.student.embeddings.patch_projection.weight.grad.any()
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
+# --- transformers ----------------------------------------------------------------------------------------------------
 
 
 def transformers_sam(**vision):
@@ -134,9 +134,7 @@ def test_transformers_sam_with_its_own_features(features):
     encoder = copy.deepcopy(model.vision_encoder)
 
     def encode(images):
-        mean, std = (
-            torch.tensor(values).view(-1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         seen = []
         hook = encoder.neck.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         embedding = encoder((images - mean) / std).last_hidden_state
@@ -215,7 +213,7 @@ def test_sam3_with_its_own_features():
         torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=1e-4)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_swapped_is_named(sam):

@@ -1,4 +1,4 @@
-"""A student as the backbone of detectors and segmenters: transformers' by `backbone_config`, torchvision's Mask R-CNN."""
+"""A student as the backbone of transformers' detectors and segmenters, and of torchvision's Mask R-CNN."""
 
 import copy
 import math
@@ -37,8 +37,8 @@ def build_with_backbone(
     these strides by itself. Save and load as any model of transformers.
 
     Args:
-        model_class: such as `RTDetrForObjectDetection`, `DFineForObjectDetection`, `Mask2FormerForUniversal
-            Segmentation`, `UperNetForSemanticSegmentation`.
+        model_class: such as `RTDetrForObjectDetection`, `DFineForObjectDetection`, `UperNetForSemanticSegmentation`
+            or `Mask2FormerForUniversalSegmentation`.
         config: its configuration; a copy gets the backbone, and the number of channels where it states one.
         student: a RADIO or E-RADIO, or its folder or Hub id. Its adaptors are left out.
         strides: of the maps in pixels. Missing: those that `config` states (`feat_strides`, `feature_strides`), else
@@ -68,7 +68,9 @@ def build_with_backbone(
     elif kind == "eradio":
         missing = [stride for stride in strides if stride not in _ERADIO_STAGES]
         if missing:
-            raise ValueError(f"strides are {strides}, but E-RADIO has no map at {missing[0]}, only at 4, 8, 16 and 32.")
+            raise ValueError(
+                f"strides are {strides}, but E-RADIO has no map at {missing[0]}, only at 4, 8, 16 and 32."
+            )
         backbone = copy.deepcopy(student.config)
         backbone.adaptors = {}
         backbone.set_output_features_output_indices([_ERADIO_STAGES[stride] for stride in strides], None)

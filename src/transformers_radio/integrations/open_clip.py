@@ -64,7 +64,9 @@ def as_open_clip(
     with naming_checkpoint(checkpoint):
         model, config = load_open_clip(checkpoint)
     if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)):
-        raise ValueError(f"{checkpoint} is a {type(model).__name__}; expected a CLIP, whose image tower gives vectors.")
+        raise ValueError(
+            f"{checkpoint} is a {type(model).__name__}; expected a CLIP, whose image tower gives vectors."
+        )
     if config["embed_dim"] != adaptors[chosen]["summary_dim"]:
         raise ValueError(
             f"The adaptor {chosen!r} gives embeddings of {adaptors[chosen]['summary_dim']} dimensions, but the text "

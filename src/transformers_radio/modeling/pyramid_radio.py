@@ -1,5 +1,4 @@
-"""ViTDet's simple pyramid: maps at several strides from one ("Exploring Plain Vision Transformer Backbones", Sec. 3).
-"""
+"""ViTDet's simple pyramid (arXiv 2203.16527, Sec. 3): maps at several strides from those of one."""
 
 import math
 from typing import Any
