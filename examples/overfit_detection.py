@@ -1,6 +1,6 @@
 """A student as the backbone of torchvision's Mask R-CNN, trained on four images until it finds every object.
 
-    python examples/overfit_detection.py [STUDENT] [--steps 60]
+    python examples/overfit_detection.py [STUDENT] [--steps 40]
 
 STUDENT is the folder or Hub id of a student of any type; a small one with random weights when missing. The images are
 drawn here: red and blue rectangles on noise. It prints the losses, and at the end how many of the objects are found
@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 from transformers_radio import RadioConfig, RadioModel
 from transformers_radio.integrations import mask_rcnn
 
-SIDE = 128
+SIDE = 96  # of the images, in pixels
 COLORS = {1: 0, 2: 2}  # class -> its channel: red, blue
 
 
@@ -25,7 +25,7 @@ def draw(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     image = 0.3 * torch.rand(3, SIDE, SIDE, generator=generator)
     boxes, masks = [], []
     for number, channel in enumerate(COLORS.values()):
-        height, width = torch.randint(28, 56, (2,), generator=generator).tolist()
+        height, width = torch.randint(24, 44, (2,), generator=generator).tolist()
         top = int(torch.randint(0, SIDE - height, (1,), generator=generator))
         left = number * SIDE // 2 + int(torch.randint(0, max(1, SIDE // 2 - width), (1,), generator=generator))
         mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> float:
     """Returns the share of the objects that were found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", nargs="?", help="folder or Hub id")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     student = options.student or small_student()
     # few proposals: there are two objects in an image
-    few = {"rpn_post_nms_top_n_train": 64, "box_batch_size_per_image": 32, "box_detections_per_img": 10}
+    few = {"rpn_post_nms_top_n_train": 64, "box_batch_size_per_image": 16, "box_detections_per_img": 10}
     model = mask_rcnn(student, num_classes=1 + len(COLORS), image_size=SIDE, rpn_post_nms_top_n_test=64, **few)
     images, targets = (list(one) for one in zip(*(draw(seed) for seed in range(4)), strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
