@@ -19,6 +19,8 @@ _PUBLIC = (
     "RadioLlavaProcessor",
     "RadioModel",
     "RadioModelOutput",
+    "RadioPyramidBackbone",
+    "RadioPyramidConfig",
     "RadioTimmConfig",
     "RadioTimmModel",
     "RadioVisionTower",
@@ -49,7 +51,8 @@ def _register_new_types() -> None:
     """
     modeling = import_module(".modeling", __name__)
     transformers = import_module("transformers")
-    import_module(".modeling.modeling_radio_tower", __name__)  # registers with its module, as does the backbone
+    import_module(".modeling.modeling_radio_tower", __name__)  # registers with its module, as do the backbones
+    import_module(".modeling.modeling_radio_pyramid", __name__)
     import_module(".modeling.processing_radio_llava", __name__)
     for model_type in modeling.STUDENTS:
         student = modeling.student_class(model_type)

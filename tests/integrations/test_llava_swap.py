@@ -190,7 +190,7 @@ def test_what_cannot_be_swapped_is_named():
     swap_vision_tower(tiny_llava("next")[0], tiny_student("radio"), SIDE)
 
 
-# --- the original code base -------------------------------------------------------------------------------------------
+# --- the original code base ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -96,7 +96,7 @@ def test_gradients_reach_a_swapped_student(sam):
     assert swapped.image_encoder.encoder.student.embeddings.patch_projection.weight.grad.any()
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
+# --- transformers ----------------------------------------------------------------------------------------------------
 
 
 def transformers_sam(**vision):
@@ -213,7 +213,7 @@ def test_sam3_with_its_own_features():
         torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=1e-4)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_swapped_is_named(sam):

@@ -17,6 +17,8 @@ _MODULES = {
     "RadioForSemanticSegmentation": "modeling_radio_heads",
     "RadioBackbone": "modeling_radio_heads",
     "RadioBackboneConfig": "configuration_radio_backbone",
+    "RadioPyramidBackbone": "modeling_radio_pyramid",
+    "RadioPyramidConfig": "configuration_radio_pyramid",
     "RadioImageProcessor": "image_processing_radio",
     "RadioTimmConfig": "configuration_radio_timm",
     "RadioTimmModel": "modeling_radio_timm",

@@ -17,7 +17,7 @@ from .errors_radio import check_layout, check_source, convert_command, naming_ch
 _LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
 _STUDENTS = ("radio", "eradio", "radio_timm")
-_MODEL_TYPES = (*_STUDENTS, "radio_backbone", "radio_vision_tower")
+_MODEL_TYPES = (*_STUDENTS, "radio_backbone", "radio_pyramid", "radio_vision_tower")
 _Check = tuple[Callable[[Any], bool], str]
 
 
@@ -133,6 +133,8 @@ FIELDS: dict[str, _Check] = {
     "converted_from": _optional((lambda value: isinstance(value, dict), "a dict of source, version and license")),
     "cpe_sampling": _BOOLEAN,
     "reshape_hidden_states": _BOOLEAN,
+    "strides": _list(lambda stride: is_integer(stride, 1), "strides in pixels, positive integers"),
+    "pyramid_size": _integer(1),
     "out_features": _optional(_STAGES),
     "out_indices": _optional(_INDICES),
     "output_attentions": _optional(_BOOLEAN),

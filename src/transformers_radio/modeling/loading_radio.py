@@ -7,11 +7,9 @@ from torch import nn
 from .errors_radio import check_source, shown
 from .student_radio import RadioStudentMixin
 
-# fields that change the features, but not the shape of any weight
-_SAME = (
-    *("num_attention_heads", "num_cls_tokens", "num_registers", "hidden_act", "layer_norm_eps"),
-    *("num_heads", "window_size", "max_window_size"),
-)
+# fields that change the features, but not the shape of any weight; windows of a RADIO are an option of every forward
+_SAME = ("num_attention_heads", "num_cls_tokens", "num_registers", "hidden_act", "layer_norm_eps")
+_SAME_IN_ERADIO = ("num_heads", "window_size", "max_window_size", "layer_norm_eps")
 
 
 def load_student(model: nn.Module, student: Any) -> nn.Module:
@@ -53,7 +51,8 @@ def load_student(model: nn.Module, student: Any) -> nn.Module:
     weights = student.state_dict()
     for part in parts:
         needed = part.state_dict()
-        wrong = [name for name in _SAME if getattr(part.config, name, None) != getattr(student.config, name, None)]
+        same = _SAME_IN_ERADIO if hasattr(part.config, "num_heads") else _SAME
+        wrong = [name for name in same if getattr(part.config, name, None) != getattr(student.config, name, None)]
         wrong += [name for name in needed if name not in weights or needed[name].shape != weights[name].shape]
         if wrong:
             raise ValueError(

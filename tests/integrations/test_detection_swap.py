@@ -1,0 +1,113 @@
+"""Students in transformers' detectors and segmenters and torchvision's Mask R-CNN: weights, shapes, and learning."""
+
+import pytest
+import torch
+import transformers
+
+from helpers.tiny_students import tiny_student
+from transformers_radio.integrations import build_with_backbone, mask_rcnn
+
+SMALL = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 8, "decoder_layers": 2, "num_denoising": 4}
+WIDE = {"encoder_hidden_dim": 32, "d_model": 32, "decoder_in_channels": [32] * 3, "num_labels": 3}
+
+
+def detector_config(kind):
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    if kind == "rt_detr":
+        return transformers.RTDetrForObjectDetection, transformers.RTDetrConfig(**SMALL, **WIDE, **heads)
+    if kind == "d_fine":
+        config = transformers.DFineConfig(**SMALL, **WIDE, **heads)
+        return transformers.DFineForObjectDetection, config
+    if kind == "mask2former":
+        small = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32}
+        layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 32}
+        config = transformers.Mask2FormerConfig(**small, **layers, num_queries=6, num_labels=3)
+        return transformers.Mask2FormerForUniversalSegmentation, config
+    config = transformers.UperNetConfig(hidden_size=16, num_labels=3, auxiliary_channels=8)
+    return transformers.UperNetForSemanticSegmentation, config
+
+
+def student_inside(model):
+    from transformers_radio.modeling.student_radio import RadioStudentMixin
+
+    (found,) = [module for module in model.modules() if isinstance(module, RadioStudentMixin)]
+    return found
+
+
+@pytest.mark.parametrize("student_kind", ["radio", "eradio"])
+@pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "mask2former", "upernet"])
+def test_a_model_is_built_with_the_students_weights_and_reopens(tmp_path, kind, student_kind):
+    model_class, config = detector_config(kind)
+    student = tiny_student(student_kind)
+    model = build_with_backbone(model_class, config, student).eval()
+    own = student.state_dict()
+    for name, weight in student_inside(model).state_dict().items():
+        assert torch.equal(weight, own[name]), name
+    pixels = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        output = model(pixels)
+    logits = output.class_queries_logits if kind == "mask2former" else output.logits
+    assert logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    again, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        output = again.eval()(pixels)
+    found = output.class_queries_logits if kind == "mask2former" else output.logits
+    torch.testing.assert_close(found, logits)
+
+
+def test_a_detector_trains_through_the_pyramid_into_the_student(tmp_path):
+    model_class, config = detector_config("rt_detr")
+    tiny_student("radio").save_pretrained(tmp_path)
+    model = build_with_backbone(model_class, config, str(tmp_path), window_size=2).train()
+    assert student_inside(model).config.window_size == 2
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])}]
+    model(torch.rand(1, 3, 64, 64), labels=labels).loss.backward()
+    assert student_inside(model).embeddings.patch_projection.weight.grad.any()
+    untouched = [name for name, one in model.named_parameters() if one.grad is None and "backbone" in name]
+    assert untouched == []
+
+
+def test_what_has_no_backbone_is_named():
+    model_class, config = detector_config("rt_detr")
+    with pytest.raises(ValueError, match="type radio_timm, which has no backbone class for transformers"):
+        build_with_backbone(model_class, config, tiny_student("radio_timm"))
+    with pytest.raises(ValueError, match="E-RADIO has no map at 64"):
+        build_with_backbone(model_class, config, tiny_student("eradio"), strides=[16, 32, 64])
+    with pytest.raises(ValueError, match="strides is \\[6, 12, 24\\]"):
+        build_with_backbone(model_class, config, tiny_student("radio"), strides=[6, 12, 24])
+    with pytest.raises(ValueError, match="window_size is 2, but a student of type eradio"):
+        build_with_backbone(model_class, config, tiny_student("eradio"), window_size=2)
+    with pytest.raises(ValueError, match="window_size is 2, but the student has no attention windows"):
+        mask_rcnn(tiny_student("radio_timm"), 3, window_size=2)
+
+
+@pytest.mark.parametrize("kind", ["radio", "eradio", "radio_timm"])
+def test_mask_rcnn_on_every_kind_of_student(kind):
+    torch.manual_seed(0)
+    student = tiny_student(kind)
+    model = mask_rcnn(student, num_classes=3, image_size=128, box_detections_per_img=5)
+    images = [torch.rand(3, 100, 120), torch.rand(3, 90, 60)]
+    maps = model.backbone(torch.rand(1, 3, 128, 192))
+    assert [tuple(one.shape[2:]) for one in maps.values()] == [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3)]
+    masks = torch.zeros(1, 100, 120, dtype=torch.uint8)
+    masks[0, 20:60, 30:90] = 1
+    target = {"boxes": torch.tensor([[30.0, 20.0, 90.0, 60.0]]), "labels": torch.tensor([1]), "masks": masks}
+    second = {**target, "boxes": torch.tensor([[5.0, 5.0, 50.0, 40.0]]), "masks": torch.ones(1, 90, 60).byte()}
+    losses = model.train()(images, [target, second])
+    sum(losses.values()).backward()
+    assert any(one.grad is not None and one.grad.any() for one in model.backbone.student.parameters())
+    assert all(one.grad is None for one in student.parameters())  # a copy
+    found = model.eval()(images)
+    assert len(found) == 2 and found[0]["masks"].shape[2:] == (100, 120)
+
+
+def test_mask_rcnn_sees_windows():
+    model = mask_rcnn(tiny_student("radio"), 3, image_size=128, window_size=4).eval()
+    assert model.backbone.step == 64 and model.backbone.student.config.window_size == 4
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model([torch.rand(3, 100, 130)])
+    assert seen[0].shape == (1, 3, 128, 128)
+    assert 0 <= seen[0].min() and seen[0].max() <= 1  # not normalized twice
