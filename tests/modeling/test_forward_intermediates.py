@@ -127,7 +127,9 @@ def test_e_radio_returns_its_stages(neck):
     normed = model.forward_intermediates(images, norm=True, output_fmt="NLC", return_prefix_tokens=True)[1]
     assert_all_equal(normed[:3], [found.flatten(2).mT for found in maps[:3]])
     assert torch.equal(normed[3], (maps[3] if neck else model.norm(maps[3])).flatten(2).mT)
-    with pytest.raises(ValueError, match="'dense' averages maps, but those of ERadioModel differ in size .8x16x24, 16x8x12"):
+    with pytest.raises(
+        ValueError, match="'dense' averages maps, but those of ERadioModel differ in size .8x16x24, 16x8x12"
+    ):
         model.forward_intermediates(images, aggregation="dense")
 
 
