@@ -1,9 +1,9 @@
 """Put beside index.html what it needs: the quickstart's student as int8 ONNX, and the words that it knows.
 
-    transformers-radio quickstart
-    python docs/browser/prepare.py runs/quickstart/run/student
-    npm install onnxruntime-web && cp -r node_modules/onnxruntime-web/dist docs/browser/ort
-    python -m http.server --directory docs/browser
+transformers-radio quickstart
+python docs/browser/prepare.py runs/quickstart/run/student
+npm install onnxruntime-web && cp -r node_modules/onnxruntime-web/dist docs/browser/ort
+python -m http.server --directory docs/browser
 """
 
 import argparse

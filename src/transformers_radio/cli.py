@@ -193,7 +193,7 @@ def export(
     window_size: Annotated[int | None, typer.Option(help="Attention windows, as config.window_size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a program that is there.")] = False,
 ) -> None:
-    """Write a student for another runtime, any batch and sides, and compare what the file computes with the student."""
+    """Write a student for another runtime, for any batch and sides; the file is compared with the student."""
     if no_adaptors and adaptor:
         raise ValueError(f"--no-adaptors leaves out --adaptor {adaptor[0]} too; give one of the two.")
     if output is None and not Path(model).is_dir():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from transformers_radio.disk import replace_whole, writing
 
@@ -33,6 +34,8 @@ def check_format(format: str, dtype: str) -> None:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if dtype == "q8" and format in ("executorch", "openvino"):
         raise ValueError(f"dtype q8 is for onnx and torch-export; {format} takes fp32, fp16 or bf16.")
+    if importlib.util.find_spec("transformers.exporters") is None:
+        raise ImportError(f"transformers {transformers.__version__} has no exporters: pip install -U transformers")
     packages, command = PACKAGES[format]
     if format == "torch-export" and dtype == "q8":
         packages, command = ("torchao",), "pip install 'transformers_radio[export]'"

@@ -424,13 +424,15 @@ class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder carries this code, and one with a head opens as a bare student too."""
+        """As in transformers; the folder carries this code, and opens as a bare student and with any head."""
         if self.config.model_type == RadioConfig.model_type:
             from .modeling_radio_heads import RadioStudentBackbone  # here, as that file imports this one
 
             self.config.auto_map = {
                 "AutoModel": f"modeling_radio.{RadioModel.__name__}",
                 "AutoBackbone": f"modeling_radio_heads.{RadioStudentBackbone.__name__}",
+                "AutoModelForImageClassification": "modeling_radio_heads.RadioForImageClassification",
+                "AutoModelForSemanticSegmentation": "modeling_radio_heads.RadioForSemanticSegmentation",
             }
         super().save_pretrained(*args, **kwargs)
 
