@@ -46,7 +46,11 @@ def train(folder: str, images: torch.Tensor, labels: torch.Tensor, args: argpars
     with torch.no_grad():
         example = args.scale * student(images[:256]).features
     width = student.feature_dim
-    norm = {"as they are": nn.Identity, "LayerNorm": lambda: nn.LayerNorm(width), "normalizer": lambda: Standardize(example)}
+    norm = {
+        "as they are": nn.Identity,
+        "LayerNorm": lambda: nn.LayerNorm(width),
+        "normalizer": lambda: Standardize(example),
+    }
     projector = nn.Sequential(norm[kind](), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 256))
     classifier = nn.Linear(256, len(CLASS_NAMES))
     student = get_peft_model(student, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
@@ -85,7 +89,9 @@ def main() -> None:
     print("| features | spikes | largest loss after 20 steps | largest gradient | loss of the last 20 steps |")
     print("|---|---|---|---|---|")
     for kind in ("as they are", "LayerNorm", "normalizer"):
-        runs = [train(str(args.folder / "run" / "student"), images, data.classes, args, kind, s) for s in range(args.seeds)]
+        runs = [
+            train(str(args.folder / "run" / "student"), images, data.classes, args, kind, s) for s in range(args.seeds)
+        ]
         count = sum(spikes(losses) for losses, _ in runs)
         top = max(max(losses[20:]) for losses, _ in runs)
         last = statistics.mean(statistics.mean(losses[-20:]) for losses, _ in runs)
