@@ -8,7 +8,7 @@ section 5.3). The folder that is written opens with `AutoModelForSemanticSegment
 `pipeline("image-segmentation")`.
 
 On the images of tests/examples (striped regions in two directions on noise, 64 to train on and 16 to test) the
-smallest student, all of it trained, reaches more than 60 % mIoU in 80 steps; one class everywhere has less than 30 %.
+smallest student, all of it trained, reaches more than 90 % mIoU in 80 steps; one class everywhere has less than 20 %.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def scores(prediction):
         found, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
-        return {"miou": iou_scores(confusion_matrix(found, labels, args.classes))["mean_iou"]}
+        return {"miou": iou_scores(confusion_matrix(found, labels, args.classes))["mIoU"]}
 
     def classes_of(logits, labels):  # of each batch, so that no logits are kept
         return torch.nn.functional.interpolate(logits.float(), labels.shape[-2:], mode="bilinear").argmax(1)

@@ -1,6 +1,8 @@
 """The formats, each by the exporter that transformers has for it."""
 
+import contextlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ def write_program(student: Any, path: Path, format: str, dtype: str) -> None:
         quantize_weights(student)
     exporter, config_class = _exporter(format)
     config = config_class(dynamic_shapes=dynamic_shapes(student))
-    exported = exporter.export(program, {"pixel_values": images}, config)
+    with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
+        exported = exporter.export(program, {"pixel_values": images}, config)
     with writing(path), replace_whole(path) as temporary:
         if format != "onnx":
             exported.save_pretrained(temporary)

@@ -44,6 +44,8 @@ class Program(nn.Module):
 
     def __init__(self, student: Any):
         super().__init__()
+        # transformers' exporters cast the images to the dtype of the first parameter; the student may be in half
+        self.dtype_of_images = nn.Parameter(torch.zeros(0), requires_grad=False)
         self.student = student
         self.config = student.config
 
