@@ -45,8 +45,10 @@ def load_program(path: Path, format: str) -> Any:
         return run
     from transformers.exporters import ExportedModel
 
-    # pickled by this package a moment ago
-    exported = ExportedModel.from_pretrained(path, device="cpu", trust_remote_code=True)
+    # OpenVINO computes in bf16 where the processor has units for it, unless it is told otherwise
+    options: dict[str, Any] = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if format == "openvino" else {}
+    # a torch-export is pickled; this package wrote it a moment ago
+    exported = ExportedModel.from_pretrained(path, device="cpu", trust_remote_code=True, **options)
     return lambda pixel_values: dict(exported(pixel_values=pixel_values))
 
 
