@@ -25,6 +25,7 @@ FORMATS = tuple(PACKAGES)
 # dtype -> what transformers.js has behind "model" in the name of the file
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "q8": "_quantized"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "q8": torch.float32}
+EXECUTORCH_BATCH = 8  # images; ExecuTorch plans its memory for the largest batch and the model's largest resolution
 SINGLE_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 
 
@@ -60,7 +61,8 @@ def write_program(student: Any, path: Path, format: str, dtype: str) -> None:
     if dtype == "q8" and format == "torch-export":
         quantize_weights(student)
     exporter, config_class = _exporter(format)
-    config = config_class(dynamic_shapes=dynamic_shapes(student))
+    largest = EXECUTORCH_BATCH if format == "executorch" else None
+    config = config_class(dynamic_shapes=dynamic_shapes(student, largest))
     with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
         exported = exporter.export(program, {"pixel_values": images}, config)
     with writing(path), replace_whole(path) as temporary:

@@ -78,10 +78,18 @@ def example_images(student: Any) -> torch.Tensor:
     return torch.rand(2, channels, 2 * steps * unit, 3 * steps * unit)
 
 
-def dynamic_shapes(student: Any) -> dict[str, dict[int, Any]]:
-    """The free axes of `pixel_values`: the batch and, unless the network is built for one size, both sides."""
-    axes = (0,) if has_one_size(student) else (0, 2, 3)
-    return {"pixel_values": dict.fromkeys(axes, torch.export.Dim.AUTO)}
+def dynamic_shapes(student: Any, largest_batch: int | None = None) -> dict[str, dict[int, Any]]:
+    """The free axes of `pixel_values`: the batch and, unless the network is built for one size, both sides.
+
+    Args:
+        largest_batch: Bound the batch by it and the sides by `max_resolution`, for runtimes that plan their memory.
+    """
+    free = torch.export.Dim.AUTO
+    axes = {0: free if largest_batch is None else free(max=largest_batch)}
+    if not has_one_size(student):
+        side = free if largest_batch is None else free(max=max(student.max_resolution, 4 * unit_of(student)))
+        axes |= {2: side, 3: side}
+    return {"pixel_values": axes}
 
 
 def parity_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
@@ -89,6 +97,7 @@ def parity_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
     unit = unit_of(student)
     if has_one_size(student):
         return {"single": (1, unit, unit), "batch": (3, unit, unit)}
-    short = max(2, round(student.preferred_resolution / unit)) * unit
-    long = short + max(1, short // unit // 2) * unit
+    # about the preferred resolution, the longer side at most the largest
+    steps = max(2, min(round(student.preferred_resolution / unit), student.max_resolution // unit * 2 // 3))
+    short, long = steps * unit, (steps + max(1, steps // 2)) * unit
     return {"square": (1, short, short), "portrait": (2, long, short), "landscape": (3, short, long)}
