@@ -17,10 +17,19 @@ TRAINING = [
 TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.31"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4"]
 EVALUATION = ["faster-coco-eval>=1.6"]
+EXPORT = [
+    "onnx>=1.18",
+    "onnxscript>=0.6",
+    "onnxruntime>=1.22",
+    "torchao>=0.14",
+]  # transformers' exporters need torch 2.11
+LORA = ["peft>=0.17"]
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 DEV = [
     *QUICKSTART,
     *EVALUATION,
+    *EXPORT,
+    *LORA,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -48,6 +57,8 @@ setup(
         "teachers": TEACHERS,
         "quickstart": QUICKSTART,
         "evaluation": EVALUATION,
+        "export": EXPORT,
+        "lora": LORA,
         "lmms": LMMS,
         "dev": DEV,
     },

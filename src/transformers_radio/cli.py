@@ -216,6 +216,36 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A student's folder or Hub id.")],
+    format: Annotated[str, typer.Option(help="onnx, torch-export, executorch or openvino.")] = "onnx",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, or q8 (int8; onnx, torch-export).")] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option(help="The program's folder; onnx/ goes into it. The student's folder unless given.")
+    ] = None,
+    adaptor: Annotated[list[str] | None, typer.Option(help="Keep this adaptor; may be repeated.")] = None,
+    no_adaptors: Annotated[bool, typer.Option("--no-adaptors", help="Leave all adaptors out.")] = False,
+    window_size: Annotated[int | None, typer.Option(help="Attention windows, as config.window_size.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a program that is there.")] = False,
+) -> None:
+    """Write a student for another runtime, for any batch and sides; the file is compared with the student."""
+    if no_adaptors and adaptor:
+        raise ValueError(f"--no-adaptors leaves out --adaptor {adaptor[0]} too; give one of the two.")
+    if output is None and not Path(model).is_dir():
+        raise ValueError(f"{model} is no folder here; name one for the program: --output FOLDER.")
+    from transformers_radio.export.parity import format_parity
+    from transformers_radio.export.run import export_student
+
+    adaptors = [] if no_adaptors else adaptor or None
+    path, rows = export_student(model, output or Path(model), format, dtype, adaptors, window_size, overwrite)
+    if rows:
+        typer.echo(format_parity(rows))
+    else:
+        typer.echo(f"not compared: onnxruntime has {dtype} kernels for GPUs only")
+    typer.echo(path)
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the made images, the run and the results.")] = Path(
         "runs/quickstart"

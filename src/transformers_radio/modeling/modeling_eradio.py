@@ -283,6 +283,8 @@ class ERadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
         self.config.auto_map = {
             "AutoModel": f"modeling_eradio.{ERadioModel.__name__}",
             "AutoBackbone": f"modeling_eradio_heads.{ERadioBackbone.__name__}",
+            "AutoModelForImageClassification": "modeling_eradio_heads.ERadioForImageClassification",
+            "AutoModelForSemanticSegmentation": "modeling_eradio_heads.ERadioForSemanticSegmentation",
         }
         super().save_pretrained(*args, **kwargs)
 

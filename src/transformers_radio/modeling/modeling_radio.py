@@ -174,8 +174,9 @@ class RadioWindows:
         place = self._patch_numbers(tokens.device)
         # by arithmetic: reshapes branch on the shape, which an exported model would then be fixed to
         window, inside = place // self.size**2, place % self.size**2
-        row = window // self.cols * self.size + inside // self.size
-        col = window % self.cols * self.size + inside % self.size
+        above = window // self.cols  # rows of windows; no remainder, which ONNX lacks for sizes that are free
+        row = above * self.size + inside // self.size
+        col = (window - above * self.cols) * self.size + inside % self.size
         return tokens.index_select(1, self._behind_prefix(row * self.cols * self.size + col))
 
     def unsort(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -192,7 +193,8 @@ class RadioWindows:
     def _places_when_sorted(self, device: torch.device) -> torch.Tensor:
         """`(prefix + h*w,)`: where each token of the image sits among the sorted ones."""
         patch = self._patch_numbers(device)
-        row, col = patch // (self.cols * self.size), patch % (self.cols * self.size)
+        row = patch // (self.cols * self.size)
+        col = patch - row * (self.cols * self.size)
         window = row // self.size * self.cols + col // self.size
         inside = row % self.size * self.size + col % self.size
         return self._behind_prefix(window * self.size**2 + inside)
@@ -473,13 +475,15 @@ class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder carries this code, and one with a head opens as a bare student too."""
+        """As in transformers; the folder carries this code, and opens as a bare student and with any head."""
         if self.config.model_type == RadioConfig.model_type:
             from .modeling_radio_heads import RadioStudentBackbone  # here, as that file imports this one
 
             self.config.auto_map = {
                 "AutoModel": f"modeling_radio.{RadioModel.__name__}",
                 "AutoBackbone": f"modeling_radio_heads.{RadioStudentBackbone.__name__}",
+                "AutoModelForImageClassification": "modeling_radio_heads.RadioForImageClassification",
+                "AutoModelForSemanticSegmentation": "modeling_radio_heads.RadioForSemanticSegmentation",
             }
         super().save_pretrained(*args, **kwargs)
 

@@ -1,0 +1,1 @@
+"""Students as programs of other runtimes: ONNX, torch.export, ExecuTorch, OpenVINO."""

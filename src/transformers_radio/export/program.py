@@ -1,0 +1,103 @@
+"""A student as the function that is exported: images in, a flat dictionary of tensors out."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from transformers_radio.modeling import student_class
+
+
+def open_student(folder: str, adaptors: list[str] | None, window_size: int | None) -> Any:
+    """A student in float32 and evaluation mode, with these adaptors (all for None) and attention windows.
+
+    Args:
+        window_size: As `config.window_size`, which it replaces; None leaves it.
+
+    Raises:
+        OSError: There is no such folder or model.
+        ValueError: Not a student, an unknown adaptor, or a window where the student has none.
+    """
+    model_type = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
+    model = student_class(model_type).from_pretrained(folder, dtype=torch.float32).eval()
+    if adaptors is not None:
+        model = model.with_adaptors(adaptors)
+    if window_size is not None:
+        if not hasattr(model.config, "window_size"):
+            raise ValueError(f"window_size is {window_size}, but students of type {model_type} have no windows.")
+        model.config.window_size = window_size or None
+        model.config.validate()
+    if model_type == "eradio" and model.config.window_size is None:
+        raise ValueError(
+            "This E-RADIO chooses its windows by the image, and a program cannot; fix them, in places of 32 x 32 "
+            "pixels: --window-size 7 for 224 pixels, 8 for 256, 16 for 512 and 1024."
+        )
+    return model
+
+
+class Program(nn.Module):
+    """`pixel_values (B, C, H, W)`, float32 in [0, 1] -> float32 tensors by name, whatever the student's precision.
+
+    `summary`, `features`, and `NAME_summary`, `NAME_features` of each adaptor.
+    """
+
+    def __init__(self, student: Any):
+        super().__init__()
+        # transformers' exporters cast the images to the dtype of the first parameter; the student may be in half
+        self.dtype_of_images = nn.Parameter(torch.zeros(0), requires_grad=False)
+        self.student = student
+        self.config = student.config
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = self.student(pixel_values)
+        found = {"summary": output.summary, "features": output.features}
+        for name, head in output.adaptors.items():
+            found |= {f"{name}_summary": head.summary, f"{name}_features": head.features}
+        return {name: tensor.float() for name, tensor in found.items() if tensor is not None}
+
+
+def unit_of(student: Any) -> int:
+    """Sides of images are multiples of this many pixels: the student's step, or its windows."""
+    if student.config.model_type == "eradio":
+        return student.min_resolution_step * student.config.window_size
+    return student.min_resolution_step
+
+
+def has_one_size(student: Any) -> bool:
+    """Whether it is a network of timm that is built for one size (other students have a field of this name too)."""
+    return student.config.model_type == "radio_timm" and student.config.image_size is not None
+
+
+def example_images(student: Any) -> torch.Tensor:
+    """Images to trace with, `(2, C, H, W)`: a batch or side of 1, or a square, would be taken for the only one."""
+    unit, channels = unit_of(student), student.config.num_channels
+    if has_one_size(student):
+        return torch.rand(2, channels, unit, unit)
+    steps = max(1, -(-64 // unit))  # at least 128 x 192 pixels
+    return torch.rand(2, channels, 2 * steps * unit, 3 * steps * unit)
+
+
+def dynamic_shapes(student: Any, largest_batch: int | None = None) -> dict[str, dict[int, Any]]:
+    """The free axes of `pixel_values`: the batch and, unless the network is built for one size, both sides.
+
+    Args:
+        largest_batch: Bound the batch by it and the sides by `max_resolution`, for runtimes that plan their memory.
+    """
+    free = torch.export.Dim.AUTO
+    axes = {0: free if largest_batch is None else free(max=largest_batch)}
+    if not has_one_size(student):
+        side = free if largest_batch is None else free(max=max(student.max_resolution, 4 * unit_of(student)))
+        axes |= {2: side, 3: side}
+    return {"pixel_values": axes}
+
+
+def parity_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
+    """Name -> batch, height and width in pixels of the images that a program is compared on."""
+    unit = unit_of(student)
+    if has_one_size(student):
+        return {"single": (1, unit, unit), "batch": (3, unit, unit)}
+    # about the preferred resolution, the longer side at most the largest
+    steps = max(2, min(round(student.preferred_resolution / unit), student.max_resolution // unit * 2 // 3))
+    short, long = steps * unit, (steps + max(1, steps // 2)) * unit
+    return {"square": (1, short, short), "portrait": (2, long, short), "landscape": (3, short, long)}

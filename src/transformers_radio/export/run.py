@@ -1,0 +1,67 @@
+"""`transformers-radio export`: a student's folder in, a program that was compared with the student out."""
+
+import copy
+import shutil
+from pathlib import Path
+
+from transformers_radio.disk import remove
+
+from .formats import check_format, program_path, write_program
+from .parity import Parity, check_parity, load_program, measure_parity
+from .program import open_student
+
+FILES = ("config.json", "preprocessor_config.json")  # that transformers.js reads beside onnx/
+
+
+def export_student(
+    folder: str,
+    output: Path,
+    format: str = "onnx",
+    dtype: str = "fp32",
+    adaptors: list[str] | None = None,
+    window_size: int | None = None,
+    overwrite: bool = False,
+) -> tuple[Path, list[Parity]]:
+    """Writes a student as a program for any batch and any sides, and compares what the file computes.
+
+    Args:
+        folder: A student's folder or Hub id.
+        output: Where the program goes: onnx/model*.onnx, torch-export/, executorch/ or openvino/ in it.
+        format: "onnx", "torch-export", "executorch" or "openvino".
+        dtype: "fp32", "fp16", "bf16", or "q8" (int8 matrix products; onnx and torch-export). Inputs and outputs are
+            float32 always.
+        adaptors: Adaptors to export; all for None, none for [].
+        window_size: Attention windows, as `config.window_size`.
+        overwrite: Replace a program that is there.
+
+    Returns:
+        The program's file or folder, and its differences from the student; none where no runtime here can run it.
+
+    Raises:
+        FileExistsError: There is a program.
+        ImportError: A package is missing; the message has the command that installs it.
+        ValueError: An unknown format, dtype or adaptor, or a program that differs from the student (it is deleted).
+    """
+    check_format(format, dtype)
+    path = program_path(output, format, dtype)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it, or another --output.")
+    student = open_student(folder, adaptors, window_size)
+    write_program(copy.deepcopy(student), path, format, dtype)
+    if format == "onnx":
+        for name in FILES:
+            if (Path(folder) / name).exists() and not (output / name).exists():
+                shutil.copy(Path(folder) / name, output / name)
+    try:
+        program = load_program(path, format)
+    except Exception as error:
+        if dtype == "bf16" and type(error).__name__ == "NotImplemented":  # onnxruntime has such kernels for GPUs only
+            return path, []
+        raise
+    rows = measure_parity(student, program)
+    try:
+        check_parity(rows, dtype)
+    except ValueError:
+        remove(path)
+        raise
+    return path, rows
