@@ -156,7 +156,7 @@ def test_images_with_a_mask_and_attentions_are_refused(student):
     pixels = torch.rand(1, 3, 64, 64)
     with pytest.raises(ValueError, match="takes no pixel_mask"):
         student(pixels, pixel_mask=torch.ones(1, 64, 64))
-    with pytest.raises(ValueError, match="keeps no probabilities"):
+    with pytest.raises(ValueError, match="keeps no attention probabilities"):
         student(pixels, output_attentions=True)
 
 

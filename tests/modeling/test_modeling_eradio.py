@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transformers_radio.modeling import ERadioConfig, ERadioModel
+from transformers_radio.modeling.convolution_eradio import ERadioConv
 from transformers_radio.modeling.modeling_eradio import ERadioC2f, ERadioConvNorm, ERadioNeck, ERadioWindowBlock
 
 ADAPTORS = {
@@ -125,6 +126,31 @@ def images(*size):
     return torch.rand(*size, dtype=torch.float64)
 
 
+def run_conv(conv, maps):
+    """The result, and the gradients of weights and input."""
+    maps = maps.detach().requires_grad_()
+    result = conv(maps)
+    weights = [conv.weight, *([] if conv.bias is None else [conv.bias])]
+    return result, *torch.autograd.grad((result.sin() * torch.arange(result.shape[-1])).sum(), [maps, *weights])
+
+
+@pytest.mark.parametrize(("kernel", "stride", "bias"), [(3, 1, False), (3, 2, False), (2, 2, True), (1, 1, True)])
+def test_a_convolution_of_few_places_is_a_product_with_equal_numbers(kernel, stride, bias, monkeypatch):
+    torch.manual_seed(0)
+    conv = ERadioConv(6, 10, kernel, stride, kernel // 2 if kernel == 3 else 0, bias=bias).double()
+    conv = conv.to(memory_format=torch.channels_last)
+    few, many = torch.randn(2, 6, 8, 6, dtype=torch.float64), torch.randn(3, 6, 32, 32, dtype=torch.float64)
+    plain = nn.Conv2d(6, 10, kernel, stride, conv.padding, bias=bias).double()
+    plain.load_state_dict(conv.state_dict())
+    expected = run_conv(plain, few)
+    with monkeypatch.context() as patch:
+        patch.delattr(nn.Conv2d, "forward")
+        for maps in (few, few.to(memory_format=torch.channels_last)):
+            for mine, theirs in zip(run_conv(conv, maps), expected, strict=True):
+                torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(conv(many), plain(many))
+
+
 @torch.no_grad()
 def test_a_c2f_block_is_its_formula():
     block = randomize(ERadioC2f(12, 3)).eval()
@@ -229,6 +255,14 @@ def test_parameters_are_as_many_as_published(size, without_head, with_head):
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e6 == pytest.approx(without_head, rel=1e-3)
     assert (count + 1000 * model.summary_dim + 1000) / 1e6 == pytest.approx(with_head, rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "millions", "width"), [("phone", 5.27, 320), ("cpu", 15.29, 384)])
+def test_our_own_sizes_are_as_large_as_the_documentation_says(size, millions, width):
+    with torch.device("meta"):
+        model = ERadioModel(ERadioConfig.from_size(size))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert model.summary_dim == model.feature_dim == width
 
 
 @torch.no_grad()
@@ -363,7 +397,7 @@ def test_a_configuration_that_makes_no_network_is_refused(fields, message):
 def test_sizes_are_chosen_by_name():
     assert ERadioConfig.from_size("l", neck=None).channels == [192, 384, 768, 1536]
     with pytest.raises(
-        ValueError, match="there is no size 'xl'; choose one of xt, t, s, b, b-no-upsample, l, released"
+        ValueError, match="there is no size 'xl'; choose one of xt, t, s, b, b-no-upsample, l, released, phone, cpu"
     ):
         ERadioConfig.from_size("xl")
     with pytest.raises(ValueError, match="has no field embed_dims"):

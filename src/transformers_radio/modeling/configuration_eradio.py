@@ -22,6 +22,10 @@ _SIZES: dict[str, dict[str, Any]] = {
         **{"embed_dim": 192, "depths": [3, 3, 5, 5], "pre_convolution": True, "neck": "depthwise"},
         "preferred_resolution": 512,
     },
+    # Ours, not the paper's, for a phone and for a few cores: one bottleneck in each stage of convolutions, whose time
+    # is large and whose parameters are few.
+    "phone": {**_TABLE, "embed_dim": 40, "depths": [1, 1, 2, 2], "num_heads": [5, 10], "stem_channels": 32},
+    "cpu": {**_TABLE, "embed_dim": 48, "depths": [1, 1, 4, 5], "num_heads": [6, 12], "stem_channels": 32},
 }
 
 
@@ -128,7 +132,8 @@ class ERadioConfig(StagesConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # 
     @classmethod
     def sizes(cls) -> dict[str, dict[str, Any]]:
         """Name -> fields. `b`, `b-no-upsample` and `l` are the backbone table's (Table 6); `released` is the network
-        that was published as E-RADIO-L, which Table 1 measures; `xt`, `t` and `s` are in the text."""
+        that was published as E-RADIO-L, which Table 1 measures; `xt`, `t` and `s` are in the text; `phone` and `cpu`
+        are ours."""
         return {name: dict(size) for name, size in _SIZES.items()}
 
     @classmethod

@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 from .adaptors_radio import RadioAdaptor
 from .caching_radio import WeightCache
 from .configuration_eradio import ERadioConfig
+from .convolution_eradio import ERadioConv
 from .inputs_radio import check_adaptors, check_images, check_outputs, returns_tensors_only
 from .student_radio import RadioInputConditioner, RadioModelOutput, RadioStudentMixin, init_shared_part
 from .weights_radio import CheckedLoadingMixin
@@ -24,7 +25,7 @@ class ERadioConvNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
         super().__init__()
         padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.conv = ERadioConv(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(out_channels)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -155,7 +156,7 @@ class ERadioWindowBlock(GradientCheckpointingLayer):
 
     def __init__(self, channels: int, num_heads: int, config: ERadioConfig, subsample: bool):
         super().__init__()
-        self.reduce = nn.Conv2d(channels, channels, 2, stride=2) if subsample else None
+        self.reduce = ERadioConv(channels, channels, 2, stride=2) if subsample else None
         self.expand = nn.ConvTranspose2d(channels, channels, 2, stride=2) if subsample else None
         self.pre_conv = ERadioConvNorm(channels, channels) if config.pre_convolution and not subsample else None
         self.norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
@@ -230,10 +231,8 @@ class ERadioNeck(nn.Module):
             return fine + F.pixel_shuffle(coarse, 2)
         coarse = F.interpolate(stage4, scale_factor=2, mode="nearest")
         fine, coarse = (
-            conv(norm(depthwise(maps)))
-            for depthwise, norm, conv, maps in zip(
-                self.depthwise, self.norms, self.convs, (stage3, coarse), strict=True
-            )
+            self.convs[index](self.norms[index](self.depthwise[index](maps)))
+            for index, maps in enumerate((stage3, coarse))
         )
         return fine + coarse
 
@@ -295,7 +294,8 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
     A stem, two stages of convolutions, two of attention in windows, and a neck that joins the last two to features at
     stride 16 (32 without). The summary is the mean of the features. Sides are multiples of 32 pixels.
 
-    For speed: `model.to(memory_format=torch.channels_last)`, and `model.eval().fuse()` for inference.
+    For speed: `model.to(memory_format=torch.channels_last)`, and `model.eval().fuse()` for inference. Attention is
+    always `scaled_dot_product_attention`, whatever `attn_implementation` says.
     """
 
     def __init__(self, config: ERadioConfig):
@@ -349,9 +349,7 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
         names = check_adaptors(adaptors, list(self.adaptors))
         check_outputs(output_hidden_states, output_attentions)
         if output_attentions:
-            raise ValueError(
-                "output_attentions is True, but E-RADIO keeps no probabilities of attention; leave it out."
-            )
+            raise ValueError("output_attentions is True, but E-RADIO keeps no attention probabilities; leave it out.")
         if pixel_mask is not None:
             raise ValueError(
                 "E-RADIO takes no pixel_mask: its convolutions mix padding and image. Resize without padding: "
