@@ -9,11 +9,20 @@ from transformers_radio.training.recipe import recipe_to_dict
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_the_recipes_differ_in_their_student_alone(name):
+def test_the_recipes_differ_in_their_student_and_in_how_long_it_learns(name):
     path, run = STUDENTS[name]
     recipe, vit = recipe_to_dict(load_recipe(path)), recipe_to_dict(load_recipe(STUDENTS["vit"][0]))
     assert recipe.pop("output_dir") == f"runs/quickstart/{run}"
     assert recipe.pop("student")["type"] in STUDENT_TYPES
+    ours, theirs = recipe.pop("stages")["main"], vit.pop("stages")["main"]
+    assert {group: ours["groups"][group]["teachers"] for group in ours["groups"]} == {
+        "low": ["clip"],
+        "high": ["dinov2", "sam"],
+    }
+    images = [
+        stage["steps"] * sum(group["batch_size"] for group in stage["groups"].values()) for stage in (ours, theirs)
+    ]
+    assert images[0] <= images[1]  # none learns longer than the ViT
     vit.pop("student"), vit.pop("output_dir")
     assert recipe == vit
 

@@ -34,7 +34,7 @@ class RadioHeadModel(RadioInnerModel):
     the values that they were distilled with, while fine-tuning moves the features below them.
     """
 
-    _keys_to_ignore_on_load_unexpected = None  # adaptors are left out where `adaptors` says so, and only there
+    _keys_to_ignore_on_load_unexpected: Any = None  # adaptors are left out where `adaptors` says so, and only there
     accepts_loss_kwargs = False  # tells transformers.Trainer that losses are means over one batch
     output_class: type[ModelOutput]
     student_class: Any = RadioModel
