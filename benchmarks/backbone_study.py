@@ -94,9 +94,10 @@ def from_proxy_recipe(base: Recipe, name: str, proxy: Path) -> Recipe:
         )
         for teacher in recipe.teachers
     }
+    # a proxy of other steps gives other outputs, and one that stands alone has the teachers' names
+    recipe.teacher_cache = f"{recipe.teacher_cache}-{name.replace(', ', '-').replace(' ', '-')}-{proxy.parent.name}"
     if name == FROM_PROXY[0]:
         recipe.teachers = heads
-        recipe.teacher_cache = f"{recipe.teacher_cache}-proxy"  # other outputs under the teachers' names
     else:
         recipe.teachers |= {f"proxy_{teacher}": head for teacher, head in heads.items()}
     return recipe
