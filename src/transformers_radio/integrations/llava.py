@@ -115,9 +115,8 @@ def llava_processor(llava: Any, processor: Any) -> Any:
             chat_template=processor.chat_template,
             image_token=processor.image_token,
         )
-    expected: Any = (
-        LlavaNextProcessor if isinstance(llava, LlavaNextForConditionalGeneration) else LlavaOnevisionProcessor
-    )
+    is_next = isinstance(llava, LlavaNextForConditionalGeneration)
+    expected: Any = LlavaNextProcessor if is_next else LlavaOnevisionProcessor
     if not isinstance(processor, expected):
         raise ValueError(
             f"processor is a {type(processor).__name__}; a {type(llava).__name__} has a {expected.__name__}."
