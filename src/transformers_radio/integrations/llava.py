@@ -67,7 +67,8 @@ def swap_vision_tower(llava: Any, student: Any, image_size: int | None = None) -
         )
     image_size = student.preferred_resolution if image_size is None else image_size
     check_image_size(student, image_size)
-    config, projector = llava.config, llava.model.multi_modal_projector
+    config: Any = llava.config
+    projector = llava.model.multi_modal_projector
     weight = next(projector.parameters())
     if hasattr(config, "image_grid_pinpoints"):
         config.image_grid_pinpoints = _scaled(config.image_grid_pinpoints, config.vision_config.image_size, image_size)
