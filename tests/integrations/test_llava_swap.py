@@ -187,7 +187,9 @@ def test_what_cannot_be_swapped_is_named():
         swap_vision_tower(llava, tiny_student("radio"), 100)
     with pytest.raises((OSError, ValueError), match="no/such/folder"):
         swap_vision_tower(llava, "no/such/folder")
-    swap_vision_tower(tiny_llava("next")[0], tiny_student("radio"), SIDE)
+    llava_next = swap_vision_tower(tiny_llava("next")[0], tiny_student("radio"), SIDE)
+    with pytest.raises(ValueError, match="a LlavaNextForConditionalGeneration has a LlavaNextProcessor"):
+        llava_processor(llava_next, processor)
 
 
 # --- the original code base ------------------------------------------------------------------------------------------

@@ -116,11 +116,14 @@ def llava_processor(llava: Any, processor: Any) -> Any:
             chat_template=processor.chat_template,
             image_token=processor.image_token,
         )
-    expected = LlavaNextProcessor if isinstance(llava, LlavaNextForConditionalGeneration) else LlavaOnevisionProcessor
+    is_next = isinstance(llava, LlavaNextForConditionalGeneration)
+    expected: Any = LlavaNextProcessor if is_next else LlavaOnevisionProcessor
     if not isinstance(processor, expected):
-        raise ValueError(f"processor is a {type(processor).__name__}; a {type(llava).__name__} has a {expected}.")
+        raise ValueError(
+            f"processor is a {type(processor).__name__}; a {type(llava).__name__} has a {expected.__name__}."
+        )
     processor = copy.deepcopy(processor)
-    tiles = {"image_grid_pinpoints": llava.config.image_grid_pinpoints, "do_normalize": False}
+    tiles: dict[str, Any] = {"image_grid_pinpoints": llava.config.image_grid_pinpoints, "do_normalize": False}
     square = {"height": side, "width": side}
     if isinstance(processor, LlavaNextProcessor):
         processor.patch_size, processor.num_additional_image_tokens = patch, 1

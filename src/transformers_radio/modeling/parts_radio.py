@@ -18,7 +18,7 @@ class RadioInnerModel(RadioPreTrainedModel):
     train: its features must not vary with the random position crops of training.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?adaptors\."]
+    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^(model\.)?adaptors\."]
     model: Any
 
     def train(self, mode: bool = True):
