@@ -28,7 +28,7 @@ pytest.importorskip("transformers.exporters")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("student")
-    build_with_adaptors(preferred_resolution=48).save_pretrained(path)
+    build_with_adaptors(preferred_resolution=48, window_num_global=1).save_pretrained(path)
     RadioImageProcessor(size={"height": 48, "width": 48}).save_pretrained(path)
     return path
 

@@ -57,7 +57,8 @@ def export_student(
     except Exception as error:
         if dtype == "bf16" and type(error).__name__ == "NotImplemented":  # onnxruntime has such kernels for GPUs only
             return path, []
-        raise
+        remove(path)
+        raise ValueError(f"The runtime of {format} cannot load the program ({error}); it was not kept.") from error
     rows = measure_parity(student, program)
     try:
         check_parity(rows, dtype)
