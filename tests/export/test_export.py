@@ -28,7 +28,7 @@ pytest.importorskip("transformers.exporters")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("student")
-    build_with_adaptors(preferred_resolution=48).save_pretrained(path)
+    build_with_adaptors(preferred_resolution=48, window_num_global=1).save_pretrained(path)
     RadioImageProcessor(size={"height": 48, "width": 48}).save_pretrained(path)
     return path
 
@@ -104,6 +104,21 @@ def test_torch_export_of_int8_weights(folder, tmp_path):
     pytest.importorskip("torchao")
     _, rows = export_student(str(folder), tmp_path, "torch-export", "q8", adaptors=[])
     assert 1e-5 < max(row.error for row in rows) < 0.1
+
+
+def test_openvino_takes_any_batch_and_aspect(folder, tmp_path):
+    pytest.importorskip("openvino")
+    path, rows = export_student(str(folder), tmp_path, "openvino", adaptors=["clip"])
+    assert (path / "openvino_model.bin").exists() and max(row.error for row in rows) < 1e-5
+    model = open_student(str(folder), ["clip"], None)
+    assert_same_everywhere(load_program(path, "openvino"), model, [(1, 64, 64), (4, 96, 32), (2, 32, 96)])
+
+
+def test_executorch_takes_one_image(folder, tmp_path):
+    pytest.importorskip("executorch")
+    path, rows = export_student(str(folder), tmp_path, "executorch", adaptors=[])
+    assert (path / "model.pte").exists() and {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48)}
+    assert max(row.error for row in rows) < 1e-5
 
 
 def eradio():
@@ -194,7 +209,9 @@ def test_a_program_that_differs_is_not_kept(folder, tmp_path, monkeypatch):
     ):
         export_student(str(folder), tmp_path, "torch-export", adaptors=[])
     assert not (tmp_path / "torch-export").exists()
-    assert all(row.error == pytest.approx(0.01, rel=1e-3) for row in measure_parity(student, off))
+    assert all(
+        row.error == pytest.approx(0.01, rel=1e-3) for row in measure_parity(student, off, parity_sizes(student))
+    )
     row = Parity("square", 1, 48, 48, "summary", float("nan"), float("nan"))
     with pytest.raises(ValueError, match="differs"):
         check_parity([row], "q8")

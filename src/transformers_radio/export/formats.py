@@ -11,7 +11,7 @@ import transformers
 
 from transformers_radio.disk import replace_whole, writing
 
-from .program import Program, dynamic_shapes, example_images
+from .program import Program, dynamic_shapes, example_images, only_size
 
 # format -> packages that it needs, and the command that installs them
 PACKAGES = {
@@ -25,7 +25,6 @@ FORMATS = tuple(PACKAGES)
 # dtype -> what transformers.js has behind "model" in the name of the file
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "q8": "_quantized"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "q8": torch.float32}
-EXECUTORCH_BATCH = 8  # images; ExecuTorch plans its memory for the largest batch and the model's largest resolution
 SINGLE_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
 
 
@@ -56,13 +55,17 @@ def program_path(output: Path, format: str, dtype: str) -> Path:
 
 def write_program(student: Any, path: Path, format: str, dtype: str) -> None:
     """Exports the student to `path`; it is cast to `dtype` in place."""
-    images = example_images(student)
+    is_fixed = format == "executorch"  # plans its memory for the largest shape, which is too much where sides are free
+    if is_fixed:
+        (batch, height, width), channels = next(iter(only_size(student).values())), student.config.num_channels
+        images = torch.rand(batch, channels, height, width)
+    else:
+        images = example_images(student)
     program = Program(student.to(DTYPES[dtype])).eval()
     if dtype == "q8" and format == "torch-export":
         quantize_weights(student)
     exporter, config_class = _exporter(format)
-    largest = EXECUTORCH_BATCH if format == "executorch" else None
-    config = config_class(dynamic_shapes=dynamic_shapes(student, largest))
+    config = config_class(dynamic_shapes=None if is_fixed else dynamic_shapes(student))
     with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
         exported = exporter.export(program, {"pixel_values": images}, config)
     with writing(path), replace_whole(path) as temporary:

@@ -78,18 +78,15 @@ def example_images(student: Any) -> torch.Tensor:
     return torch.rand(2, channels, 2 * steps * unit, 3 * steps * unit)
 
 
-def dynamic_shapes(student: Any, largest_batch: int | None = None) -> dict[str, dict[int, Any]]:
-    """The free axes of `pixel_values`: the batch and, unless the network is built for one size, both sides.
+def dynamic_shapes(student: Any) -> dict[str, dict[int, Any]]:
+    """The free axes of `pixel_values`: the batch and, unless the network is built for one size, both sides."""
+    axes = (0,) if has_one_size(student) else (0, 2, 3)
+    return {"pixel_values": dict.fromkeys(axes, torch.export.Dim.AUTO)}
 
-    Args:
-        largest_batch: Bound the batch by it and the sides by `max_resolution`, for runtimes that plan their memory.
-    """
-    free = torch.export.Dim.AUTO
-    axes = {0: free if largest_batch is None else free(max=largest_batch)}
-    if not has_one_size(student):
-        side = free if largest_batch is None else free(max=max(student.max_resolution, 4 * unit_of(student)))
-        axes |= {2: side, 3: side}
-    return {"pixel_values": axes}
+
+def only_size(student: Any) -> dict[str, tuple[int, int, int]]:
+    """As `parity_sizes`, for a program of a single shape: one image of about the preferred resolution."""
+    return dict([next(iter(parity_sizes(student).items()))])
 
 
 def parity_sizes(student: Any) -> dict[str, tuple[int, int, int]]:

@@ -8,7 +8,7 @@ from transformers_radio.disk import remove
 
 from .formats import check_format, program_path, write_program
 from .parity import Parity, check_parity, load_program, measure_parity
-from .program import open_student
+from .program import only_size, open_student, parity_sizes
 
 FILES = ("config.json", "preprocessor_config.json")  # that transformers.js reads beside onnx/
 
@@ -23,6 +23,8 @@ def export_student(
     overwrite: bool = False,
 ) -> tuple[Path, list[Parity]]:
     """Writes a student as a program for any batch and any sides, and compares what the file computes.
+
+    ExecuTorch programs take one image of about the preferred resolution.
 
     Args:
         folder: A student's folder or Hub id.
@@ -57,8 +59,10 @@ def export_student(
     except Exception as error:
         if dtype == "bf16" and type(error).__name__ == "NotImplemented":  # onnxruntime has such kernels for GPUs only
             return path, []
-        raise
-    rows = measure_parity(student, program)
+        remove(path)
+        raise ValueError(f"The runtime of {format} cannot load the program ({error}); it was not kept.") from error
+    sizes = only_size(student) if format == "executorch" else parity_sizes(student)
+    rows = measure_parity(student, program, sizes)
     try:
         check_parity(rows, dtype)
     except ValueError:

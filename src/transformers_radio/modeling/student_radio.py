@@ -211,7 +211,8 @@ class RadioStudentMixin(nn.Module):
         return conditioner
 
     def _warn_about_range(self, pixel_values: torch.Tensor):
-        if self._range_checked or isinstance(self.input_conditioner, nn.Identity) or not can_read_values(pixel_values):
+        # in this order: a compiled model that had read the flag would be compiled again once an eager call has set it
+        if not can_read_values(pixel_values) or self._range_checked or isinstance(self.input_conditioner, nn.Identity):
             return
         error = describe_range_error(pixel_values)
         if error is not None:
