@@ -1,6 +1,7 @@
 """E-RADIO in training: two groups and two stages, killed and resumed, in one process and in two; batch norm."""
 
 import json
+import math
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from helpers.forked import Forked, fork_group
 from helpers.groups_of_processes import FSDP
+from helpers.paths import ROOT
 from transformers_radio import ERadioConfig, ERadioModel, RadioImageProcessor
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.plan.count import make_plan
@@ -37,6 +39,7 @@ CHANGES = {
     "checkpoints": {"every_steps": 2, "keep": 9},
     "log_every_steps": 1,
 }
+PATCHES = (("type", "python"), ("checkpoint", "helpers.tiny_teachers:PatchTeacher"), ("image_size", 64))
 LOCAL = ["stages.late.batch_norm=local", "stages.late.micro_batch_size=2"]
 
 
@@ -200,3 +203,41 @@ def test_a_plan_counts_it(write, tmp_path, capsys):
     # twice the sides of stage 1 and 2 cost four times as much; windows grow as well
     low, high = (plan.steps["main"][group].forward_flops for group in ("low", "high"))
     assert 2 * low < high < 4 * low
+
+
+E_RADIO_RECIPES = sorted((ROOT / "recipes").glob("e_radio_*.yaml"))
+
+
+@pytest.mark.parametrize("path", E_RADIO_RECIPES, ids=[path.stem for path in E_RADIO_RECIPES])
+def test_a_recipe_of_the_project_trains_a_tiny_network(path, tmp_path, image_folder):
+    """Two steps of the recipe as it is, but for sizes, teachers, images and processes."""
+    shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
+    images = [f"data.sources.{name}.path={image_folder}" for name in shipped["data"].get("sources", [])]
+    groups = [f"stages.main.groups.{name}" for name in shipped["stages"]["main"].get("groups", [])]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        f"student.config={CONFIG}",
+        "student.head_hidden_dim=16",
+        *(images or [f"data.path={image_folder}"]),
+        "data.num_workers=0",
+        "data.lanes=4",
+        "stages.main.steps=2",
+        "stages.main.warmup_steps=1",
+        "checkpoints.every_steps=2",
+        "log_every_steps=1",
+        "tracker=null",
+    ]
+    for where in groups or ["stages.main"]:
+        overrides += [f"{where}.resolution=64", f"{where}.batch_size=4", f"{where}.micro_batch_size=2"]
+    for name in shipped["teachers"]:
+        options = "{width: 20, summary: false}" if name == "sam" else "{width: 16}"
+        overrides += [f"teachers.{name}.{key}={value}" for key, value in (*PATCHES, ("options", options))]
+    recipe = load_recipe(path, overrides)
+    assert recipe.stages["main"].batch_norm == "sync" and recipe.mixed_precision == "bf16"
+    student = ERadioModel.from_pretrained(train(recipe).student_dir)
+    shape = ERadioConfig.from_size(shipped["student"]["size"], **CONFIG)
+    assert student.adaptors.keys() == shipped["teachers"].keys()
+    assert (student.config.neck, student.config.pre_convolution) == (shape.neck, shape.pre_convolution)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
