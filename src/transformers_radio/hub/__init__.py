@@ -1,1 +1,1 @@
-"""Checkpoints of others: conversion from and to the layouts of NVIDIA's releases, transformers and timm."""
+"""Checkpoints of others, and what goes to the Hub."""
