@@ -43,7 +43,9 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "training/run/*.jinja", "py.typed"]},
+    package_data={
+        "transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "training/run/*.jinja", "py.typed"]
+    },
     install_requires=[*MODELING, *TRAINING],
     extras_require={
         "teachers": TEACHERS,

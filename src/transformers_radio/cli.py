@@ -128,11 +128,11 @@ def evaluate(
 
     chosen = (model or []) if models is None else named_models(models, model or [])
     results = run_task(task, chosen, data, recipe, output, overrides)
-    from transformers_radio.hub.card import update_card  # torch comes with it
-
     from accelerate import PartialState
     from rich.console import Console
     from rich.text import Text
+
+    from transformers_radio.hub.card import update_card  # torch comes with it, which run_task needed as well
 
     if not PartialState().is_main_process:
         return

@@ -15,7 +15,15 @@ from transformers_radio.evaluation.report.collect import IS_RESULT
 from transformers_radio.evaluation.result import Result
 from transformers_radio.modeling import student_class
 from transformers_radio.teachers.licenses import License, needs_copy, objection, read_license, student_license
-from transformers_radio.training.run.card import CARD, RECIPE, REPO_ID, TEACHERS, all_teachers, license_text, replace_block
+from transformers_radio.training.run.card import (
+    CARD,
+    RECIPE,
+    REPO_ID,
+    TEACHERS,
+    all_teachers,
+    license_text,
+    replace_block,
+)
 
 from .card import add_results, empty_student, read_card, read_manifest, results_of
 from .loaders import check_loaders
@@ -117,7 +125,7 @@ def upload(publication: Publication, private: bool = False) -> CommitInfo:
         CommitOperationAdd(name, content) for name, content in publication.files.items()
     ]
     try:
-        api.create_repo(publication.repo_id, private=private, exist_ok=True)
+        api.create_repo(publication.repo_id, private=private or None, exist_ok=True)
         operations += [CommitOperationDelete(name) for name in stale_files(publication)]
         return api.create_commit(publication.repo_id, operations, commit_message="Publish the student")
     except Exception as error:  # of the client for HTTP, which it is not ours to know
@@ -186,7 +194,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 def _check_license(folder: Path, card: ModelCard, override: str | None) -> list[str]:
     """Notes about the license; with an override its reason goes into the card."""
-    entries = all_teachers(empty_student(folder).config.adaptors, read_manifest(folder))
+    entries = all_teachers(empty_student(folder).config, read_manifest(folder))
     teachers = {name: read_license(entry["license"]) for name, entry in entries.items()}
     proposed, reasons = student_license(teachers)
     why = " ".join(reasons)

@@ -159,6 +159,6 @@ def finish(run: Run, signal: int | None) -> TrainResult:
     checkpoint = run.checkpoint
     assert checkpoint is not None  # the last step saves one
     teachers = describe_teachers(recipe, run.shapes)
-    student_dir = on_main_process(accelerator, lambda: publish_student(checkpoint, run.student, recipe, teachers))
+    student_dir = on_main_process(accelerator, lambda: publish_student(checkpoint, recipe, teachers))
     accelerator.print(f"the student is in {student_dir}")
     return TrainResult(student_dir, state.step, skipped)

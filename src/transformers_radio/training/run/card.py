@@ -5,14 +5,15 @@ The card is rendered once, when training ends. From then on it belongs to its au
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from transformers_radio.disk import write_json, write_text
+from transformers_radio.modeling import student_class
 from transformers_radio.teachers import portable_checkpoint
 from transformers_radio.teachers.licenses import License, hub_id, license_of, read_license, student_license
 from transformers_radio.training.recipe import Recipe, save_recipe
@@ -25,17 +26,19 @@ NOT_MEASURED = "Nothing has been measured yet: `transformers-radio eval TASK --m
 DATA_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_card(folder: Path, student: Any, recipe: Recipe, teachers: dict[str, dict[str, Any]]) -> None:
+def write_card(folder: Path, recipe: Recipe, teachers: dict[str, dict[str, Any]]) -> None:
     """Writes README.md, recipe.yaml and teacher_manifest.json into the folder of a trained student.
 
     Args:
-        student: the model, with all heads; its weights are not read.
         teachers: as `describe_teachers` gives them; licenses are added.
     """
     manifest = add_licenses(teachers, recipe)
     write_json(folder / TEACHERS, manifest)
     shared = portable_recipe(recipe)
     save_recipe(shared, folder / RECIPE)
+    found = student_class(recipe.student.type)
+    with torch.device("meta"):
+        student = found(found.config_class.from_pretrained(folder))
     write_text(folder / CARD, str(student_card(student, shared, manifest)))
 
 
@@ -54,14 +57,23 @@ def add_licenses(teachers: dict[str, dict[str, Any]], recipe: Recipe) -> dict[st
     return manifest
 
 
-def all_teachers(adaptors: dict[str, dict[str, Any]], manifest: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The manifest, and from the student's configuration the teachers of heads that the manifest does not have."""
+def all_teachers(config: Any, manifest: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The manifest, and what else the student's configuration says that it learned from or was made of.
+
+    These are the teachers of heads that the manifest does not have, and the release that it was converted from.
+    """
     found = dict(manifest)
-    for name, adaptor in adaptors.items():
+    for name, adaptor in config.adaptors.items():
         type, _, checkpoint = str(adaptor.get("teacher") or "").partition(":")
         if name not in found:
             license = _as_dict(license_of(type, checkpoint)) if checkpoint else None
             found[name] = {"type": type, "checkpoint": checkpoint, "license": license}
+    origin = getattr(config, "converted_from", None)
+    if isinstance(origin, dict):
+        license_name, link = origin.get("license_name"), origin.get("license_url")
+        license = _as_dict(License("other", license_name, link)) if license_name else None
+        source = str(origin.get("source") or "an unknown source")
+        found["converted_from"] = {"type": "converted", "checkpoint": source, "license": license}
     return found
 
 
@@ -81,7 +93,7 @@ def student_card(
         title: the heading; the name of the recipe's output_dir unless given.
         untrained: the path of the recipe, for the card of a student that does not exist yet.
     """
-    teachers = all_teachers(student.config.adaptors, manifest)
+    teachers = all_teachers(student.config, manifest)
     license, reasons = student_license({name: read_license(one["license"]) for name, one in teachers.items()})
     base_models = [hub_id(one["type"], one["checkpoint"]) for one in teachers.values()]
     datasets, data = ([], []) if recipe is None else describe_data(recipe)
@@ -102,9 +114,10 @@ def student_card(
         repo_id=REPO_ID,
         trained=untrained is None,
         recipe_file=untrained,
-        teacher_names=_listed([name for name in teachers if name != START]),
-        teachers=[{"name": name, "image_size": None, **one, "license": _license_cell(one)} for name, one in
-                  teachers.items()],  # fmt: skip
+        teacher_names=_listed(list(student.config.adaptors)),
+        teachers=[
+            {"name": name, "image_size": None, **one, "license": _license_cell(one)} for name, one in teachers.items()
+        ],  # fmt: skip
         data=data,
         evaluation=NOT_MEASURED if untrained is None else "Not trained, so nothing was measured.",
         license_text=license_text(license, reasons),
@@ -117,7 +130,9 @@ def license_text(license: License | None, reasons: list[str]) -> str:
     """What the card says under License."""
     link = f" ([text]({license.link}))" if license is not None and license.link else ""
     chosen = (
-        f"**{license}**{link}." if license is not None else "**Not chosen yet**: set `license:` at the top of this file."
+        f"**{license}**{link}."
+        if license is not None
+        else "**Not chosen yet**: set `license:` at the top of this file."
     )
     note = "What is said of the teachers' licenses was recorded by `transformers_radio`; the teachers' pages decide."
     return "\n".join([chosen, "", *(f"- {reason}" for reason in reasons), "", note])
@@ -143,7 +158,7 @@ def describe_data(recipe: Recipe) -> tuple[list[str], list[str]]:
             where = f"`{source.path}`"
         lines.append(f"{f'{name}: ' if name else ''}{where}{share}")
     if len(ids) < len(sources):
-        lines.append("`local:` is the disk of whoever trained the model: say here what was on it.")
+        lines.append("`local:` is a folder or file on the disk of whoever trains the model: say here what is in it.")
     return ids, lines
 
 
@@ -254,6 +269,6 @@ def _count(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _listed(names: Iterable[str]) -> str:
-    *first, last = names
+def _listed(names: list[str]) -> str:
+    *first, last = names or ["its teachers"]
     return f"{', '.join(first)} and {last}" if first else last

@@ -65,15 +65,12 @@ def write_student(
     processor.save_pretrained(folder)
 
 
-def publish_student(
-    checkpoint: Path, student: RadioModel, recipe: Recipe, teachers: dict[str, dict[str, Any]]
-) -> Path:
+def publish_student(checkpoint: Path, recipe: Recipe, teachers: dict[str, dict[str, Any]]) -> Path:
     """Copies the student of the last checkpoint to output_dir/student, whole or not at all, and adds its model card.
 
     Called on the main process alone.
 
     Args:
-        student: with the heads of all stages; its weights are not read.
         teachers: as `describe_teachers` gives them.
 
     Raises:
@@ -83,7 +80,7 @@ def publish_student(
     with writing(path), replace_whole(path) as temporary:
         remove(temporary)  # left by a run that was killed here
         shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
-        write_card(temporary, student, recipe, teachers)
+        write_card(temporary, recipe, teachers)
     return path
 
 
