@@ -25,7 +25,7 @@ from transformers_radio.evaluation.report.model_card import eval_results
 from transformers_radio.evaluation.result import Result
 from transformers_radio.modeling import student_class
 from transformers_radio.teachers import digest_weights
-from transformers_radio.training.recipe import Recipe, load_recipe
+from transformers_radio.training.recipe import load_recipe
 from transformers_radio.training.run.card import CARD, RECIPE, TEACHERS, replace_block, student_card
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ def read_card(folder: Path) -> ModelCard:
     path = folder / CARD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CARD}: `python -m transformers_radio.hub.card {folder}` writes one from what the folder "
-            "says of itself"
+            f"{folder} has no {CARD}: `python -m transformers_radio.hub.card {folder}` writes one from what the "
+            "folder says of itself"
         )
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def describe_folder(folder: Path) -> ModelCard:
         OSError, ValueError: there is no student, or one of these files is damaged.
     """
     student = empty_student(folder)
-    recipe: Recipe | None = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
+    recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
     return student_card(student, recipe, read_manifest(folder), title=folder.resolve().name)
 
 
@@ -125,8 +125,9 @@ def add_results(card: ModelCard, results: Sequence[Result]) -> None:
 
 def add_evaluation(card: ModelCard, text: str, entries: list[EvalResult], model: str) -> None:
     """Puts a text and the `model-index` into a card, in the place of what an earlier call has put there."""
+    data: Any = card.data
     card.text = replace_block(card.text, "evaluation", text)
-    card.data.model_name, card.data.eval_results = model, entries or None
+    data.model_name, data.eval_results = model, entries or None
 
 
 def update_card(folder: Path, sources: Sequence[Path]) -> None:

@@ -76,8 +76,9 @@ def prepare(
     _check_repo_id(repo_id)
     files = _files(folder)
     card = read_card(folder)
+    data: Any = card.data
     notes = []
-    if not card.data.datasets:
+    if not data.datasets:
         raise ValueError(
             f"{folder / CARD} names no data: add `datasets:` to its front matter, a list of the ids of data sets on "
             "the Hub, or of names, and describe the others in the text"
@@ -91,7 +92,7 @@ def prepare(
             raise ValueError(f"there are no results of {folder} in {', '.join(map(str, results))}")
         add_results(card, ours)
         files |= {f"{RESULTS}/{name}": content for name, content in _result_files(ours, repo_id)}
-    elif not card.data.eval_results:
+    elif not data.eval_results:
         notes.append("nothing measured goes along: name results with --results")
     notes += check_loaders(folder)
     card.text = card.text.replace(REPO_ID, repo_id)
@@ -198,12 +199,13 @@ def _check_license(folder: Path, card: ModelCard, override: str | None) -> list[
     teachers = {name: read_license(entry["license"]) for name, entry in entries.items()}
     proposed, reasons = student_license(teachers)
     why = " ".join(reasons)
-    if not card.data.license:
+    data: Any = card.data
+    if not data.license:
         raise ValueError(
-            f"{folder / CARD} names no license: add `license:` to its front matter, with license_name and license_link "
-            f"if it is other. {why}"
+            f"{folder / CARD} names no license: add `license:` to its front matter, with license_name and "
+            f"license_link if it is other. {why}"
         )
-    chosen = License(card.data.license, card.data.license_name, card.data.license_link)
+    chosen = License(data.license, data.license_name, data.license_link)
     against = objection(chosen, teachers)
     copies = needs_copy(teachers.values()) if not any(folder.glob("LICENSE*")) else []
     if copies and against is None:

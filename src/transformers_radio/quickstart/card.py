@@ -1,5 +1,7 @@
 """The quickstart's table in the model card of its student."""
 
+from typing import Any
+
 from huggingface_hub import EvalResult, ModelCard
 
 from transformers_radio.hub.card import add_evaluation
@@ -34,5 +36,6 @@ def add_quickstart(card: ModelCard, text: str, metrics: dict[str, float | None])
         for name, value in metrics.items()
         if name in TASKS and value is not None
     ]
-    card.data.datasets = [DATA]
+    data: Any = card.data
+    data.datasets = [DATA]
     add_evaluation(card, text, entries, "quickstart")

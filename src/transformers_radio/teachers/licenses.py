@@ -81,7 +81,7 @@ NVIDIA_RESEARCH = License(
     "other",
     "nsclv1",
     "https://github.com/NVlabs/RADIO/blob/main/LICENSE",
-    "NVIDIA Source Code License: research and evaluation only. The weights named C-RADIO are those for commercial use.",
+    "NVIDIA Source Code License: research and evaluation only. The weights for commercial use are named C-RADIO.",
 )
 APPLE_RESEARCH = License(
     "apple-amlr",

@@ -16,7 +16,7 @@ from transformers_radio.disk import write_json, write_text
 from transformers_radio.modeling import student_class
 from transformers_radio.teachers import portable_checkpoint
 from transformers_radio.teachers.licenses import License, hub_id, license_of, read_license, student_license
-from transformers_radio.training.recipe import Recipe, save_recipe
+from transformers_radio.training.recipe import GroupRecipe, Recipe, StageRecipe, save_recipe
 
 CARD, RECIPE, TEACHERS = "README.md", "recipe.yaml", "teacher_manifest.json"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -98,9 +98,9 @@ def student_card(
     base_models = [hub_id(one["type"], one["checkpoint"]) for one in teachers.values()]
     datasets, data = ([], []) if recipe is None else describe_data(recipe)
     card_data = ModelCardData(
-        license=license and license.id,
-        license_name=license and license.name,
-        license_link=license and license.link,
+        license=None if license is None else license.id,
+        license_name=None if license is None else license.name,
+        license_link=None if license is None else license.link,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         base_model=list(dict.fromkeys(one for one in base_models if one)) or None,
@@ -226,7 +226,8 @@ def _describe_training(recipe: Recipe) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, stage in recipe.stages.items():
         everyone = stage.teacher_names(recipe)
-        for group_name, group in (stage.groups or {"–": stage}).items():
+        groups: dict[str, GroupRecipe | StageRecipe] = {**stage.groups} or {"–": stage}
+        for group_name, group in groups.items():
             rows.append(
                 {
                     "stage": name,
