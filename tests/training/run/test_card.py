@@ -13,18 +13,18 @@ from transformers_radio.training.run.card import describe_data, portable_recipe
 
 
 def test_a_student_has_a_card_its_recipe_and_its_teachers(make_recipe, tmp_path, image_folder):
-    recipe = load_recipe(make_recipe(), ["stages.main.steps=2"])
+    recipe = load_recipe(make_recipe(), ["stages.main.steps=3"])
     student = train(recipe).student_dir
     card = ModelCard.load(student / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.license is None and card.data.datasets is None  # nobody has said
-    for text in ("| main | – | clip, sam | 32 | 4 | 2 |", "| `sam` | – | 20 |", "32 pixels", "not known"):
+    for text in ("| main | – | clip, sam | 32 | 4 | 3 |", "| `sam` | – | 20 |", "32 pixels", "not known"):
         assert text in card.text
     written = load_recipe(student / "recipe.yaml")
     assert written.stages == recipe.stages and written.teachers == recipe.teachers
     assert written.output_dir == "run" and written.data.path == f"local:{image_folder.name}"
     manifest = json.loads((student / "teacher_manifest.json").read_text())
-    trained = json.loads((tmp_path / "run/checkpoints/step-00000002/training_state/teacher_manifest.json").read_text())
+    trained = json.loads((tmp_path / "run/checkpoints/step-00000003/training_state/teacher_manifest.json").read_text())
     assert manifest == {name: {**entry, "license": None} for name, entry in trained.items()}
     for path in student.iterdir():
         if path.suffix in (".md", ".yaml", ".json"):
@@ -55,4 +55,5 @@ def test_a_shared_recipe_has_no_folders_passwords_or_queries(make_recipe, tmp_pa
     assert not any(word in text for word in (str(tmp_path), "secret", "password", os.path.expanduser("~/photos")))
     assert portable_recipe(shared) == shared
     ids, lines = describe_data(shared)
-    assert ids == ["pixparse/cc12m-wds"] and "hub: [pixparse/cc12m-wds]" in lines[2 - 1] and "40 %" in lines[1]
+    assert ids == ["pixparse/cc12m-wds"]
+    assert [line.startswith("hub: [pixparse/cc12m-wds]") and "40 %" in line for line in lines].count(True) == 1
