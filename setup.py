@@ -13,6 +13,7 @@ TRAINING = [
     "matplotlib>=3.8",
     "tensorboard>=2.16",
     "evaluate>=0.4.6",
+    "jinja2>=3.1",
 ]
 TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.31"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4"]
@@ -51,7 +52,9 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "py.typed"]},
+    package_data={
+        "transformers_radio": ["quickstart/*.yaml", "quickstart/teachers/**/*", "training/run/*.jinja", "py.typed"]
+    },
     install_requires=[*MODELING, *TRAINING],
     extras_require={
         "teachers": TEACHERS,

@@ -132,8 +132,12 @@ def evaluate(
     from rich.console import Console
     from rich.text import Text
 
+    from transformers_radio.publishing.card import update_card  # torch comes with it, which run_task needed as well
+
     if not PartialState().is_main_process:
         return
+    for student in dict.fromkeys(result.spec for result in results if result.kind == "student"):
+        update_card(Path(student), [output])
     console = Console()
     for result in results:
         figures = "  ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
@@ -257,6 +261,32 @@ def quickstart(
 
     if run_quickstart(output, overrides or []) is None:
         raise typer.Exit(130)  # stopped by a signal, and saved
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A student's folder, such as runs/mine/student.")],
+    repo_id: Annotated[str, typer.Option(help="ORG/NAME on the Hub.")],
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Folder of results, such as runs/eval. May be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and show what would go; send nothing.")] = False,
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    license_override: Annotated[
+        str | None, typer.Option(help="Why a teacher's license does not apply; it goes into the card.")
+    ] = None,
+) -> None:
+    """Publish a student on the Hub in one commit: weights, code, processor, model card, results, recipe."""
+    from transformers_radio.publishing.publish import describe, prepare, upload
+
+    publication = prepare(folder, repo_id, results or [], license_override)
+    for line in describe(publication):
+        typer.echo(line)
+    if dry_run:
+        typer.echo("dry run: nothing was sent")
+    else:
+        commit = upload(publication, private)
+        typer.echo(f"published: {commit.commit_url}\nrevision: {commit.oid}")
 
 
 def main() -> None:

@@ -62,11 +62,24 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
         table = evaluate(encoders, world.directory, recipe)
         picture(encoders, world.directory, picture_path)
         write_text(run_dir / "table.md", table.to_markdown())
+        describe(result.student_dir, table)
         write_text(table_path, table.to_json())  # last: it says that the evaluation is done
     console = Console(markup=False, emoji=False)
     console.print(table.to_rich(console.width))
     console.print(f"student: {result.student_dir}\npicture: {picture_path}", highlight=False, soft_wrap=True)
     return table
+
+
+def describe(student_dir: Path, table: "Table") -> None:
+    """Puts the table into the student's model card, if its author has not removed the card."""
+    from transformers_radio.publishing.card import CARD, read_card
+
+    from .card import add_quickstart
+
+    if (student_dir / CARD).is_file():
+        card = read_card(student_dir)
+        add_quickstart(card, table.to_markdown(), table.rows[-1].metrics)
+        write_text(student_dir / CARD, str(card))
 
 
 def _choose_student(overrides: list[str]) -> tuple[Path, str, list[str]]:

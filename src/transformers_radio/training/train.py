@@ -146,7 +146,7 @@ def own_folder(run: Run) -> Iterator[None]:
 
 def finish(run: Run, signal: int | None) -> TrainResult:
     """Publishes the student of the last checkpoint, unless a signal has stopped the run."""
-    accelerator, state = run.accelerator, run.state
+    recipe, accelerator, state = run.recipe, run.accelerator, run.state
     run.progress.close()
     for tracker in accelerator.trackers:  # end_training would also end the process group, which is needed below
         tracker.finish()
@@ -158,6 +158,7 @@ def finish(run: Run, signal: int | None) -> TrainResult:
         return TrainResult(None, state.step, skipped, signal)
     checkpoint = run.checkpoint
     assert checkpoint is not None  # the last step saves one
-    student_dir = on_main_process(accelerator, lambda: publish_student(checkpoint, run.output_dir))
+    teachers = describe_teachers(recipe, run.shapes)
+    student_dir = on_main_process(accelerator, lambda: publish_student(checkpoint, recipe, teachers))
     accelerator.print(f"the student is in {student_dir}")
     return TrainResult(student_dir, state.step, skipped)

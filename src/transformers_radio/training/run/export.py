@@ -12,8 +12,10 @@ from transformers.utils import logging as transformers_logging
 from transformers_radio.disk import remove, replace_whole, writing
 from transformers_radio.modeling import RadioImageProcessor, RadioModel
 from transformers_radio.training.phi_s.rotation import PhiS
+from transformers_radio.training.recipe import Recipe
 from transformers_radio.training.stability.spectral import fold_spectral
 
+from .card import write_card
 from .folder import MANIFEST
 
 PREFIX = "student."
@@ -63,18 +65,22 @@ def write_student(
     processor.save_pretrained(folder)
 
 
-def publish_student(checkpoint: Path, output_dir: Path) -> Path:
-    """Copies the student of the last checkpoint to output_dir/student, whole or not at all.
+def publish_student(checkpoint: Path, recipe: Recipe, teachers: dict[str, dict[str, Any]]) -> Path:
+    """Copies the student of the last checkpoint to output_dir/student, whole or not at all, and adds its model card.
 
     Called on the main process alone.
+
+    Args:
+        teachers: as `describe_teachers` gives them.
 
     Raises:
         OSError: it could not be written; nothing is left of the copy, and the checkpoint stays.
     """
-    path = output_dir / "student"
+    path = Path(recipe.output_dir) / "student"
     with writing(path), replace_whole(path) as temporary:
         remove(temporary)  # left by a run that was killed here
         shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", MANIFEST))
+        write_card(temporary, recipe, teachers)
     return path
 
 

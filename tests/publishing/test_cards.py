@@ -1,0 +1,87 @@
+"""Cards: those in hub_cards/, those of folders without one, and what evaluation adds."""
+
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from helpers.paths import ROOT
+from helpers.published_student import make_student
+from transformers_radio.evaluation.result import Result
+from transformers_radio.publishing.card import main, update_card
+from transformers_radio.teachers import digest_weights
+
+CARDS = sorted((ROOT / "hub_cards").glob("*.md"))
+
+
+def test_the_cards_are_up_to_date():
+    command = [sys.executable, str(ROOT / "hub_cards/render.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_cards_have_their_metadata_and_the_untrained_no_figures(path):
+    card = ModelCard.load(path)
+    data = card.data
+    assert data.library_name == "transformers" and data.pipeline_tag == "image-feature-extraction"
+    assert data.license and data.datasets and "radio" in data.tags
+    if path.stem == "quickstart":
+        assert [entry.metric_value for entry in data.eval_results] == [90.87, 89.06, 40.0, 76.42]
+        assert (path.parent / "../docs/quickstart.png").is_file() and "(../docs/quickstart.png)" in card.text
+    else:
+        assert data.base_model and data.eval_results is None
+        assert "**Not trained.**" in card.text and "Not trained, so nothing was measured." in card.text
+    assert len(CARDS) == 7
+
+
+def result(model, task, value, weights=None):
+    settings = {"weights": weights or digest_weights(model), "dtype": "float32", "model": "x"}
+    return Result(task, "x", "Tiny set", {task: value}, "some protocol", settings, resolution=64, kind="student")
+
+
+def test_evaluation_adds_its_results_and_leaves_the_rest_of_the_card(tmp_path):
+    folder, card = tmp_path / "student", tmp_path / "student/README.md"
+    model = make_student(folder)
+    card.write_text(card.read_text().replace("## License", "## Mine\n\nwritten by hand\n\n## License"))
+    before = card.read_text()
+    result(model, "knn", 81.5).write(tmp_path / "eval/knn.json")
+    result(model, "zero-shot", 12.5, "others").write(tmp_path / "eval/other/zero-shot.json")
+    with pytest.MonkeyPatch.context() as patch:  # another model's, so the names differ
+        patch.setattr("transformers_radio.evaluation.report.collect._check_same_model", lambda one, other: None)
+        update_card(folder, [tmp_path / "eval"])
+    after = card.read_text()
+    assert "| knn | Tiny set | 64 | knn | 81.50 |" in after and "12.50" not in after
+    assert before.partition("## Evaluation")[0].partition("---\n\n")[2] in after and "written by hand" in after
+    assert ModelCard(after).data.eval_results[0].metric_value == 81.5
+    (tmp_path / "eval/other/zero-shot.json").unlink()
+    result(model, "knn", 82.5).write(tmp_path / "eval/knn.json")
+    update_card(folder, [tmp_path / "eval"])
+    assert "82.50" in card.read_text() and "81.50" not in card.read_text()
+
+
+def test_an_evaluation_does_not_fail_for_a_card(tmp_path, caplog):
+    make_student(tmp_path / "student")
+    (tmp_path / "student/README.md").write_text("---\nlicense: [\n---\n")
+    update_card(tmp_path / "student", [tmp_path])
+    assert "is not updated" in caplog.text
+    update_card(tmp_path / "nowhere", [tmp_path])
+
+
+def test_a_folder_without_a_card_gets_one(tmp_path):
+    folder = tmp_path / "student"
+    make_student(folder)
+    written = (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="is there already"):
+        main([str(folder)])
+    (folder / "README.md").unlink()
+    main([str(folder)])
+    assert (folder / "README.md").read_text() == written.replace("# tiny\n", "# student\n")
+    for name in ("README.md", "recipe.yaml", "teacher_manifest.json"):
+        (folder / name).unlink()
+    main([str(folder)])  # from the configuration alone
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license is None and "| `sam` | – | 6 |" in card.text
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        main([str(tmp_path)])
