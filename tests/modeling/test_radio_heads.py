@@ -235,7 +235,7 @@ def test_adaptors_are_kept_but_not_computed_unless_they_are_dropped(tmp_path, st
     assert json.loads((tmp_path / "dropped" / "config.json").read_text())["adaptors"] == {}
     weights = {key: one for key, one in model.state_dict().items() if "adaptors.clip.feature" not in key}
     model.save_pretrained(tmp_path / "half", state_dict=weights)
-    with pytest.raises(ValueError, match="adaptors.clip.feature_head.* would be random"):
+    with pytest.raises(ValueError, match="would be random: model.adaptors.clip.feature_head"):
         head.from_pretrained(tmp_path / "half")
 
 
