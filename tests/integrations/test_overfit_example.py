@@ -2,9 +2,12 @@
 
 import runpy
 
+import pytest
+
 from helpers.paths import ROOT
 
 
+@pytest.mark.slow
 def test_the_example_overfits_four_images(capsys):
     example = runpy.run_path(str(ROOT / "examples" / "overfit_detection.py"))
     assert example["main"]([]) >= 0.75
