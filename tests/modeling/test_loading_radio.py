@@ -259,3 +259,5 @@ def test_a_student_loaded_with_a_native_config_saves_the_same_config(tmp_path):
 def test_configs_of_other_models_are_named(model_class):
     with pytest.raises(ValueError, match="expected a Radio.*Config, got a Dinov2Config.*trust_remote_code=True"):
         model_class(transformers.Dinov2Config())
+    with pytest.raises(ValueError, match="video_temporal_patch_size is 2"):
+        model_class(transformers.RadioConfig(video_temporal_patch_size=2))

@@ -36,7 +36,8 @@ PIN = {
     *("transformers.utils.ModelOutput", "transformers.utils.can_return_tuple", "transformers.utils.logging"),
 }
 STANDARD_LIBRARY = {
-    *("base64", "collections", "contextlib", "contextvars", "copy", "dataclasses", "difflib", "io", "json", "math"),
+    *("base64", "collections", "contextlib", "contextvars", "copy", "dataclasses", "difflib", "functools"),
+    *("io", "json", "math"),
     *("os", "pathlib", "pickle", "re", "stat", "struct", "typing", "zlib"),
 }
 BUILTINS_THAT_RUN_CODE = {"eval", "exec", "compile", "__import__"}

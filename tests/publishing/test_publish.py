@@ -18,7 +18,7 @@ from helpers.published_student import make_student
 from transformers_radio import RadioImageProcessor, RadioModel
 from transformers_radio.cli import app
 from transformers_radio.evaluation.result import Result
-from transformers_radio.hub import publish
+from transformers_radio.publishing import publish
 from transformers_radio.publishing.loaders import check_loaders
 from transformers_radio.teachers import digest_weights
 

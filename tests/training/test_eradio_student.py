@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -234,7 +235,11 @@ def test_a_recipe_of_the_project_trains_a_tiny_network(path, tmp_path, image_fol
         overrides += [f"teachers.{name}.{key}={value}" for key, value in (*PATCHES, ("options", options))]
     recipe = load_recipe(path, overrides)
     assert recipe.stages["main"].batch_norm == "sync" and recipe.mixed_precision == "bf16"
-    student = ERadioModel.from_pretrained(train(recipe).student_dir)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is one of the process
+    try:
+        student = ERadioModel.from_pretrained(train(recipe).student_dir)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     shape = ERadioConfig.from_size(shipped["student"]["size"], **CONFIG)
     assert student.adaptors.keys() == shipped["teachers"].keys()
     assert (student.config.neck, student.config.pre_convolution) == (shape.neck, shape.pre_convolution)

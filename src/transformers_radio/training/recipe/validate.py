@@ -16,8 +16,8 @@ STUDENT_CONFIG_FIELDS = (
     *("drop_path_rate", "dtype", "final_norm", "hidden_act", "hidden_dropout_prob", "hidden_size", "id2label"),
     *("image_size", "initializer_range", "is_encoder_decoder", "label2id", "layer_norm_eps", "layerscale_value"),
     *("max_img_size", "mlp_norm", "mlp_ratio", "norm_mean", "norm_std", "num_attention_heads", "num_channels"),
-    *("num_hidden_layers", "num_registers", "output_hidden_states", "patch_dim", "patch_size", "pos_dropout"),
-    *("problem_type", "qkv_bias", "train_window_probability", "train_window_sizes"),
+    *("num_hidden_layers", "num_registers", "output_hidden_states", "patch_bias", "patch_dim", "patch_size"),
+    *("pos_dropout", "problem_type", "qkv_bias", "train_window_probability", "train_window_sizes"),
     *("transformers_version", "use_swiglu_ffn", "video_patch_dim", "video_temporal_patch_size"),
     *("window_num_global", "window_num_windowed", "window_prefix", "window_size"),
 )

@@ -103,7 +103,8 @@ def check_student(recipe: Recipe) -> None:
     last = checkpoint_folder(student.parent, steps)
     if damage(last) is None:
         files = {name: entry for name, entry in read_manifest(last).items() if not name.startswith("training_state/")}
-        wrong, fix = _differing(student, files), f"delete this folder, and the same command makes it again from {last}"
+        wrong = _differing(student, files) or _unreadable(student)
+        fix = f"delete this folder, and the same command makes it again from {last}"
     else:
         wrong, fix = _unreadable(student), "restore it, or set overwrite=true (start over)"
         if find_checkpoints(student.parent):
@@ -115,7 +116,9 @@ def check_student(recipe: Recipe) -> None:
 def _unreadable(student: Path) -> str | None:
     """What is wrong with a student, as far as its own files tell."""
     try:
-        json.loads((student / "config.json").read_text(encoding="utf-8"))
+        for name in ("config.json", "teacher_manifest.json"):
+            if (student / name).exists() or name == "config.json":  # students of before have no manifest
+                json.loads((student / name).read_text(encoding="utf-8"))
         if not any(student.glob("*.safetensors")):
             return "it has no weights"
         for path in student.glob("*.safetensors"):
