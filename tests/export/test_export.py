@@ -88,7 +88,8 @@ def test_smaller_onnx_files_have_windows_and_the_adaptors_asked_for(folder, tmp_
     assert error < (0.005 if dtype == "fp16" else 0.1) and without > error
     onnx = pytest.importorskip("onnx")
     stored = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in onnx.load(path).graph.initializer)
-    assert stored < 2.2 * sum(weight.numel() for weight in model.parameters())  # 4 bytes each in float32
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert stored < 2.5 * weights  # 4 bytes each in float32; the small position table stays so
 
 
 def test_torch_export_takes_any_batch_and_aspect(folder, tmp_path):
