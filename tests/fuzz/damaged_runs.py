@@ -12,7 +12,6 @@ from isolation import SOUND, Case, OtherBits
 from nonsense_recipes import RECIPE
 from nonsense_recipes import prepare as make_images
 
-from transformers_radio.training.run.card import CARD, RECIPE, TEACHERS
 from transformers_radio.training import load_recipe, train
 
 # as many files as a run can have: statistics, averages, a cache
@@ -55,7 +54,9 @@ def check(recipe: Path, overrides: list[str], run: Path, sound: Path, trains: bo
     AcceleratorState._reset_state(reset_partial_state=True)
     train(load_recipe(recipe, overrides))
     # the card and what it was made from are for people; evaluation adds to them
-    names = sorted(path.name for path in sound.iterdir() if path.is_file() and path.name not in (CARD, RECIPE, TEACHERS))
+    names = sorted(
+        path.name for path in sound.iterdir() if path.is_file() and path.name not in (CARD, RECIPE, TEACHERS)
+    )
     others = [
         name
         for name in names

@@ -104,11 +104,14 @@ def init_shared_part(module: nn.Module, config: Any) -> bool:
     return False
 
 
-def _mean_tensor(tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-    total: Any = tensors[0]
+def _mean_tensor(tensors: tuple[Any, ...]) -> Any:
+    """The mean of tensors, or None of Nones."""
+    if tensors[0] is None:
+        return None
+    total = tensors[0]
     for tensor in tensors[1:]:  # one by one: a stack would hold all of them twice
         total = total + tensor
-    return None if total is None else total / len(tensors)
+    return total / len(tensors)
 
 
 class RadioStudentMixin(nn.Module):
@@ -374,8 +377,10 @@ class RadioStudentMixin(nn.Module):
                 )
             starts = [0, *(index + 1 for index in chosen[:-1])]
             groups = [found[start : end + 1] for start, end in zip(starts, chosen, strict=True)]
-            means = (map(_mean_tensor, zip(*group, strict=True)) for group in groups)
-            found = [(pixels, prefix) for pixels, prefix in means]
+            found = [
+                (_mean_tensor(pixels), _mean_tensor(prefixes))
+                for pixels, prefixes in (zip(*group, strict=True) for group in groups)
+            ]
         maps: list[Any] = [pixels for pixels, _ in found]
         if output_fmt == "NLC":
             maps = [pixels.flatten(2).transpose(1, 2) for pixels in maps]  # (B, D, h, w) -> (B, h*w, D)
