@@ -54,9 +54,8 @@ def check(recipe: Path, overrides: list[str], run: Path, sound: Path, trains: bo
     AcceleratorState._reset_state(reset_partial_state=True)
     train(load_recipe(recipe, overrides))
     # the card and what it was made from are for people; evaluation adds to them
-    names = sorted(
-        path.name for path in sound.iterdir() if path.is_file() and path.name not in (CARD, RECIPE, TEACHERS)
-    )
+    beside = (card.CARD, card.RECIPE, card.TEACHERS)
+    names = sorted(path.name for path in sound.iterdir() if path.is_file() and path.name not in beside)
     others = [
         name
         for name in names
