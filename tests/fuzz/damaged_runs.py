@@ -13,6 +13,7 @@ from nonsense_recipes import RECIPE
 from nonsense_recipes import prepare as make_images
 
 from transformers_radio.training import load_recipe, train
+from transformers_radio.training.run import card
 
 # as many files as a run can have: statistics, averages, a cache
 OVERRIDES = (
