@@ -55,6 +55,17 @@ def build_with_backbone(
     if strides is None:
         strides = getattr(config, "feat_strides", None) or getattr(config, "feature_strides", None) or [4, 8, 16, 32]
     strides = list(strides)
+    backbone, channels = _backbone_config(student, strides, window_size)
+    config.backbone_config = backbone
+    if hasattr(config, "encoder_in_channels"):
+        config.encoder_in_channels = channels
+    if hasattr(config, "feat_strides"):
+        config.feat_strides = strides
+    return load_student(model_class(config), student)
+
+
+def _backbone_config(student: Any, strides: list[int], window_size: int | None) -> tuple[Any, list[int]]:
+    """The backbone's configuration, and the channels of its maps."""
     kind = student.config.model_type
     if window_size is not None and kind != "radio":
         raise ValueError(f"window_size is {window_size}, but a student of type {kind} has no windows to choose.")
@@ -64,8 +75,8 @@ def build_with_backbone(
             fields.pop(name, None)
         window_size = student.config.window_size if window_size is None else window_size
         backbone = RadioPyramidConfig(**{**fields, "adaptors": {}, "strides": strides, "window_size": window_size})
-        channels = [backbone.pyramid_size] * len(strides)
-    elif kind == "eradio":
+        return backbone, [backbone.pyramid_size] * len(strides)
+    if kind == "eradio":
         missing = [stride for stride in strides if stride not in _ERADIO_STAGES]
         if missing:
             raise ValueError(
@@ -74,18 +85,11 @@ def build_with_backbone(
         backbone = copy.deepcopy(student.config)
         backbone.adaptors = {}
         backbone.set_output_features_output_indices([_ERADIO_STAGES[stride] for stride in strides], None)
-        channels = [_eradio_channels(backbone)[stride] for stride in strides]
-    else:
-        raise ValueError(
-            f"The student is of type {kind}, which has no backbone class for transformers; use a RADIO or E-RADIO, "
-            "or mask_rcnn, which takes every student."
-        )
-    config.backbone_config = backbone
-    if hasattr(config, "encoder_in_channels"):
-        config.encoder_in_channels = channels
-    if hasattr(config, "feat_strides"):
-        config.feat_strides = strides
-    return load_student(model_class(config), student)
+        return backbone, [_eradio_channels(backbone)[stride] for stride in strides]
+    raise ValueError(
+        f"The student is of type {kind}, which has no backbone class for transformers; use a RADIO or E-RADIO, or "
+        "mask_rcnn, which takes every student."
+    )
 
 
 def _eradio_channels(config: ERadioConfig) -> dict[int, int]:

@@ -53,14 +53,7 @@ def as_open_clip(
             f"The student has no adaptor to a teacher with a text tower (it has {', '.join(adaptors) or 'none'}): "
             "name one with adaptor=..., or distill a student with a CLIP or SigLIP teacher."
         )
-    teacher = text or adaptors[chosen]["teacher"]
-    kind, _, checkpoint = teacher.partition(":")
-    if kind != "open_clip" or not checkpoint:
-        raise ValueError(
-            f"The text tower of the adaptor {chosen!r} is {teacher!r}, which open_clip does not run: name one of its "
-            "own with the same embeddings, text='open_clip:CHECKPOINT'."
-        )
-    checkpoint = resolve_checkpoint(checkpoint)
+    checkpoint = resolve_checkpoint(_checkpoint(text or adaptors[chosen]["teacher"], chosen))
     with naming_checkpoint(checkpoint):
         model, config = load_open_clip(checkpoint)
     if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)):
@@ -76,6 +69,17 @@ def as_open_clip(
     preprocess = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(preprocess, is_train=False)
     return model.to(student.device).eval(), transform, open_clip.get_tokenizer(split_checkpoint(checkpoint)[0])
+
+
+def _checkpoint(teacher: str, adaptor: str) -> str:
+    """What follows "open_clip:"."""
+    kind, _, checkpoint = teacher.partition(":")
+    if kind != "open_clip" or not checkpoint:
+        raise ValueError(
+            f"The text tower of the adaptor {adaptor!r} is {teacher!r}, which open_clip does not run: name one of its "
+            "own with the same embeddings, text='open_clip:CHECKPOINT'."
+        )
+    return checkpoint
 
 
 class StudentVisual(nn.Module):

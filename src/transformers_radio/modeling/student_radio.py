@@ -370,23 +370,27 @@ class RadioStudentMixin(nn.Module):
         self._warn_about_range(pixel_values)
         last, found = self._intermediates(pixel_values, wanted, chosen[-1] + 1 if stop_early else None, norm)
         if aggregation == "dense":
-            if len({pixels.shape for pixels, _ in found}) > 1:
-                raise ValueError(
-                    f"aggregation='dense' averages maps, but those of {type(self).__name__} differ in size "
-                    f"({', '.join('x'.join(map(str, pixels.shape[1:])) for pixels, _ in found)}); use 'sparse'."
-                )
-            starts = [0, *(index + 1 for index in chosen[:-1])]
-            groups = [found[start : end + 1] for start, end in zip(starts, chosen, strict=True)]
-            found = [
-                (_mean_tensor(pixels), _mean_tensor(prefixes))
-                for pixels, prefixes in (zip(*group, strict=True) for group in groups)
-            ]
+            found = self._averaged(found, chosen)
         maps: list[Any] = [pixels for pixels, _ in found]
         if output_fmt == "NLC":
             maps = [pixels.flatten(2).transpose(1, 2) for pixels in maps]  # (B, D, h, w) -> (B, h*w, D)
         if return_prefix_tokens and found[0][1] is not None:
             maps = [(pixels, prefix) for pixels, (_, prefix) in zip(maps, found, strict=True)]
         return maps if intermediates_only else (last, maps)
+
+    def _averaged(self, found: list[tuple[Any, Any]], chosen: list[int]) -> list[tuple[Any, Any]]:
+        """Maps and prefixes of all blocks up to the last chosen one -> their means up to each chosen one."""
+        if len({pixels.shape for pixels, _ in found}) > 1:
+            raise ValueError(
+                f"aggregation='dense' averages maps, but those of {type(self).__name__} differ in size "
+                f"({', '.join('x'.join(map(str, pixels.shape[1:])) for pixels, _ in found)}); use 'sparse'."
+            )
+        starts = [0, *(index + 1 for index in chosen[:-1])]
+        groups = [found[start : end + 1] for start, end in zip(starts, chosen, strict=True)]
+        return [
+            (_mean_tensor(pixels), _mean_tensor(prefixes))
+            for pixels, prefixes in (zip(*group, strict=True) for group in groups)
+        ]
 
     @property
     def num_intermediates(self) -> int:
