@@ -226,6 +226,7 @@ def test_a_recipe_of_the_project_trains_a_tiny_network(path, tmp_path, image_fol
         "checkpoints.every_steps=2",
         "log_every_steps=1",
         "tracker=null",
+        "mixed_precision=no",  # a process keeps the precision of its first training
     ]
     for where in groups or ["stages.main"]:
         overrides += [f"{where}.resolution=64", f"{where}.batch_size=4", f"{where}.micro_batch_size=2"]
@@ -233,7 +234,7 @@ def test_a_recipe_of_the_project_trains_a_tiny_network(path, tmp_path, image_fol
         options = "{width: 20, summary: false}" if name == "sam" else "{width: 16}"
         overrides += [f"teachers.{name}.{key}={value}" for key, value in (*PATCHES, ("options", options))]
     recipe = load_recipe(path, overrides)
-    assert recipe.stages["main"].batch_norm == "sync" and recipe.mixed_precision == "bf16"
+    assert recipe.stages["main"].batch_norm == "sync"
     student = ERadioModel.from_pretrained(train(recipe).student_dir)
     shape = ERadioConfig.from_size(shipped["student"]["size"], **CONFIG)
     assert student.adaptors.keys() == shipped["teachers"].keys()
