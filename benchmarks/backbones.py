@@ -208,13 +208,16 @@ def draw_panel(axes: Axes, points: dict[str, tuple[float, float]], label: str) -
     front = pareto_front(points)
     style.style_axes(axes, "images/s", label)
     axes.set_xscale("log")
+    axes.margins(x=0.2)
     axes.plot(*zip(*(points[name] for name in front), strict=True), color=style.GRAY, linewidth=1, zorder=1)
     for name, (x, y) in points.items():
-        color = style.VERMILION if name.startswith("E-RADIO") else style.GREEN if name in (CLIP, DINO) else style.BLUE
+        ours = name.startswith("E-RADIO")  # their names to the right, those of others to the left
+        color = style.VERMILION if ours else style.GREEN if name in (CLIP, DINO) else style.BLUE
         axes.scatter([x], [y], s=18, color=color, zorder=2)
-        short = name.removeprefix("OpenCLIP ").removeprefix("DINOv2 ").removesuffix(" (ours)")
-        short = {CLIP: "CLIP-H", DINO: "DINOv2-g"}.get(name, short)
-        axes.annotate(short, (x, y), (3, 3), textcoords="offset points", size=5)
+        below = any(abs(other / x - 1) < 0.1 and above > y for other, above in points.values())
+        offset = (4 if ours else -4, -6 if below else 2)
+        text = name.replace(" without upsampling", ", no neck").removesuffix(" (ours)").removesuffix(" ViT-H/14")
+        axes.annotate(text, (x, y), offset, textcoords="offset points", size=5, ha="left" if ours else "right")
 
 
 def draw(built: dict[str, Timed], batch: int, path: Path) -> None:

@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from measure import Case, NotThereError, Setup, compiler, forward_flops, free, graphed, peak_memory, seconds, share
+from measure import Case, Setup, compiler, forward_flops, free, graphed, peak_memory, seconds, share
 from torch import nn
 
 SIDE, BATCH = 224, 128
@@ -30,33 +30,31 @@ MODELS: dict[str, tuple[Timm, int]] = {
     "PoolformerV2-M36": (("poolformerv2_m36", {}), 1194),
     "MViTV2-B": (("mvitv2_base", {}), 975),
 }
-ERADIO = {"E-RADIO-B": 6422, "E-RADIO-B w/o upsample": 7040, "E-RADIO-L": 3472}  # the paper's images/s
+# our size, and the paper's images/s
+ERADIO = {"E-RADIO-B": ("b", 6422), "E-RADIO-B w/o upsample": ("b-no-upsample", 7040), "E-RADIO-L": ("l", 3472)}
+PAPER = {name: rate for table in (MODELS, ERADIO) for name, (_, rate) in table.items()}
 TINY: dict[str, Timm] = {CLIP_H: ("test_vit", {}), DINOV2_G: ("test_vit", {}), "ResNetv2-101": ("test_resnet", {})}
+TINY_ERADIO = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2], "stem_channels": 8}
 
 
 def cases(setup: Setup) -> list[Case]:
-    names = list(TINY if setup.dry else MODELS)
+    names = [*(TINY if setup.dry else MODELS), *ERADIO]
     ways = [("fp16", "graph"), ("fp16", "compiled"), ("bf16", "graph"), ("bf16", "compiled")]
     ways = ways[::3] if setup.dry else ways
     return [
-        *(Case(name, partial(eradio, name), limit=120) for name in ERADIO),
         *(Case(f"{name} {dtype} {mode}", partial(measure, name, dtype, mode, setup), limit=150)
           for dtype, mode in ways for name in names),
     ]  # fmt: skip
 
 
-def eradio(name: str) -> dict[str, Any]:
-    raise NotThereError(f"the package has no {name} yet; in the paper it makes {ERADIO[name]} images/s")
-
-
 def measure(name: str, dtype: str, mode: str, setup: Setup) -> dict[str, Any]:
     """A row with images/s over those of both teachers run the same way, beside the paper's."""
     row = speed(name, dtype, mode, setup)
-    paper = MODELS[name][1]
+    paper = PAPER[name]
     for teacher in (CLIP_H, DINOV2_G):
         column = f"x {teacher.split()[0]}"
         row[column] = row["images/s"] / speed(teacher, dtype, mode, setup)["images/s"]
-        row[f"{column}, paper"] = paper / MODELS[teacher][1]
+        row[f"{column}, paper"] = paper / PAPER[teacher]
     return {**row, "images/s, paper": paper}
 
 
@@ -65,7 +63,7 @@ def measure(name: str, dtype: str, mode: str, setup: Setup) -> dict[str, Any]:
 def _measured(name: str, dtype: str, mode: str, setup: Setup) -> tuple[tuple[str, float], ...]:
     layout = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
     with torch.device(setup.device):
-        model = build(name, TINY if setup.dry else None).to(**layout).eval()
+        model = build(name, setup.dry).to(**layout).eval()
     batch, side = (2, 160) if setup.dry else (BATCH, SIDE)
     images = torch.rand(batch, 3, side, side, device=setup.device).to(**layout)
     flops = batch * forward_flops(lambda: model(images[:1]))
@@ -85,9 +83,14 @@ def speed(name: str, dtype: str, mode: str, setup: Setup) -> dict[str, float]:
     return measured
 
 
-def build(name: str, tiny: dict[str, Timm] | None = None) -> nn.Module:
-    """timm's model of a row, with random weights, on the current default device."""
+def build(name: str, dry: bool) -> nn.Module:
+    """A row's model with random weights, on the current default device; E-RADIO's batch norms are fused."""
     import timm
 
-    model, options = tiny[name] if tiny else MODELS[name][0]
+    from transformers_radio import ERadioConfig, ERadioModel
+
+    if name in ERADIO:
+        config = ERadioConfig.from_size(ERADIO[name][0], **(TINY_ERADIO if dry else {}))
+        return ERadioModel(config).eval().fuse()
+    model, options = TINY[name] if dry else MODELS[name][0]
     return timm.create_model(model, **options)

@@ -69,7 +69,7 @@ def test_dry_run_measures_everything(tmp_path):
     counts = Counter(part for part, _ in rows)
     assert list(counts) == ["ceilings", "parity", "encoders", "efficient", "training", "quickstart"]
     left_out = {name for (_, name), row in rows.items() if row["status"] != "ok"}
-    assert all(name.startswith("E-RADIO") or "flash_attention_2" in name for name in left_out)
+    assert all("flash_attention_2" in name for name in left_out)
     assert counts["parity"] == 23 and counts["training"] == 9
     assert {name for part, name in rows if part == "quickstart"} >= {"CLIP", "DINOv2", "SAM", "student, 2 steps"}
     waits = rows["training", "synchronizations"]
@@ -151,7 +151,7 @@ def test_backbones_of_the_papers_table_take_its_images(gpu):
     paper |= {efficient.CLIP_H: 632, efficient.DINOV2_G: 1140}
     for name in efficient.MODELS:
         with torch.device("meta"):
-            model = efficient.build(name).eval()
+            model = efficient.build(name, dry=False).eval()
             output = model(torch.empty(1, 3, efficient.SIDE, efficient.SIDE))
         assert output.shape[0] == 1
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
