@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality bench clean
+.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -55,6 +55,11 @@ quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/installed  ## Build the documentation site, build/site/index.html (warnings are errors)
+	$(BIN)/python docs/build.py
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/mkdocs
+	$(BIN)/zensical build --strict
 
 bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the input pipeline, and the cost model
 	$(BIN)/python benchmarks/step_overhead.py

@@ -26,11 +26,16 @@ EXPORT = [
 ]  # transformers' exporters need torch 2.11
 LORA = ["peft>=0.17"]
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
+# mkdocs for its strict checks, zensical for the pages. zensical's settings may change with 0.1.
+DOCS = ["mkdocs>=1.6", "zensical>=0.0.70,<0.1"]
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 DEV = [
     *QUICKSTART,
     *EVALUATION,
     *EXPORT,
     *LORA,
+    *DOCS,
+    *NOTEBOOKS,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -63,6 +68,7 @@ setup(
         "export": EXPORT,
         "lora": LORA,
         "lmms": LMMS,
+        "docs": DOCS,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:main"]},
