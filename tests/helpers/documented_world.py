@@ -45,8 +45,7 @@ def make_world(folder: Path) -> Path:
     write_segmentation(folder, rng)
     for name, depth in (("runs/mine", 12), ("runs/quickstart/run", 2)):
         save_student(folder / name / "student", depth)
-    eradio = ERadioModel(ERadioConfig(**ERADIO, adaptors=ADAPTORS, preferred_resolution=64))
-    eradio.save_pretrained(folder / "runs/quickstart/run-eradio/student")
+    save_eradio(folder / "runs/quickstart/run-eradio/student")
     save_file(timm.create_model("convnext_atto").state_dict(), folder / "weights.safetensors")
     torch.save(torch.nn.Conv2d(3, 6, 8, stride=8).state_dict(), folder / "weights.pt")
     save_language_model(folder / "lmsys/vicuna-7b-v1.5")
@@ -63,6 +62,15 @@ def save_student(folder: Path, depth: int) -> Path:
     config = RadioConfig(**sizes, num_hidden_layers=depth, preferred_resolution=64, adaptors=ADAPTORS)
     RadioModel(config).save_pretrained(folder)
     RadioImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def save_eradio(folder: Path) -> Path:
+    torch.manual_seed(0)
+    student = ERadioModel(ERadioConfig(**ERADIO, adaptors=ADAPTORS, preferred_resolution=64))
+    student.save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    RadioImageProcessor(size=size, size_divisor=student.min_resolution_step).save_pretrained(folder)
     return folder
 
 
