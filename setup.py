@@ -25,6 +25,7 @@ EXPORT = [
     "torchao>=0.14",
 ]  # transformers' exporters need torch 2.11
 LORA = ["peft>=0.17"]
+FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 # mkdocs for its strict checks, zensical for the pages. zensical's settings may change with 0.1.
 DOCS = ["mkdocs>=1.6", "zensical>=0.0.70,<0.1"]
@@ -34,6 +35,7 @@ DEV = [
     *EVALUATION,
     *EXPORT,
     *LORA,
+    *FASTERVIT,
     *DOCS,
     *NOTEBOOKS,
     "pytest>=8",
@@ -67,6 +69,7 @@ setup(
         "evaluation": EVALUATION,
         "export": EXPORT,
         "lora": LORA,
+        "fastervit": FASTERVIT,
         "lmms": LMMS,
         "docs": DOCS,
         "dev": DEV,
