@@ -73,7 +73,7 @@ def reference() -> str:
     lines += ["## Settings of the tasks", "", "`transformers-radio eval TASK --help` prints them.", ""]
     for task in TASKS:
         lines += [f"### eval {task}", "", *code(describe_fields(load_task(task).config_class, WIDTH), "text")]
-    lines += ["### visualize", "", *code(describe_fields(VisualizeConfig, WIDTH), "text")]
+    lines += ["### visualize KIND", "", *code(describe_fields(VisualizeConfig, WIDTH), "text")]
     return "\n".join(lines)
 
 
