@@ -37,7 +37,7 @@ def test_every_public_name_has_an_entry():
     assert "- `pixel_values` (`torch.Tensor` of shape" in page and "**Raises**" in page
     assert "build_teacher(type, checkpoint, image_size=None, dtype='float32', **options)" in page
     assert "#### RadioModel.get_nearest_supported_resolution()" in page
-    assert "| `--dry-run`" in page and "stages.NAME.micro_batch_size: int | null" in page
+    assert "| `--dry-run`" in page and "stages.NAME.micro_batch_size: int in [1, 1000000] | null" in page
 
 
 def test_markdown_of_a_docstring():
