@@ -58,7 +58,7 @@ quality: $(VENV)/installed  ## Lint, types, import floors
 
 docs: $(VENV)/installed  ## Build the documentation site, build/site/index.html (warnings are errors)
 	$(BIN)/python docs/build.py
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/mkdocs
+	$(BIN)/mkdocs build --strict --site-dir build/mkdocs
 	$(BIN)/zensical build --strict
 
 bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the input pipeline, and the cost model
