@@ -99,12 +99,14 @@ def _card(model: Any, source: str, target: str) -> str:
     """A README whose first lines the Hub reads."""
     origin = getattr(model.config, "converted_from", None) or {}
     named = origin.get("source", Path(source).name)
-    lines = ["---", "library_name: transformers" if target != "timm" else "library_name: timm", "license: other"]
-    for key in ("license_name", "license_url"):
-        if key in origin:
-            lines.append(f"{key.replace('url', 'link')}: {origin[key]}")
-    if named.count("/") == 1 and ":" not in named:
-        lines.append(f"base_model: {named}")
+    lines = ["---", f"library_name: {'timm' if target == 'timm' else 'transformers'}"]
+    lines += ["pipeline_tag: image-feature-extraction"]
+    if "license_name" in origin:
+        link = origin["license_url"]
+        lines += ["license: other", f"license_name: {origin['license_name']}", f"license_link: {link}"]
+    repository = named.partition(":")[0]
+    if repository.count("/") == 1:
+        lines.append(f"base_model: {repository}")
     lines += ["tags:", "- radio", "---", "", f"# {named}, converted", ""]
     license = origin.get("license", "the license of the source")
     lines.append(f"Converted from `{named}`{_version(origin)} with transformers_radio, for {target}.")
