@@ -25,7 +25,7 @@ def draw(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     image = 0.3 * torch.rand(3, SIDE, SIDE, generator=generator)
     boxes, masks = [], []
     for number, channel in enumerate(COLORS.values()):
-        height, width = torch.randint(24, 44, (2,), generator=generator).tolist()
+        height, width = torch.randint(SIDE // 4, SIDE * 11 // 24, (2,), generator=generator).tolist()
         top = int(torch.randint(0, SIDE - height, (1,), generator=generator))
         left = number * SIDE // 2 + int(torch.randint(0, max(1, SIDE // 2 - width), (1,), generator=generator))
         mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)

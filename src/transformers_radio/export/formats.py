@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from transformers_radio.disk import replace_whole, writing
+from transformers_radio.disk import writing
 
 from .program import Program, dynamic_shapes, example_images, only_size
 
@@ -22,7 +22,7 @@ PACKAGES = {
     "openvino": (("openvino",), "pip install openvino"),
 }
 FORMATS = tuple(PACKAGES)
-# dtype -> what transformers.js has behind "model" in the name of the file
+# dtype -> what transformers.js has behind "model" in the name of the file: its "q8" is _quantized. It has no bf16.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "q8": "_quantized"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "q8": torch.float32}
 SINGLE_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
@@ -68,13 +68,13 @@ def write_program(student: Any, path: Path, format: str, dtype: str) -> None:
     config = config_class(dynamic_shapes=None if is_fixed else dynamic_shapes(student))
     with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
         exported = exporter.export(program, {"pixel_values": images}, config)
-    with writing(path), replace_whole(path) as temporary:
+    with writing(path):
         if format != "onnx":
-            exported.save_pretrained(temporary)
+            exported.save_pretrained(path)
         elif dtype == "q8":
-            _write_quantized_onnx(exported.program, temporary)
+            _write_quantized_onnx(exported.program, path)
         else:
-            _write_onnx(exported.program, temporary, path.name)
+            _write_onnx(exported.program, path)
 
 
 def quantize_weights(student: Any) -> None:
@@ -103,12 +103,12 @@ def _exporter(format: str) -> tuple[Any, Any]:
     return ExecutorchExporter(), ExecutorchConfig
 
 
-def _write_onnx(model: Any, path: Path, name: str) -> None:
+def _write_onnx(model: Any, path: Path) -> None:
     """One file, or beyond protobuf's limit NAME_data beside it, where transformers.js looks for it."""
     import onnx_ir
 
     size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values())
-    onnx_ir.save(model, str(path), external_data=f"{name}_data" if size > SINGLE_FILE else None)
+    onnx_ir.save(model, str(path), external_data=f"{path.name}_data" if size > SINGLE_FILE else None)
 
 
 def _write_quantized_onnx(model: Any, path: Path) -> None:

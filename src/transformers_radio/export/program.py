@@ -90,11 +90,19 @@ def only_size(student: Any) -> dict[str, tuple[int, int, int]]:
 
 
 def parity_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
-    """Name -> batch, height and width in pixels of the images that a program is compared on."""
+    """Name -> batch, height and width in pixels of the images that a program is compared on.
+
+    Three resolutions, and a square, an upright and a lying image.
+    """
     unit = unit_of(student)
     if has_one_size(student):
         return {"single": (1, unit, unit), "batch": (3, unit, unit)}
-    # about the preferred resolution, the longer side at most the largest
+    # about the preferred resolution, half of it, and half as much again, which is at most the largest
     steps = max(2, min(round(student.preferred_resolution / unit), student.max_resolution // unit * 2 // 3))
-    short, long = steps * unit, (steps + max(1, steps // 2)) * unit
-    return {"square": (1, short, short), "portrait": (2, long, short), "landscape": (3, short, long)}
+    half = max(2, steps // 2)
+    in_steps = {
+        "square": (1, steps, steps),
+        "portrait": (2, half + max(1, half // 2), half),
+        "landscape": (3, steps, steps + max(1, steps // 2)),
+    }
+    return {name: (batch, rows * unit, cols * unit) for name, (batch, rows, cols) in in_steps.items()}
