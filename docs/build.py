@@ -9,7 +9,6 @@ source file, the README) becomes a page below files/, so that the same link work
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,14 +23,13 @@ def build(target: Path) -> None:
     Raises:
         ValueError: a link leads nowhere, or out of the repository.
     """
-    sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "src")]
-    from reference import reference
+    from reference import reference  # beside this file; the whole package is imported with it
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     wanted: list[Path] = []  # paths outside of docs/ that a page links to
     for page in sorted((ROOT / "docs").glob("*.md")):
-        (target / page.name).write_text(with_links(page.read_text("utf-8"), page, f"{page.name}", wanted), "utf-8")
+        (target / page.name).write_text(with_links(page.read_text("utf-8"), page, page.name, wanted), "utf-8")
     for picture in (ROOT / "docs").glob("*.png"):
         shutil.copy(picture, target)
     (target / "reference.md").write_text(reference(), "utf-8")
@@ -42,7 +40,10 @@ def build(target: Path) -> None:
             done.add(path)
             place = target / page_of(path)
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(with_links(as_page(path), path, page_of(path), wanted), "utf-8")
+            if path.suffix == ".png":
+                shutil.copy(path, place)
+            else:
+                place.write_text(with_links(as_page(path), path, page_of(path), wanted), "utf-8")
 
 
 def page_of(path: Path) -> str:
@@ -50,10 +51,10 @@ def page_of(path: Path) -> str:
     inside = path.relative_to(ROOT)
     if inside.parts[0] == "docs" and inside.suffix in (".md", ".png"):
         return inside.name
-    if inside.suffix == ".md":  # not README.md, which would be the index of its folder
-        return (
-            f"files/{inside.parent}/{inside.name.lower()}" if inside.parent.parts else f"files/{inside.name.lower()}"
-        )
+    if inside.suffix == ".md":  # in lower case, because README.md would be the index of its folder
+        return Path("files", inside.with_name(inside.name.lower())).as_posix()
+    if inside.suffix == ".png":
+        return f"files/{inside}"
     return f"files/{inside}.md" if path.is_file() else f"files/{inside}/files.md"
 
 
@@ -99,9 +100,8 @@ def with_links(text: str, source: Path, page: str, wanted: list[Path]) -> str:
         path = (folder / address).resolve()
         if not path.is_relative_to(ROOT) or not path.exists():
             raise ValueError(f"{source.relative_to(ROOT)} links to {address}, which is not in the repository.")
-        if not page_of(path).startswith("files/"):
-            return f"{found[1]}{up}{page_of(path)}{'#' if anchor else ''}{anchor}{found[3]}"
-        wanted.append(path)
+        if page_of(path).startswith("files/"):
+            wanted.append(path)
         return f"{found[1]}{up}{page_of(path)}{'#' if anchor else ''}{anchor}{found[3]}"
 
     parts = CODE.split(text)
