@@ -15,13 +15,13 @@ PAGE = PAGES["recipes.md"].read_text(encoding="utf-8")
 
 
 def row_of(path):
-    """The cells of a recipe's row from the third on: student, teachers, images, steps, GPUs."""
+    """The cells of a recipe's row from the third on: student and teachers, images, steps and GPUs."""
     recipe = load_recipe(path)
     processes, gpu = re.search(r"^# processes: (\d+), gpu: (\S+)$", path.read_text(), re.MULTILINE).groups()
     student = " ".join(filter(None, (recipe.student.type, recipe.student.size)))
     images = ", ".join(recipe.data.sources) or recipe.data.path
     steps = " + ".join(f"{stage.steps // 1000}k" for stage in recipe.stages.values())
-    return [student, ", ".join(recipe.teachers), images, steps, f"{processes} x {gpu}"]
+    return [f"{student} from {', '.join(recipe.teachers)}", images, f"{steps} on {processes} x {gpu}"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FOLDER)) for path in FILES])
