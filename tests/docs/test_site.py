@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import transformers_radio
+from helpers.documents import PAGES
 from helpers.paths import ROOT
 
 
@@ -94,3 +95,18 @@ def test_links_of_the_repository_become_links_of_the_site():
 def test_a_link_that_leads_nowhere_is_an_error(link):
     with pytest.raises(ValueError, match="is not in the repository"):
         build.with_links(f"[a]({link})", ROOT / "docs" / "data.md", "data.md", [])
+
+
+def anchors_on_github(page):
+    """What GitHub makes of the headings: lower case, without punctuation, with hyphens for spaces."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_anchors_are_there_on_github_too(page):
+    """The builders check them by their own rule."""
+    for address, anchor in re.findall(r"\]\(([^)\s:#]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        target = page.parent / address if address else page
+        assert anchor in anchors_on_github(target), f"{address}#{anchor}"
