@@ -21,8 +21,13 @@ from transformers_radio.training import Recipe, load_recipe
 from transformers_radio.visualization.run import VisualizeConfig
 
 # Programs of others: their options are theirs.
-FOREIGN = ("pip install", "npm install", "cp", "hf auth login", "python -m http.server", "python -c")
-PLACEHOLDERS = {"R": "0", "RECIPE": "recipes/one_gpu_vit_s16.yaml", "FSDP.yaml": "recipes/accelerate/fsdp2.yaml"}
+FOREIGN = ("pip install", "npm install", "cp", "hf", "ssh", "python -m http.server", "python -c")
+PLACEHOLDERS = {
+    "R": "0",
+    "mine.yaml": "recipes/one_gpu_vit_s16.yaml",
+    "RECIPE": "recipes/one_gpu_vit_s16.yaml",
+    "FSDP.yaml": "recipes/accelerate/fsdp2.yaml",
+}
 
 
 def commands(page):
