@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from helpers.nvidia_files import make, write_hub
 from helpers.tiny_radio import ADAPTORS, build_with_adaptors
 from transformers_radio import (
     ERadioConfig,
@@ -116,10 +117,11 @@ def test_openvino_takes_any_batch_and_aspect(folder, tmp_path):
     assert_same_everywhere(load_program(path, "openvino"), model, [(1, 64, 64), (4, 96, 32), (2, 32, 96)])
 
 
-def test_executorch_takes_one_image(folder, tmp_path):
+def test_executorch_takes_one_square_image_of_several_sides(folder, tmp_path):
     pytest.importorskip("executorch")
     path, rows = export_student(str(folder), tmp_path, "executorch", adaptors=[])
-    assert (path / "model.pte").exists() and {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48)}
+    assert (path / "model.pte").exists()
+    assert {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48), (1, 32, 32)}
     assert max(row.error for row in rows) < 1e-5
 
 
@@ -178,6 +180,7 @@ def test_one_compiled_program_serves_all_shapes():
         ({"format": "openvino", "dtype": "q8"}, ValueError, "q8 is for onnx and torch-export"),
         ({"adaptors": ["dino"], "format": "torch-export"}, ValueError, "dino"),
         ({"window_size": -1, "format": "torch-export"}, ValueError, "window_size"),
+        ({"window_size": 40, "format": "torch-export"}, ValueError, "two windows are 1280 pixels, .* image has 512"),
     ],
 )
 def test_what_is_refused_before_any_work(folder, tmp_path, arguments, error, message):
@@ -193,6 +196,12 @@ def test_a_missing_package_is_named_with_its_command(format, folder, tmp_path, m
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
     with pytest.raises(ImportError, match=f"format {format} with fp32 needs {absent[0]}.*: pip install"):
         export_student(str(folder), tmp_path, format)
+
+
+def test_a_release_is_opened_as_it_is(tmp_path):
+    args, stored, *_ = make("c-radio_v3-b", "hub")
+    model = open_student(str(write_hub(tmp_path / "hub", args, stored, "c-radio_v3-b")), ["clip"], None)
+    assert list(model.adaptors) == ["clip"] and not model.training and model.dtype == torch.float32
 
 
 def test_e_radio_without_fixed_windows_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import transformers
 
 from transformers_radio.disk import writing
 
-from .program import Program, dynamic_shapes, example_images, only_size
+from .program import Program, dynamic_shapes, example_images, executorch_sizes, square_shapes
 
 # format -> packages that it needs, and the command that installs them
 PACKAGES = {
@@ -55,17 +55,17 @@ def program_path(output: Path, format: str, dtype: str) -> Path:
 
 def write_program(student: Any, path: Path, format: str, dtype: str) -> None:
     """Exports the student to `path`; it is cast to `dtype` in place."""
-    is_fixed = format == "executorch"  # plans its memory for the largest shape, which is too much where sides are free
-    if is_fixed:
-        (batch, height, width), channels = next(iter(only_size(student).values())), student.config.num_channels
-        images = torch.rand(batch, channels, height, width)
+    if format == "executorch":
+        # plans its memory for the largest shape, and cannot compute the longer side where both are free
+        (batch, height, width), channels = executorch_sizes(student)["large"], student.config.num_channels
+        images, shapes = torch.rand(batch, channels, height, width), square_shapes(student)
     else:
-        images = example_images(student)
+        images, shapes = example_images(student), dynamic_shapes(student)
     program = Program(student.to(DTYPES[dtype])).eval()
     if dtype == "q8" and format == "torch-export":
         quantize_weights(student)
     exporter, config_class = _exporter(format)
-    config = config_class(dynamic_shapes=None if is_fixed else dynamic_shapes(student))
+    config = config_class(dynamic_shapes=shapes)
     with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
         exported = exporter.export(program, {"pixel_values": images}, config)
     with writing(path):

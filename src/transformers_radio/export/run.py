@@ -12,7 +12,7 @@ from transformers_radio.disk import only_writer, remove
 
 from .formats import check_format, program_path, write_program
 from .parity import Parity, check_parity, load_program, measure_parity
-from .program import only_size, open_student, parity_sizes
+from .program import executorch_sizes, open_student, parity_sizes
 
 FILES = ("config.json", "preprocessor_config.json")  # that transformers.js reads beside onnx/
 
@@ -28,7 +28,7 @@ def export_student(
 ) -> tuple[Path, list[Parity]]:
     """Writes a student as a program for any batch and any sides, and compares what the file computes.
 
-    ExecuTorch programs take one image of about the preferred resolution.
+    ExecuTorch programs take one image: a ViT's any square up to about the preferred resolution, others' this one size.
 
     Args:
         folder: A student's folder or Hub id.
@@ -96,6 +96,7 @@ def _compare(student: Any, path: Path, format: str, dtype: str) -> list[Parity]:
         if dtype == "bf16" and type(error).__name__ == "NotImplemented":  # onnxruntime has such kernels for GPUs only
             return []
         raise ValueError(f"The runtime of {format} cannot load the program ({error}); it was not kept.") from error
-    rows = measure_parity(student, program, only_size(student) if format == "executorch" else parity_sizes(student))
+    sizes = executorch_sizes(student) if format == "executorch" else parity_sizes(student)
+    rows = measure_parity(student, program, sizes)
     check_parity(rows, dtype)
     return rows
