@@ -87,7 +87,9 @@ def main() -> int:
         folder_name, _, model_type = name.rpartition("/")
         writer = folder_name.removeprefix("saved-")
         title = f"{model_type} saved by {'transformers ' + found[writer] if writer in found else 'release ' + writer}"
-        print(f"{title:36}" + "".join(f"{v:>12.1e}" if isinstance(v, float) else f"{'FAILS':>12}" for v in row.values()))
+        print(
+            f"{title:36}" + "".join(f"{v:>12.1e}" if isinstance(v, float) else f"{'FAILS':>12}" for v in row.values())
+        )
     wrong = {(name, version): value for name, row in rows.items() for version, value in row.items()
              if not isinstance(value, float) or not value <= TOLERANCE}  # fmt: skip
     for (name, version), value in wrong.items():

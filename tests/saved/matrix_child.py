@@ -1,8 +1,8 @@
 """One process of matrix.py. Prints JSON.
 
-    save FOLDER             saves a student of every type
-    open FOLDER ...         opens those of several folders as strangers do, without this package
-    open-release FOLDER ... opens those of earlier releases, with this package
+save FOLDER             saves a student of every type
+open FOLDER ...         opens those of several folders as strangers do, without this package
+open-release FOLDER ... opens those of earlier releases, with this package
 """
 
 import json

@@ -90,9 +90,7 @@ def _refuse_code(recipe: Recipe) -> None:
             if target.partition(":")[0] not in sys.modules:
                 code = f"teachers.{name} is of the type python, so {target} runs"
         if code:
-            raise ValueError(
-                f"{code}: read it, and start with --trust-code (in Python: trust_code=True) if you trust it"
-            )
+            raise ValueError(f"{code}: if you trust it, start with --trust-code (in Python: trust_code=True)")
 
 
 def _parse_override(override: str) -> DictConfig:
