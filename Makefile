@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality bench clean
+.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality quality-deps bench matrix wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -55,6 +55,18 @@ quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+quality-deps: $(VENV)/installed  ## Look for known vulnerabilities in what is installed (asks a database on the network)
+	$(BIN)/python -m pip install --quiet "pip-audit>=2.7"
+	$(BIN)/pip-audit --local --skip-editable || { echo "error: pip-audit found something, or has no network"; exit 1; }
+
+matrix: $(VENV)/installed  ## Students saved by the oldest, a middle and the newest transformers, opened in each
+	$(BIN)/python tests/saved/matrix.py
+
+wheel: $(VENV)/installed  ## Wheel and source archive in dist/, and a check of what they hold
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/release/check_dist.py dist
 
 bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the input pipeline, and the cost model
 	$(BIN)/python benchmarks/step_overhead.py

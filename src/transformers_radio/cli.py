@@ -281,11 +281,14 @@ def publish(
     license_override: Annotated[
         str | None, typer.Option(help="Why a teacher's license does not apply; it goes into the card.")
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="The folder's code may be another than this version's; it runs.")
+    ] = False,
 ) -> None:
     """Publish a student on the Hub in one commit: weights, code, processor, model card, results, recipe."""
     from transformers_radio.publishing.publish import describe, prepare, upload
 
-    publication = prepare(folder, repo_id, results or [], license_override)
+    publication = prepare(folder, repo_id, results or [], license_override, trust_code)
     for line in describe(publication):
         typer.echo(line)
     if dry_run:

@@ -1,6 +1,6 @@
-"""`accelerate launch -m transformers_radio.training RECIPE [key=value ...] [--trust-code]`
+"""`accelerate launch -m transformers_radio.training RECIPE [key=value ...]`: the run of `transformers-radio train`.
 
-The run of `transformers-radio train`. With --trust-code, the recipe's teachers may run code (the type python, or the option trust_remote_code).
+With --trust-code, the recipe's teachers may run code (the type python, or the option trust_remote_code).
 """
 
 import os
