@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def expand_paths(recipe: Recipe) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes YAML that `load_recipe` reads back as the same recipe."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(recipe_to_dict(recipe)))), encoding="utf-8")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -146,6 +147,17 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _escaped(value: Any) -> Any:
+    """Values in which every ${ stands for itself: a recipe that was read has no interpolations any more."""
+    if isinstance(value, dict):
+        return {key: _escaped(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(one) for one in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def _check_emptied(overrides: list[str]) -> None:
