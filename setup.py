@@ -28,12 +28,14 @@ EXPORT = [
 ]  # transformers' exporters need torch 2.11
 DEMO = ["gradio>=6,<7"]
 LORA = ["peft>=0.17"]
+FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 DEV = [
     *QUICKSTART,
     *EVAL,
     *EXPORT,
     *LORA,
+    *FASTERVIT,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -67,6 +69,7 @@ setup(
         "export": EXPORT,
         "demo": DEMO,
         "lora": LORA,
+        "fastervit": FASTERVIT,
         "lmms": LMMS,
         "dev": DEV,
     },
