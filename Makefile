@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality docs bench clean
+.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality quality-deps docs bench matrix \
+	wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -60,6 +61,18 @@ docs: $(VENV)/installed  ## Build the documentation site, build/site/index.html 
 	$(BIN)/python docs/build.py
 	$(BIN)/mkdocs build --strict --site-dir build/mkdocs
 	$(BIN)/zensical build --strict
+
+quality-deps: $(VENV)/installed  ## Look for known vulnerabilities in what is installed (asks a database on the network)
+	$(BIN)/python -m pip install --quiet "pip-audit>=2.7"
+	$(BIN)/pip-audit --local --skip-editable || { echo "error: pip-audit found something, or has no network"; exit 1; }
+
+matrix: $(VENV)/installed  ## Students saved by the oldest, a middle and the newest transformers, opened in each
+	$(BIN)/python tests/saved/matrix.py
+
+wheel: $(VENV)/installed  ## Wheel and source archive in dist/, and a check of what they hold
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/release/check_dist.py dist
 
 bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the input pipeline, and the cost model
 	$(BIN)/python benchmarks/step_overhead.py

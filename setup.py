@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # transformers has a RADIO of its own from 5.13 on, but with the weights' names that our checkpoints share with it only
@@ -17,13 +19,14 @@ TRAINING = [
 ]
 TEACHERS = ["open_clip_torch>=3.0", "segment-anything>=1.0", "timm>=1.0.31"]
 QUICKSTART = [*TEACHERS, "scikit-image>=0.24", "scikit-learn>=1.4"]
-EVALUATION = ["faster-coco-eval>=1.6"]
+EVAL = ["faster-coco-eval>=1.6"]
 EXPORT = [
     "onnx>=1.18",
     "onnxscript>=0.6",
     "onnxruntime>=1.22",
     "torchao>=0.14",
 ]  # transformers' exporters need torch 2.11
+DEMO = ["gradio>=6,<7"]
 LORA = ["peft>=0.17"]
 FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
@@ -32,7 +35,7 @@ DOCS = ["mkdocs>=1.6", "zensical>=0.0.70,<0.1"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 DEV = [
     *QUICKSTART,
-    *EVALUATION,
+    *EVAL,
     *EXPORT,
     *LORA,
     *FASTERVIT,
@@ -44,6 +47,7 @@ DEV = [
     "mypy>=1.14",
     "import-linter>=2.1",
     "pre-commit>=4",
+    "build>=1.2",
     "types-PyYAML",
     "types-tqdm",
 ]
@@ -52,7 +56,7 @@ setup(
     name="transformers_radio",
     version="0.1.0",
     description="AM-RADIO on the Hugging Face stack: train, evaluate and use agglomerative vision foundation models.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -66,8 +70,9 @@ setup(
     extras_require={
         "teachers": TEACHERS,
         "quickstart": QUICKSTART,
-        "evaluation": EVALUATION,
+        "eval": EVAL,
         "export": EXPORT,
+        "demo": DEMO,
         "lora": LORA,
         "fastervit": FASTERVIT,
         "lmms": LMMS,
@@ -76,7 +81,13 @@ setup(
     },
     entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
 )

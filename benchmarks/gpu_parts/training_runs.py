@@ -256,5 +256,5 @@ def launch(recipe: Path, environment: dict[str, str], setup: Setup) -> subproces
         environment = {**environment, "MASTER_PORT": str(free.getsockname()[1])}
     if setup.dry:
         environment["ACCELERATE_USE_CPU"] = "true"
-    command = [sys.executable, "-m", "transformers_radio.training", str(recipe)]
+    command = [sys.executable, "-m", "transformers_radio.training", str(recipe), "--trust-code"]
     return subprocess.Popen(command, env={**os.environ, **environment})

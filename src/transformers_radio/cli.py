@@ -27,6 +27,10 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), see the folder recipes/.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="The recipe's teachers may run code: type python, option trust_remote_code."),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe fields as key=value, e.g. stages.main.steps=100.")]
 
 
@@ -43,14 +47,15 @@ def print_fields(asked: bool) -> None:
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
+    trust_code: TrustCode = False,
     fields: Annotated[
         bool, typer.Option("--fields", help="Print all fields of a recipe.", is_eager=True, callback=print_fields)
     ] = False,
 ) -> None:
     """Distil a student. The same command continues a run that was stopped or killed."""
-    from transformers_radio.training.__main__ import main
+    from transformers_radio.training.__main__ import TRUST_CODE, main
 
-    raise typer.Exit(main([str(recipe), *(overrides or [])]))
+    raise typer.Exit(main([str(recipe), *(overrides or []), *([TRUST_CODE] if trust_code else [])]))
 
 
 @app.command()
@@ -65,6 +70,7 @@ def plan(
         typer.Option(help="Also show time and memory on these: a100-40, a100-80, h100, h200, l40s, rtx4090, ..."),
     ] = None,
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
+    trust_code: TrustCode = False,
 ) -> None:
     """Show teachers, dims, resolutions, parameters, FLOPs, memory, samples seen; GPU-hours. Downloads nothing."""
     from transformers_radio.training.plan.gpus import find_gpu
@@ -72,7 +78,7 @@ def plan(
 
     if gpu is not None:
         find_gpu(gpu)
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, trust_code)
     from transformers_radio.training.plan.tables import (
         print_plan,  # torch comes with it: what is mistyped has been named
     )
@@ -280,11 +286,14 @@ def publish(
     license_override: Annotated[
         str | None, typer.Option(help="Why a teacher's license does not apply; it goes into the card.")
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="The folder's code may be another than this version's; it runs.")
+    ] = False,
 ) -> None:
     """Publish a student on the Hub in one commit: weights, code, processor, model card, results, recipe."""
     from transformers_radio.publishing.publish import describe, prepare, upload
 
-    publication = prepare(folder, repo_id, results or [], license_override)
+    publication = prepare(folder, repo_id, results or [], license_override, trust_code)
     for line in describe(publication):
         typer.echo(line)
     if dry_run:

@@ -21,7 +21,7 @@ def write_modeling(folder):
 
 
 def train_added(folder, *arguments):
-    """`python -m transformers_radio.training ARGUMENTS` in a new process, with the student of `write_modeling`."""
+    """`python -m transformers_radio.training ARGUMENTS --trust-code`, with the student of `write_modeling`."""
     modeling.__path__.append(folder)
     modeling.STUDENTS.update([LINE])
     return train(*arguments)

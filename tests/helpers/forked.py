@@ -12,10 +12,10 @@ context = multiprocessing.get_context("forkserver")
 
 
 def train(*arguments):
-    """`python -m transformers_radio.training ARGUMENTS`"""
+    """`python -m transformers_radio.training ARGUMENTS --trust-code`"""
     from transformers_radio.training.__main__ import main
 
-    return main([*arguments])
+    return main([*arguments, "--trust-code"])
 
 
 def _run(target, arguments, environment, output):

@@ -16,7 +16,7 @@ FSDP = {
 
 
 def start(processes, *arguments):
-    """`python -m transformers_radio.training RECIPE [key=value ...]` under torchrun."""
+    """`python -m transformers_radio.training RECIPE [key=value ...] --trust-code` under torchrun."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
@@ -24,7 +24,7 @@ def start(processes, *arguments):
         "ACCELERATE_USE_CPU": "true",
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, "-m", "transformers_radio.training", *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "transformers_radio.training", *map(str, arguments), "--trust-code"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -1,5 +1,7 @@
 """A recipe of two tiny teachers and a tiny student: format it with the folders `output` and `images`."""
 
+from . import tiny_teachers as tiny_teachers  # loaded, it is code that this process trusts
+
 RECIPE = """
 output_dir: {output}
 student:

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from transformers_radio.evaluation.models.specs import ModelSpec, check_model
-from transformers_radio.settings import quoted
+from transformers_radio.settings import check_interpolations, quoted
 
 from .paths import expand_home
 from .result import Result, slug
@@ -135,7 +135,11 @@ def named_models(path: str | Path, chosen: list[str]) -> list[str]:
         raise ValueError(
             f"{path} holds no models; expected lines of TITLE: MODEL, as in recipes/evaluation/table1.yaml."
         )
-    return [f"{name}={content[name]}" if name in content else name for name in chosen or content]
+    named = [f"{name}={content[name]}" if name in content else name for name in chosen or content]
+    for name in named:
+        if name.partition("=")[0] in content and ModelSpec.parse(name).type == "python":
+            raise ValueError(f"{path} names code, {name}, which would run: give it with --model if you trust it.")
+    return named
 
 
 def check_pictures(kind: str, models: list[str], recipe: str | Path | None, overrides: list[str] | None) -> None:
@@ -183,6 +187,7 @@ def load_config(
         parts = [OmegaConf.structured(schema)]
         if recipe is not None:
             written = OmegaConf.load(expand_home(str(recipe)))
+            check_interpolations(OmegaConf.to_container(written, resolve=False))
             if isinstance(written, DictConfig):
                 written = OmegaConf.masked_copy(written, [str(key) for key in written if key not in passed_over])
             parts.append(written)

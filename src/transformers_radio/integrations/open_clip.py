@@ -10,7 +10,7 @@ from transformers_radio.evaluation.models.encoder import language_adaptor
 from transformers_radio.modeling.errors_radio import naming_checkpoint
 from transformers_radio.teachers.base import require
 from transformers_radio.teachers.checkpoints import resolve_checkpoint
-from transformers_radio.teachers.open_clip import load_open_clip, split_checkpoint
+from transformers_radio.teachers.open_clip import load_open_clip, load_tokenizer
 
 from .students import open_student
 
@@ -75,7 +75,7 @@ def as_open_clip(
     model.visual = StudentVisual(student, chosen, image_size)
     preprocess = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(preprocess, is_train=False)
-    return model.to(student.device).eval(), transform, open_clip.get_tokenizer(split_checkpoint(checkpoint)[0])
+    return model.to(student.device).eval(), transform, load_tokenizer(checkpoint)
 
 
 def _checkpoint(teacher: str, adaptor: str) -> str:

@@ -53,6 +53,23 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
 
+def check_kernels(source: Any, fields: Any):
+    """Raises unless the fields of a config.json leave the choice of code from the Hub to the reader.
+
+    transformers fetches and runs an attention that is called OWNER/NAME.
+
+    Raises:
+        ValueError: One of the fields, also of a configuration inside, chooses such an attention.
+    """
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if name.lstrip("_").startswith("attn_implementation") and "/" in str(value):
+            raise ValueError(
+                f"{source}: its config.json has {name} {shown(value)}, code of the Hub that would run. Remove the "
+                "field, and give attn_implementation to from_pretrained if you trust that code."
+            )
+        check_kernels(source, value)
+
+
 def check_source(owner: str, source: Any):
     """Raises unless `source` is a folder, a file or a Hub id, as text or path.
 

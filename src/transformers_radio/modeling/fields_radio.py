@@ -12,7 +12,15 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .errors_radio import check_layout, check_source, convert_command, naming_checkpoint, one_line, shown
+from .errors_radio import (
+    check_kernels,
+    check_layout,
+    check_source,
+    convert_command,
+    naming_checkpoint,
+    one_line,
+    shown,
+)
 
 _LARGEST = 65536  # width or side: a mistyped number must not take all memory
 _DEEPEST = 1000
@@ -339,6 +347,7 @@ class CheckedConfigMixin:
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} has no config.json, or an empty one; give a saved model's folder."
             )
+        check_kernels(pretrained_model_name_or_path, config_dict)
         if isinstance(config_dict, dict) and isinstance(config_dict.get("args"), dict):
             raise ValueError(
                 f"{cls.__name__}: {pretrained_model_name_or_path} has the layout of NVIDIA's releases. "

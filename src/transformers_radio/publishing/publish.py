@@ -1,6 +1,7 @@
 """`transformers-radio publish`: a student's folder becomes one commit on the Hub, or is refused with the reason."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
@@ -57,7 +58,11 @@ class Publication:
 
 
 def prepare(
-    folder: Path, repo_id: str, results: Sequence[Path] = (), license_override: str | None = None
+    folder: Path,
+    repo_id: str,
+    results: Sequence[Path] = (),
+    license_override: str | None = None,
+    trust_code: bool = False,
 ) -> Publication:
     """Checks all that can be checked without the Hub, and gathers what `upload` sends.
 
@@ -67,14 +72,18 @@ def prepare(
         repo_id: ORG/NAME.
         results: folders of results; those of this student go into the card and along.
         license_override: why the card's license may be another than the teachers' leave, in words that go into it.
+        trust_code: whether the folder's code may be another than this version's. It runs here, and at the readers'.
 
     Raises:
         OSError: there is no such folder, or a file in it is missing.
         ValueError: an impossible repo_id; the card lacks license or data; a teacher's license forbids the student's;
-            files that may run code when they are loaded; or the folder does not open in all ways.
+            files that may run code when they are loaded; code that is not this version's, without `trust_code`; links
+            to outside of the folder; or the folder does not open in all ways.
     """
     _check_repo_id(repo_id)
     files = _files(folder)
+    if not trust_code:
+        _check_code(folder, files)
     card = read_card(folder)
     data: Any = card.data
     notes = []
@@ -176,6 +185,9 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
             "push_to_hub uploads a model with a task head"
         )
     found = sorted(path for path in folder.rglob("*") if path.is_file())
+    outside = [path for path in found if not path.resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ValueError(f"{outside[0]} is a link to {outside[0].resolve()}, outside of {folder}: remove or copy it")
     files = {path.relative_to(folder).as_posix(): path for path in found}
     files = {name: path for name, path in files.items() if not any(part[0] == "." for part in PurePath(name).parts)}
     pickles = [name for name in files if PurePath(name).suffix in PICKLES]
@@ -191,6 +203,27 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
             f"{folder} lacks {what}: save the student with save_pretrained, and a RadioImageProcessor beside it"
         )
     return dict(files)
+
+
+def _check_code(folder: Path, files: dict[str, Path | bytes]) -> None:
+    """Raises ValueError unless all code is this version's: what is published may have come from elsewhere."""
+    student = empty_student(folder)
+    sources = [path for kind in type(student).__mro__ if (path := _source(kind)) is not None]
+    own = {file.name: file for source in sources for file in source.parent.glob("*.py")}
+    for name, file in files.items():
+        if isinstance(file, Path) and name.endswith(".py"):
+            if name not in own or file.read_bytes() != own[name].read_bytes():
+                raise ValueError(
+                    f"{name} in {folder} is not this version's code. Save the student again (from_pretrained, "
+                    "save_pretrained), or read the file and allow it with --trust-code"
+                )
+
+
+def _source(kind: type) -> Path | None:
+    """The file of a student's class, whose folder holds its remote code; None for a class of another library."""
+    is_library = kind.__module__.partition(".")[0] in ("builtins", "torch", "transformers")
+    file = None if is_library else getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return None if file is None else Path(file)
 
 
 def _check_license(folder: Path, card: ModelCard, override: str | None) -> list[str]:

@@ -58,7 +58,8 @@ def known_teacher(
         elif name in known:
             found, network = known[name]
             check_options(f"the {type} teacher {checkpoint}", found.from_checkpoint, options)
-            teacher = found(network(), image_size=image_size, **options)
+            shaping = {option: value for option, value in options.items() if option != "revision"}
+            teacher = found(network(), image_size=image_size, **shaping)
         else:
             raise ValueError(
                 f"{checkpoint} is not on the disk, and its shapes are not known without its weights (known of the "

@@ -105,7 +105,7 @@ class OpenClipTeacher(Teacher):
         """As `Teacher.text_encoder`; the image tower is loaded too, and leaves the memory again."""
         model, _ = load_open_clip(checkpoint)
         del model.visual
-        return OpenClipTextEncoder(model, require("open_clip").get_tokenizer(split_checkpoint(checkpoint)[0]))
+        return OpenClipTextEncoder(model, load_tokenizer(checkpoint))
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         if hasattr(self.model, "trunk"):  # a timm tower
@@ -137,6 +137,13 @@ def split_checkpoint(checkpoint: str) -> tuple[str, str | None]:
             "open_clip_config.json, hf-hub:OWNER/NAME, or NAME:TAG_OR_FILE such as ViT-H-14-378-quickgelu:dfn5b"
         )
     return name, weights
+
+
+def load_tokenizer(checkpoint: str) -> Any:
+    """The tokenizer that OpenCLIP has for a checkpoint. Code beside its files never runs, whatever its config asks."""
+    open_clip, (name, _) = require("open_clip"), split_checkpoint(checkpoint)
+    is_of_transformers = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+    return open_clip.get_tokenizer(name, **({"trust_remote_code": False} if is_of_transformers else {}))
 
 
 def load_open_clip(checkpoint: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:

@@ -1,9 +1,14 @@
-"""`accelerate launch -m transformers_radio.training RECIPE [key=value ...]`: the run of `transformers-radio train`."""
+"""`accelerate launch -m transformers_radio.training RECIPE [key=value ...]`: the run of `transformers-radio train`.
+
+With --trust-code, the recipe's teachers may run code (the type python, or the option trust_remote_code).
+"""
 
 import os
 import sys
 
 from transformers_radio.data import USER_ERRORS, one_line
+
+TRUST_CODE = "--trust-code"
 
 
 def main(arguments: list[str]) -> int:
@@ -11,12 +16,14 @@ def main(arguments: list[str]) -> int:
     # torch reads it when it is loaded. Otherwise its threads occupy their cores after every small product, even while
     # other processes need them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not arguments:
-        raise SystemExit("usage: python -m transformers_radio.training RECIPE [key=value ...]")
+    trust_code = TRUST_CODE in arguments
+    arguments = [argument for argument in arguments if argument != TRUST_CODE]
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(f"usage: python -m transformers_radio.training RECIPE [key=value ...] [{TRUST_CODE}]")
     try:
         from .recipe import load_recipe
 
-        recipe = load_recipe(arguments[0], arguments[1:])  # its mistakes are named before torch is loaded
+        recipe = load_recipe(arguments[0], arguments[1:], trust_code)  # its mistakes are named before torch is loaded
         import torch
 
         from .train import train

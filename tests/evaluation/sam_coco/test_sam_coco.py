@@ -286,7 +286,7 @@ def test_a_missing_library_is_named_with_its_extra(dataset, sam, monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", absent)
     for detections in (None, "detections.json"):
-        with pytest.raises(ImportError, match=r'faster-coco-eval .*pip install "transformers_radio\[evaluation\]"'):
+        with pytest.raises(ImportError, match=r'faster-coco-eval .*pip install "transformers_radio\[eval\]"'):
             evaluate_sam_coco(None, sam, dataset.config(detections=detections), dataset.folder / "results.jsonl")
 
 

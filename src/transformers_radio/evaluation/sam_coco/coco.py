@@ -17,7 +17,7 @@ from transformers_radio.disk import digest
 
 from .config import SamCocoConfig
 
-EXTRA = 'pip install "transformers_radio[evaluation]"'
+EXTRA = 'pip install "transformers_radio[eval]"'
 
 
 @dataclass

@@ -1,20 +1,19 @@
 """Segmentation sets: folders of images and masks (ADE20K, PASCAL VOC), or any `datasets` source with both columns."""
 
-import io
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from transformers_radio.data.images import EXTENSIONS, FORMATS, SkippedImage
+from transformers_radio.data.images import EXTENSIONS, SkippedImage
 from transformers_radio.data.source import read_image, read_rgb
 from transformers_radio.disk import digest
 from transformers_radio.evaluation.images.split_files import find_split
 from transformers_radio.evaluation.models.specs import folder_or_hub
 from transformers_radio.evaluation.paths import expand_home
+from transformers_radio.modeling.decoding_radio import load_pixels, open_image
 
 from .config import SegmentationData, SplitSource
 from .miou import reduce_labels
@@ -101,9 +100,9 @@ class SegmentationSplit:
     def _read_mask(self, content: bytes, key: str) -> torch.Tensor:
         """int64 (H, W): class indices or ignore_index."""
         try:
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
-            picture.load()
-        except Exception as error:  # plugins raise whatever a damaged file leads them to
+            picture = open_image(content)
+            load_pixels(picture)
+        except SkippedImage as error:
             raise ValueError(f"The mask of {key} cannot be read: {error}") from error
         if picture.mode not in ("L", "P", "1", "I") and not picture.mode.startswith("I;16"):
             raise ValueError(

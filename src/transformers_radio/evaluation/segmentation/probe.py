@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from transformers_radio.data.lanes import exit_with_parent
 from transformers_radio.disk import differences, replace_whole, write_json, writing
+from transformers_radio.teachers.checkpoints import read_file
 
 from .config import SegmentationConfig, SegmentationData
 from .data import Sample, Samples, SegmentationSplit, data_settings
@@ -221,7 +222,7 @@ def _load_checkpoint(checkpoint: Path, head: nn.Module, optimizer: torch.optim.O
     """The number of iterations that the file, if there is one, has brought head and optimizer to."""
     if not checkpoint.exists():
         return 0
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = read_file(checkpoint)
     head.load_state_dict(saved["head"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]

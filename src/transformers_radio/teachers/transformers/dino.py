@@ -34,9 +34,12 @@ class DinoTeacher(Teacher):
         )
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
-        model = load_pretrained(checkpoint, "AutoModel", dtype, unused=("classifier.",))
-        return cls(model, image_size, normalization_of(checkpoint))
+    def from_checkpoint(
+        cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32", revision: str | None = None
+    ) -> Teacher:
+        """As `Teacher.from_checkpoint`; `revision` is a commit, tag or branch of the Hub."""
+        model = load_pretrained(checkpoint, "AutoModel", dtype, unused=("classifier.",), revision=revision)
+        return cls(model, image_size, normalization_of(checkpoint, revision))
 
     def encode(self, pixel_values: torch.Tensor) -> TeacherOutput:
         tokens = self.model(pixel_values).last_hidden_state  # (B, 1 + registers + h*w, C)

@@ -6,7 +6,13 @@ from typing import Any
 
 import transformers
 
-from transformers_radio.modeling.errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line, shown
+from transformers_radio.modeling.errors_radio import (
+    OF_DAMAGED_FILES,
+    check_kernels,
+    naming_checkpoint,
+    one_line,
+    shown,
+)
 from transformers_radio.teachers.base import Normalization, torch_dtype
 from transformers_radio.teachers.checkpoints import PREFIXES, unsafe_file_message
 
@@ -24,6 +30,7 @@ def config_dict(checkpoint: str, revision: str | None = None) -> dict[str, Any]:
         written = transformers.PretrainedConfig.get_config_dict(checkpoint, revision=revision)[0]
     if not isinstance(written, dict):
         raise ValueError(f"the config.json of {checkpoint} holds {shown(written)}, expected fields by name")
+    check_kernels(checkpoint, written)
     return written
 
 

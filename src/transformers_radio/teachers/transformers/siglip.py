@@ -49,9 +49,12 @@ class SiglipTeacher(Teacher):
         return config.image_size
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32") -> Teacher:
-        model = load_pretrained(checkpoint, cls.vision_model, dtype, ("text_model.", *SHARED))
-        return cls(model, image_size, normalization_of(checkpoint))
+    def from_checkpoint(
+        cls, checkpoint: str, image_size: int | None = None, dtype: str = "float32", revision: str | None = None
+    ) -> Teacher:
+        """As `Teacher.from_checkpoint`; `revision` is a commit, tag or branch of the Hub."""
+        model = load_pretrained(checkpoint, cls.vision_model, dtype, ("text_model.", *SHARED), revision=revision)
+        return cls(model, image_size, normalization_of(checkpoint, revision))
 
     @classmethod
     def text_encoder(cls, checkpoint: str) -> TextEncoder:

@@ -2,6 +2,8 @@
 
 import difflib
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
@@ -14,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from transformers_radio.data import one_line
-from transformers_radio.settings import quoted, type_at
+from transformers_radio.settings import check_interpolations, quoted, type_at
 
 from .fields import Recipe
 from .validate import validate
@@ -25,13 +27,18 @@ OmegaConf.register_resolver(
 )
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None, trust_code: bool = False) -> Recipe:
     """Reads a recipe, applies `key=value` overrides (`teachers.sam.summary_weight=0`) and validates the result.
+
+    Args:
+        trust_code: whether the teachers of this recipe may run code: those of the type `python`, and those with the
+            option `trust_remote_code`. A module that this program has imported already is its own, and needs no trust.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown field (with the nearest known one), a wrong type, a missing value, or values that do
-            not fit together. The message names the field, the value and what was expected.
+        ValueError: an unknown field (with the nearest known one), a wrong type, a missing value, values that do
+            not fit together, or code without `trust_code`. The message names the field, the value and what was
+            expected.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -46,9 +53,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path} is not a mapping of recipe fields")
     for part in [loaded, *map(_parse_override, overrides)]:
-        _check_form(OmegaConf.to_container(part, resolve=False), Recipe, "")
+        written = OmegaConf.to_container(part, resolve=False)
+        check_interpolations(written, ("package",))
+        _check_form(written, Recipe, "")
     try:
         recipe = _build(path, loaded, overrides)
+        if not trust_code:
+            _refuse_code(recipe)
         validate(recipe)
     except ValueError as error:
         raise ValueError(f"{error}{_meant(str(error), loaded, overrides)}") from error
@@ -67,6 +78,20 @@ def _build(path: Path, loaded: DictConfig, overrides: list[str]) -> Recipe:
     if recipe.mixed_precision == "False":  # YAML reads a bare no as false
         recipe.mixed_precision = "no"
     return expand_paths(recipe)
+
+
+def _refuse_code(recipe: Recipe) -> None:
+    """Raises ValueError for a teacher that is code, or loads it."""
+    for name, teacher in recipe.teachers.items():
+        code = None
+        if teacher.options.get("trust_remote_code"):
+            code = f"teachers.{name}.options.trust_remote_code runs the code that comes with {teacher.checkpoint}"
+        elif teacher.type == "python":
+            target = str(teacher.options.get("target") or teacher.checkpoint)
+            if target.partition(":")[0] not in sys.modules:
+                code = f"teachers.{name} is of the type python, so {target} runs"
+        if code:
+            raise ValueError(f"{code}: if you trust it, start with --trust-code (in Python: trust_code=True)")
 
 
 def _parse_override(override: str) -> DictConfig:
@@ -114,7 +139,7 @@ def expand_paths(recipe: Recipe) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes YAML that `load_recipe` reads back as the same recipe."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(recipe_to_dict(recipe)))), encoding="utf-8")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -122,6 +147,17 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(recipe))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _escaped(value: Any) -> Any:
+    """Values in which every ${ stands for itself: a recipe that was read has no interpolations any more."""
+    if isinstance(value, dict):
+        return {key: _escaped(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(one) for one in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def _check_emptied(overrides: list[str]) -> None:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers_radio.data import merge_states
 from transformers_radio.disk import differences, remove, writing
 from transformers_radio.teachers import portable_checkpoint
+from transformers_radio.teachers.checkpoints import read_file
 from transformers_radio.training.phi_s.rotation import PhiS
 from transformers_radio.training.recipe import Recipe
 from transformers_radio.training.stability.ema import EMA
@@ -187,15 +188,15 @@ def load_training(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optim
     accelerator, checkpoint = run.accelerator, run.checkpoint
     assert checkpoint is not None
     folder = checkpoint / "training_state"
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    saved = read_file(folder / "optimizer.pt")
     set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
+        accelerator.scaler.load_state_dict(read_file(folder / "scaler.pt"))
     if ema is not None:
         ema.load_state_dict(load_file(folder / "ema.safetensors"))
     random_file = folder / f"random_{accelerator.process_index}.pt"
     if random_file.exists():
-        _set_random_state(accelerator, torch.load(random_file, map_location="cpu", weights_only=True))
+        _set_random_state(accelerator, read_file(random_file))
     else:
         set_seed(run.recipe.seed + run.state.step, device_specific=True)
 
