@@ -229,11 +229,9 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
 
     args, stored, *_ = make("radio_v2.5-b", "hub")
     folder = write_hub(tmp_path / "hub", args, stored, "radio_v2.5-b")
-    for target, where in (
-        ("radio", "transformers.modeling_utils"),
-        ("nvidia", "transformers_radio.hub.export_nvidia"),
-    ):
-        monkeypatch.setattr(f"{where}.{'safe_save_file' if target == 'radio' else 'save_file'}", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    monkeypatch.setattr("transformers_radio.hub.export_nvidia.save_file", full)
+    for target in ("radio", "nvidia"):
         with pytest.raises(OSError, match="out could not be written .*No space left.* bytes free.: make room"):
             convert(str(folder), tmp_path / "out", target)
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
