@@ -25,12 +25,14 @@ EXPORT = [
     "torchao>=0.14",
 ]  # transformers' exporters need torch 2.11
 LORA = ["peft>=0.17"]
+FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 DEV = [
     *QUICKSTART,
     *EVALUATION,
     *EXPORT,
     *LORA,
+    *FASTERVIT,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -62,6 +64,7 @@ setup(
         "evaluation": EVALUATION,
         "export": EXPORT,
         "lora": LORA,
+        "fastervit": FASTERVIT,
         "lmms": LMMS,
         "dev": DEV,
     },

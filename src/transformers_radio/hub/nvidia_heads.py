@@ -129,9 +129,8 @@ def choose(adaptors: dict[str, Any], names: Sequence[str] | None) -> list[str]:
     """
     if names is None:
         return list(adaptors)
-    names = names if isinstance(names, (list, tuple, str)) else [names]
-    wrong = [name for name in names if name not in adaptors]
-    if wrong or isinstance(names, str):
+    is_list = isinstance(names, (list, tuple))
+    if not is_list or any(name not in adaptors for name in names):
         raise ValueError(
             f"adaptor_names is {shown(names)}, expected a list out of {list(adaptors)}"
             + ("" if adaptors else ": this file has no heads; they are in the .pth.tar of the release")
