@@ -25,12 +25,15 @@ EXPORT = [
     "torchao>=0.14",
 ]  # transformers' exporters need torch 2.11
 LORA = ["peft>=0.17"]
+DEMO = ["gradio>=6.31,<7"]
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 DEV = [
     *QUICKSTART,
     *EVALUATION,
     *EXPORT,
     *LORA,
+    *DEMO,
+    "playwright>=1.50",  # drives the browser of some tests
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -62,6 +65,7 @@ setup(
         "evaluation": EVALUATION,
         "export": EXPORT,
         "lora": LORA,
+        "demo": DEMO,
         "lmms": LMMS,
         "dev": DEV,
     },

@@ -66,7 +66,7 @@ def load_models(name: str, given: Mapping[str, str] | None = None, with_teachers
             )
     models = DemoModels(student)
     recorded = {adaptor: given.get(adaptor) or str(entry["teacher"]) for adaptor, entry in adaptors.items()}
-    manifest = read_manifest(Path(name))
+    manifest = read_manifest(Path(student.spec.checkpoint))
     for adaptor, teacher in recorded.items() if with_teachers else ():
         side = manifest.get(adaptor, {}).get("image_size")
         load = _teacher_loader(adaptor, teacher, side, adaptors[adaptor]["feature_dim"], adaptor in given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from transformers_radio.visualization.masks import overlay_masks
@@ -83,11 +83,8 @@ def show_features(models: DemoModels, visit: Visit, side: float) -> str:
         return quiet("Drop an image to see its features.")
     with told():
         panels = feature_panels(models, visit.image, int(side))
-    square = visit.image.copy()
-    edge = min(square.size)
-    left, top = (square.width - edge) // 2, (square.height - edge) // 2
-    square = square.crop((left, top, left + edge, top + edge))
-    square.thumbnail((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+    edge = min(SHOWN, *visit.image.size)
+    square = ImageOps.fit(visit.image, (edge, edge), Image.Resampling.BICUBIC)
     return panels_html(square, panels)
 
 
@@ -147,8 +144,8 @@ def build_page(models: DemoModels) -> gr.Blocks:
                 upload = Upload(label="Image", sources=["upload", "clipboard"], height=260, elem_id="upload", buttons=[])
                 side = gr.Slider(
                     smallest, largest, models.student.image_size, step=step, elem_id="side",
-                    label="Resolution: side of the student's input in pixels",
-                    info=f"It was made for {models.student.image_size}.",
+                    label="Resolution in pixels",
+                    info=f"Side of the student's input; it prefers {models.student.image_size}.",
                 )  # fmt: skip
                 for sentence in models.left_out.values():
                     gr.HTML(quiet(sentence))

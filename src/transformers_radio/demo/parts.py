@@ -120,7 +120,7 @@ def _panel(
 ) -> Panel:
     """features: (1, h*w, C)."""
     (colors,) = pca_rgb([features[0].float()], [grid], basis)
-    return Panel(title, f"{note}, {grid[1]} × {grid[0]} patches", colors, milliseconds)
+    return Panel(title, f"{note}, {grid[1]}\u00a0×\u00a0{grid[0]} patches", colors, milliseconds)
 
 
 def parse_labels(text: str) -> list[str]:

@@ -74,7 +74,7 @@ def prepare(
             files that may run code when they are loaded; or the folder does not open in all ways.
     """
     _check_repo_id(repo_id)
-    files = _files(folder)
+    files = student_files(folder)
     card = read_card(folder)
     data: Any = card.data
     notes = []
@@ -159,7 +159,7 @@ def _check_repo_id(repo_id: str) -> None:
         raise ValueError(f"--repo-id is {repo_id!r}; expected ORG/NAME, with your user name or organization")
 
 
-def _files(folder: Path) -> dict[str, Path | bytes]:
+def student_files(folder: Path) -> dict[str, Path | bytes]:
     """Every file of the folder but hidden ones, by its path in the repository."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
