@@ -104,6 +104,8 @@ def click(models: DemoModels, visit: Visit, kind: str, place: tuple[int, int]) -
     with told():
         if visit.image is None:
             raise ValueError("There is no image yet: drop one first.")
+        if not (0 <= place[0] < visit.image.width and 0 <= place[1] < visit.image.height):
+            raise ValueError("The click is outside of the image.")
         if kind == BOX and visit.corner is None:
             visit.corner = place
             return visit, _marked(visit.image, [place]), quiet("Now click the opposite corner.")

@@ -81,6 +81,12 @@ def sides(models: DemoModels) -> tuple[int, int, int]:
     return step, max(largest, student.image_size), step
 
 
+def _check_side(models: DemoModels, side: int) -> None:
+    smallest, largest, step = sides(models)
+    if not smallest <= side <= largest or side % step:
+        raise ValueError(f"The side is {side} pixels; expected a multiple of {step} from {smallest} to {largest}.")
+
+
 def feature_panels(models: DemoModels, image: Image.Image, side: int) -> list[Panel]:
     """The student's features, then for each adaptor the teacher's own (where it is at hand) and the student's.
 
@@ -91,10 +97,10 @@ def feature_panels(models: DemoModels, image: Image.Image, side: int) -> list[Pa
         side: of the student's input in pixels.
 
     Raises:
-        ValueError: a side that the student does not take.
+        ValueError: a side that is not one of `sides`.
     """
     student = models.student
-    student.check_size(side, side)
+    _check_side(models, side)
     output, took = _timed(lambda: student.model(_square(student, image, side)), student.device)
     panels = [_panel("Student", "its own features", output.features, output.grid, milliseconds=took)]
     for name, head in output.adaptors.items():
@@ -129,6 +135,8 @@ def parse_labels(text: str) -> list[str]:
     Raises:
         ValueError: none, too many, or one that is too long.
     """
+    if len(text) > MAX_LABELS * (MAX_LETTERS + 2):
+        raise ValueError(f"The labels have {len(text):,} letters together: type fewer.")
     labels = list(dict.fromkeys(filter(None, (one.strip() for one in text.replace("\n", ",").split(",")))))
     if not labels:
         raise ValueError("There is no label: type some, such as cat, dog, bicycle.")
@@ -149,7 +157,7 @@ def score_labels(
     """
     student, text = models.student, models.text
     assert text is not None, models.left_out
-    student.check_size(side, side)
+    _check_side(models, side)
     square = _square(student, image, side)
 
     def cosines() -> torch.Tensor:
