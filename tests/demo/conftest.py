@@ -3,6 +3,7 @@ from PIL import Image
 
 from helpers.taught_student import save_taught_student
 from helpers.tiny_sam import picture
+from helpers.watched_run import make_run
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,8 @@ def models(student_folder):
 def image():
     """Smooth colors, 96 pixels wide and 80 high."""
     return Image.fromarray(picture((80, 96)))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)

@@ -10,7 +10,11 @@ from transformers_radio.demo.models import load_models
 
 def test_all_that_is_at_hand_is_loaded(models):
     assert models.left_out == {}
-    assert {name: teacher.image_size for name, teacher in models.teachers.items()} == {"clip": 64, "dinov2": 84, "sam": 128}
+    assert {name: teacher.image_size for name, teacher in models.teachers.items()} == {
+        "clip": 64,
+        "dinov2": 84,
+        "sam": 128,
+    }
     assert models.student.adaptor == "clip" and models.text(["a cat"]).shape == (1, 128)
     assert len(models.sam.image_encoder.blocks) == 0  # the student takes their place
 

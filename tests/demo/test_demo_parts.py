@@ -1,4 +1,4 @@
-"""The parts of a student's page against what they are made of: Pillow, the teachers themselves, SAM's own predictor."""
+"""The parts of a student's page against what they are made of: Pillow, the teachers, SAM's own predictor."""
 
 import io
 import math
@@ -34,7 +34,12 @@ def png_of(width, height):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,8 @@ def test_labels_are_scored_as_the_text_tower_says(models, image):
         texts = clip.eval().encode_text(tokenizer([f"a photo of a {label}" for label in labels]))
         summary = models.student.model(as_pixels(image, 64), adaptors=["clip"]).adaptors["clip"].summary[0]
     cosines = {
-        label: float(text @ summary / (text.norm() * summary.norm())) for label, text in zip(labels, texts, strict=True)
+        label: float(text @ summary / (text.norm() * summary.norm()))
+        for label, text in zip(labels, texts, strict=True)
     }
     assert [score.label for score in scores] == sorted(labels, key=lambda label: -cosines[label])
     total = sum(math.exp(100 * cosine) for cosine in cosines.values())
@@ -179,8 +185,8 @@ def test_masks_are_those_of_sams_predictor_with_the_students_features(models, im
 @pytest.mark.parametrize(
     "clicks, message",
     [
-        ([(96, 5)], "image of 96 x 80 pixels"),
-        ([(5, -1)], "image of 96 x 80 pixels"),
+        ([(96, 5)], "image of 96 x 80"),
+        ([(5, -1)], "image of 96 x 80"),
         ([], "expected one or two"),
         ([(5, 5), (5, 60)], "two opposite corners"),
     ],

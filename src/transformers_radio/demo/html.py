@@ -33,7 +33,7 @@ CSS = """
   align-items: center; font-size: 13px;}
 .steps img {width: 100%; aspect-ratio: 1; border-radius: 4px; display: block;}
 .steps img.patches {image-rendering: pixelated;}
-#picture img {width: 100%; height: min(420px, 80vw); object-fit: contain; cursor: crosshair;}
+#picture img {width: 100%; height: min(420px, 80vw); object-fit: scale-down; cursor: crosshair;}
 @media (max-width: 640px) {
   .panels {grid-template-columns: repeat(2, 1fr);}
   .labels {grid-template-columns: 1fr max-content;}
@@ -89,4 +89,5 @@ def quiet(text: str) -> str:
 
 def facts_html(facts: Sequence[tuple[str, str]]) -> str:
     """(name, value) side by side."""
-    return f'<div class="facts">{"".join(f"<div><span>{escape(a)}</span><b>{escape(b)}</b></div>" for a, b in facts)}</div>'
+    cells = "".join(f"<div><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in facts)
+    return f'<div class="facts">{cells}</div>'

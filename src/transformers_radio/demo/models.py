@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -62,7 +61,8 @@ def load_models(name: str, given: Mapping[str, str] | None = None, with_teachers
     for adaptor in given:
         if adaptor not in adaptors:
             raise ValueError(
-                f"{name} has no adaptor {adaptor!r}; it has {', '.join(adaptors) or 'none'}: write ADAPTOR=TYPE:CHECKPOINT."
+                f"{name} has no adaptor {adaptor!r}; it has {', '.join(adaptors) or 'none'}: write "
+                "ADAPTOR=TYPE:CHECKPOINT."
             )
     models = DemoModels(student)
     recorded = {adaptor: given.get(adaptor) or str(entry["teacher"]) for adaptor, entry in adaptors.items()}
@@ -78,9 +78,7 @@ def load_models(name: str, given: Mapping[str, str] | None = None, with_teachers
     return models
 
 
-def _at_hand(
-    models: DemoModels, part: str, what: str, must: bool, load: Callable[[], Loaded]
-) -> Loaded | None:
+def _at_hand(models: DemoModels, part: str, what: str, must: bool, load: Callable[[], Loaded]) -> Loaded | None:
     """What `load` returns; where that fails, None and a sentence in `left_out`, unless it `must` be there."""
     try:
         return load()
@@ -97,7 +95,9 @@ def _teacher_loader(
     def load() -> VisionTeacher:
         kind, _, checkpoint = teacher.partition(":")
         if kind == "python" and not is_given:
-            raise ValueError(f"it is {teacher}, whose code runs only if you name it, with --teacher {adaptor}={teacher}")
+            raise ValueError(
+                f"it is {teacher}, whose code runs only if you name it, with --teacher {adaptor}={teacher}"
+            )
         encoder = VisionTeacher(ModelSpec(adaptor, kind, checkpoint), build_teacher(kind, checkpoint, side))
         if encoder.model.feature_dim != width:
             raise ValueError(
@@ -134,7 +134,8 @@ def _load_sam(models: DemoModels, recorded: Mapping[str, str], given: Mapping[st
     adaptor = next((name for name, teacher in recorded.items() if teacher.startswith(f"{SAM}:")), None)
     if adaptor is None:
         models.left_out["masks"] = (
-            f"Masks are left out: none of the student's adaptors names a SAM of type {SAM}, whose decoder would draw them."
+            f"Masks are left out: none of the student's adaptors names a SAM of type {SAM}, whose decoder would draw "
+            "them."
         )
         return
 

@@ -1,8 +1,9 @@
-"""`transformers-radio demo`: drop an image, see the student's features beside its teachers', type labels, click masks."""
+"""`transformers-radio demo`: drop an image; see features beside the teachers', type labels, click masks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -19,6 +20,7 @@ from .parts import (
     MAX_BYTES,
     MAX_LABELS,
     MAX_LETTERS,
+    WORKING_SIDE,
     draw_mask,
     embed_for_masks,
     feature_panels,
@@ -51,13 +53,9 @@ class Visit:
     corner: tuple[int, int] | None = None
 
 
-class Upload(gr.Image):
-    """An image whose file gradio does not open: `read_upload` does, within its bounds."""
-
-    is_template = True  # the browser shows it as it shows a gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None or payload.path is None else payload.path
+def uploaded_path(payload: Any) -> str | None:
+    """The path of an upload. Gradio itself would open the file, whatever it is; `read_upload` does, within bounds."""
+    return None if payload is None or payload.path is None else payload.path
 
 
 @contextmanager
@@ -75,7 +73,7 @@ def show_image(models: DemoModels, path: str | None, side: float) -> tuple[Visit
         return Visit(), quiet("Drop an image to see its features."), None
     with told():
         visit = Visit(read_upload(path))
-        return visit, show_features(models, visit, side), visit.image
+        return visit, show_features(models, visit, side), picture_of(visit.image)
 
 
 def show_features(models: DemoModels, visit: Visit, side: float) -> str:
@@ -99,39 +97,48 @@ def show_labels(models: DemoModels, visit: Visit, side: float, text: str, must: 
         return labels_html(*score_labels(models, visit.image, int(side), labels))
 
 
-def click(models: DemoModels, visit: Visit, kind: str, place: tuple[int, int]) -> tuple[Visit, Image.Image, str]:
-    """A click on the picture: a mask, or the first corner of a box."""
+def click(models: DemoModels, visit: Visit, kind: str, place: Sequence[int]) -> tuple[Visit, Image.Image, str]:
+    """A click at x, y of the picture: a mask, or the first corner of a box."""
     with told():
         if visit.image is None:
             raise ValueError("There is no image yet: drop one first.")
-        if not (0 <= place[0] < visit.image.width and 0 <= place[1] < visit.image.height):
+        zoom, size = zoom_of(visit.image), (visit.image.height, visit.image.width)
+        x, y = (int(value) // zoom for value in place)
+        if not (0 <= x < size[1] and 0 <= y < size[0]):
             raise ValueError("The click is outside of the image.")
         if kind == BOX and visit.corner is None:
-            visit.corner = place
-            return visit, _marked(visit.image, [place]), quiet("Now click the opposite corner.")
-        clicks = [place] if visit.corner is None or kind == POINT else [visit.corner, place]
+            visit.corner = (x, y)
+            return visit, picture_of(visit.image, [(x, y)]), quiet("Now click the opposite corner.")
+        clicks = [(x, y)] if visit.corner is None or kind == POINT else [visit.corner, (x, y)]
         visit.corner = None
         encoded = ""
         if visit.embedding is None:
             visit.embedding, took = embed_for_masks(models, visit.image)
             encoded = f"{took:.0f} ms for the student, "
-        mask, quality, took = draw_mask(models, visit.embedding, (visit.image.height, visit.image.width), clicks)
-        colored = colors_image(overlay_masks(pil_to_tensor(visit.image), mask[None]))
-        note = f"{mask.float().mean():.0%} of the image; IoU as the decoder predicts it: {quality:.2f}; "
-        return visit, _marked(colored, clicks), quiet(f"{note}{encoded}{took:.0f} ms for SAM's decoder")
+        mask, quality, took = draw_mask(models, visit.embedding, size, clicks)
+    colored = colors_image(overlay_masks(pil_to_tensor(visit.image), mask[None]))
+    note = f"{mask.float().mean():.0%} of the image; IoU as the decoder predicts it: {quality:.2f}; "
+    return visit, picture_of(colored, clicks), quiet(f"{note}{encoded}{took:.0f} ms for SAM's decoder")
 
 
-def _marked(image: Image.Image, clicks: list[tuple[int, int]]) -> Image.Image:
-    """The image with its clicks, or with the box between them."""
-    image = image.copy()
-    draw, radius = ImageDraw.Draw(image), max(2, max(image.size) // 100)
-    if len(clicks) == 2:
-        (left, right), (top, bottom) = (sorted(values) for values in zip(*clicks, strict=True))
-        draw.rectangle((left, top, right, bottom), outline="white", width=max(1, radius // 2))
-    else:
-        x, y = clicks[0]
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black")
-    return image
+def zoom_of(image: Image.Image) -> int:
+    """How often a small image is enlarged to click on. The browser does not: gradio would misplace the clicks."""
+    return max(1, WORKING_SIDE // max(image.size))
+
+
+def picture_of(image: Image.Image, clicks: Sequence[tuple[int, int]] = ()) -> Image.Image:
+    """The picture to click on: the image, enlarged if it is small, with its clicks or the box between them."""
+    zoom = zoom_of(image)
+    picture = image.resize((zoom * image.width, zoom * image.height), Image.Resampling.BICUBIC)
+    draw, radius = ImageDraw.Draw(picture), max(2, max(picture.size) // 100)
+    places = [(zoom * x + zoom // 2, zoom * y + zoom // 2) for x, y in clicks]
+    if len(places) == 2:
+        (left, right), (top, bottom) = (sorted(values) for values in zip(*places, strict=True))
+        draw.rectangle((left, top, right, bottom), outline="white", width=max(2, radius // 2))
+    elif places:
+        ((x, y),) = places
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline="black", width=2)
+    return picture
 
 
 def build_page(models: DemoModels) -> gr.Blocks:
@@ -143,7 +150,11 @@ def build_page(models: DemoModels) -> gr.Blocks:
         gr.Markdown(f"## {_plain(name)}\n{ABOUT}")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                upload = Upload(label="Image", sources=["upload", "clipboard"], height=260, elem_id="upload", buttons=[])
+                upload = gr.Image(
+                    label="Image", sources=["upload", "clipboard"], height=260, elem_id="upload", buttons=[],
+                    type="filepath", image_mode=None,
+                )  # fmt: skip
+                upload.preprocess = uploaded_path
                 side = gr.Slider(
                     smallest, largest, models.student.image_size, step=step, elem_id="side",
                     label="Resolution in pixels",
@@ -165,11 +176,11 @@ def build_page(models: DemoModels) -> gr.Blocks:
             with gr.Column(min_width=300, visible=models.sam is not None):
                 gr.Markdown("### Click for a mask")
                 kind = gr.Radio([POINT, BOX], value=POINT, label="Mark", elem_id="kind")
-                picture = gr.Image(label="Click here", interactive=False, elem_id="picture", buttons=[], format="png")
+                picture = gr.Image(label="Click here", interactive=False, elem_id="picture", buttons=[])
                 note = gr.HTML(quiet("SAM's own decoder reads the student's features."), elem_id="note")
 
         def on_click(visit: Visit, kind: str, event: gr.SelectData) -> tuple[Visit, Image.Image, str]:
-            return click(models, visit, kind, tuple(map(int, event.index)))
+            return click(models, visit, kind, event.index)
 
         def listen(event: Callable[..., Any], function: Callable[..., Any], inputs: list, outputs: list) -> Any:
             # all in one queue: the models work for one visitor at a time
@@ -177,17 +188,14 @@ def build_page(models: DemoModels) -> gr.Blocks:
                 function, inputs, outputs, concurrency_id="models", concurrency_limit=1, api_visibility="private"
             )
 
-        def with_models(function: Callable[..., Any], *more: Any) -> Callable[..., Any]:
-            return lambda *inputs: function(models, *inputs, *more)
-
         labels_inputs = [visit, side, text]
         for event in (upload.upload, upload.clear):
-            shown = listen(event, with_models(show_image), [upload, side], [visit, features, picture])
-            listen(shown.success, with_models(show_labels, False), labels_inputs, [scores])
-        moved = listen(side.release, with_models(show_features), [visit, side], [features])
-        listen(moved.success, with_models(show_labels, False), labels_inputs, [scores])
+            shown = listen(event, partial(show_image, models), [upload, side], [visit, features, picture])
+            listen(shown.success, partial(show_labels, models, must=False), labels_inputs, [scores])
+        moved = listen(side.release, partial(show_features, models), [visit, side], [features])
+        listen(moved.success, partial(show_labels, models, must=False), labels_inputs, [scores])
         for event in (compare.click, text.submit):
-            listen(event, with_models(show_labels), labels_inputs, [scores])
+            listen(event, partial(show_labels, models), labels_inputs, [scores])
         listen(picture.select, on_click, [visit, kind], [visit, picture, note])
     return page
 

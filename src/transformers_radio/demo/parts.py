@@ -107,7 +107,7 @@ def feature_panels(models: DemoModels, image: Image.Image, side: int) -> list[Pa
         basis, teacher = None, models.teachers.get(name)
         if teacher is not None:
             square = _square(teacher, image, teacher.image_size)
-            (features, grid), took = _timed(lambda: teacher.features(square), student.device)
+            (features, grid), took = _timed(partial(teacher.features, square), student.device)
             basis = fit_pca([features[0]])
             title = f"{name}, the teacher"
             panels.append(_panel(title, f"{teacher.image_size} px", features, grid, basis, took))
@@ -196,7 +196,9 @@ def draw_mask(
     """
     height, width = size
     if not all(0 <= x < width and 0 <= y < height for x, y in clicks) or len(clicks) not in (1, 2):
-        raise ValueError(f"The clicks are {list(clicks)}; expected one or two in an image of {width} x {height} pixels.")
+        raise ValueError(
+            f"The clicks are {list(clicks)}; expected one or two in an image of {width} x {height} pixels."
+        )
     if len(clicks) == 1:
         decode = partial(predict_masks_at_points, models.sam, embedding, np.array(clicks), size)
     else:

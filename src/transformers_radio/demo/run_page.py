@@ -109,7 +109,9 @@ def build_page(watcher: Watcher) -> gr.Blocks:
         legend = gr.HTML(legend_html(watcher.lines), elem_id="legend")
         with gr.Row():
             curves = [
-                gr.LinePlot(one_curve(watcher.lines, key), y=key, y_title=" ", label=title, min_width=280, elem_id=key, **plot)
+                gr.LinePlot(
+                    one_curve(watcher.lines, key), y=key, y_title=" ", label=title, min_width=280, elem_id=key, **plot
+                )
                 for key, title in CURVES.items()
             ]
         gr.HTML("<h3>Features of the student at each checkpoint</h3>")

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run while it trains. Everything is read, nothing is written, and no lock is taken."""
+"""What a run's folder says of the run while it trains. All is read, nothing is written, and no lock is taken."""
 
 import json
 import logging

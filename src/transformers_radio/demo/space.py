@@ -85,7 +85,9 @@ def write_space(student: str, folder: Path, teachers: Mapping[str, str] | None =
             target = temporary / "student" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, target)
-        (temporary / "app.py").write_text(APP.format(title=spec.title, teachers=dict(teachers or {})), encoding="utf-8")
+        (temporary / "app.py").write_text(
+            APP.format(title=spec.title, teachers=dict(teachers or {})), encoding="utf-8"
+        )
         requirements = f"transformers_radio[demo,teachers]=={__version__}\n"
         (temporary / "requirements.txt").write_text(requirements, encoding="utf-8")
         readme = README.format(metadata=data.to_yaml(), title=spec.title)
