@@ -26,6 +26,7 @@ EXPORT = [
 ]  # transformers' exporters need torch 2.11
 LORA = ["peft>=0.17"]
 DEMO = ["gradio>=6.31,<7"]
+FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 DEV = [
     *QUICKSTART,
@@ -34,6 +35,7 @@ DEV = [
     *LORA,
     *DEMO,
     "playwright>=1.50",  # drives the browser of some tests
+    *FASTERVIT,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -66,6 +68,7 @@ setup(
         "export": EXPORT,
         "lora": LORA,
         "demo": DEMO,
+        "fastervit": FASTERVIT,
         "lmms": LMMS,
         "dev": DEV,
     },

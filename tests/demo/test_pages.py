@@ -111,16 +111,16 @@ def test_two_corners_mark_a_box(browser, address, photo, image, monkeypatch):
 
 
 @needs_browser
-def test_a_bad_upload_is_told_and_the_page_goes_on(browser, address, photo, tmp_path):
+def test_what_is_wrong_with_the_input_is_told(browser, address, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"<script>no image</script>")
     with open_page(browser, address, *DESKTOP) as (page, _):
         page.set_input_files("#upload input[type=file]", tmp_path / "bad.png")
         page.wait_for_selector("text=This is no image that can be shown")
         page.click("#compare")
         page.wait_for_selector("text=There is no label")
-        page.reload()
-        page.set_input_files("#upload input[type=file]", photo)
-        page.wait_for_selector("#features figure")
+        page.fill("#labels textarea", "cat")
+        page.click("#compare")
+        page.wait_for_selector("text=There is no image yet")
 
 
 @needs_browser

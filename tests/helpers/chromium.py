@@ -29,9 +29,10 @@ def open_browser():
 @contextlib.contextmanager
 def open_page(browser, address, width, height):
     """A page at an address, and what it asked for elsewhere or complained about: (page, faults)."""
-    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
+    context = browser.contexts[0] if browser.contexts else browser.new_context(has_touch=True)  # one cache for all
     page, faults = context.new_page(), []
-    own = (address.rstrip("/"), "data:", "blob:")
+    page.set_viewport_size({"width": width, "height": height})
+    own = ("/".join(address.split("/")[:3]), "data:", "blob:")
     page.on("request", lambda request: None if request.url.startswith(own) else faults.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
@@ -39,4 +40,4 @@ def open_page(browser, address, width, height):
     try:
         yield page, faults
     finally:
-        context.close()
+        page.close()

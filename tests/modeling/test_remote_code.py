@@ -66,7 +66,7 @@ def test_imports_are_those_of_the_pin(folder):
     assert own <= {path.name for path in folder.glob("*.py")}
     of_python = {name for name in names if name.split(".")[0] in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in of_python} <= STANDARD_LIBRARY
-    assert names - of_python <= (PIN | {"timm"} if folder.name == "radio_timm" else PIN)
+    assert names - of_python <= (PIN | {"timm", "fastervit"} if folder.name == "radio_timm" else PIN)
     if folder.name == "radio":
         of_others = {"safetensors.torch.load_file"}
         assert names - of_python == PIN - of_others, "no longer imported: take it out of the pin"

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import can_return_tuple, logging
 from .adaptors_radio import RadioAdaptor
 from .configuration_radio_timm import RadioTimmConfig
 from .errors_radio import OF_DAMAGED_FILES, naming_checkpoint, one_line, shown
+from .fastervit_radio import complete_fastervit, fastervit_arguments, import_fastervit, is_fastervit
 from .inputs_radio import (
     check_adaptors,
     check_images,
@@ -297,6 +299,8 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
         return {f"network.{name}" for name, _ in self.network.named_parameters() if name in named}
 
     def _set_gradient_checkpointing(self, enable: bool = True, *arguments: Any, **options: Any):  # timm has its own
+        if not hasattr(self.network, "set_grad_checkpointing"):
+            raise ValueError(f"{self.config.timm_model} has no gradient checkpointing; leave it off.")
         self.network.set_grad_checkpointing(enable)
         self.gradient_checkpointing = enable
 
@@ -314,11 +318,13 @@ def build_network(config: Any, weights: str | bool = False) -> Any:
     Fills in `config.image_size` for a network of one size.
 
     Raises:
-        ImportError: timm is not installed, or too old.
+        ImportError: timm or FasterViT's package is not installed, or too old.
         OSError: there is no such file.
         ValueError: timm does not know the network, or cannot build it or load its weights.
     """
     timm, name = _import_timm(), config.timm_model
+    if is_fastervit(name):
+        import_fastervit()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], [*config.sizes(), *timm.list_models()], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
@@ -334,17 +340,27 @@ def build_network(config: Any, weights: str | bool = False) -> Any:
     if cfg.fixed_input_size:
         if config.image_size is None:
             config.image_size = cfg.input_size[-1]
-        arguments["img_size"] = (config.image_size, config.image_size)
+        if is_fastervit(name):
+            arguments |= fastervit_arguments(name, config.image_size, cfg.input_size[-1])
+        else:
+            arguments["img_size"] = (config.image_size, config.image_size)
     elif config.image_size is not None:
         raise ValueError(f"image_size is {config.image_size}, but {name} takes images of any size; leave it out.")
     if weights is False:
         arguments["num_classes"] = 0
+    elif is_fastervit(name):
+        raise ValueError(
+            f"from_timm cannot load weights of {name}, whose package has its own way: build "
+            f"RadioTimmModel(RadioTimmConfig(timm_model={name!r})), then load them into model.network."
+        )
     else:
         arguments["pretrained"] = True
         if weights is not True:
             arguments["pretrained_cfg_overlay"] = {"state_dict": _read_weights(str(weights))}
     try:
-        return timm.create_model(name, **arguments)
+        # FasterViT's package computes while it builds, which tensors on the meta device cannot
+        with torch.device("cpu") if is_fastervit(name) else nullcontext():
+            network = timm.create_model(name, **arguments)
     except (OSError, ValueError, *OF_DAMAGED_FILES) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -353,6 +369,10 @@ def build_network(config: Any, weights: str | bool = False) -> Any:
             f"timm {timm.__version__} cannot {what} {name} (image_size={config.image_size}, model_args="
             f"{shown(config.model_args)}): {one_line(error)}."
         ) from error
+    if is_fastervit(name):
+        complete_fastervit(network)
+        network = network.to(torch.get_default_device())
+    return network
 
 
 def _read_weights(path: str) -> dict[str, torch.Tensor]:
