@@ -39,6 +39,14 @@ def print_fields(asked: bool) -> None:
         raise typer.Exit()
 
 
+def pairs(option: str, form: str, values: list[str] | None) -> dict[str, str]:
+    """The NAME=VALUE of a repeated option as a dictionary."""
+    found = dict(value.split("=", 1) for value in values or [] if "=" in value)
+    if len(found) < len(values or []):
+        raise ValueError(f"{option} {' '.join(values or [])}: write {form}, each name once.")
+    return found
+
+
 @app.command()
 def train(
     recipe: RecipePath,
@@ -275,11 +283,19 @@ def publish(
     license_override: Annotated[
         str | None, typer.Option(help="Why a teacher's license does not apply; it goes into the card.")
     ] = None,
+    eval_results: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DATA=DATASET: write the results on DATA for the leaderboard of this data set on the Hub too, as "
+            ".eval_results/*.yaml. May be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Publish a student on the Hub in one commit: weights, code, processor, model card, results, recipe."""
     from transformers_radio.publishing.publish import describe, prepare, upload
 
-    publication = prepare(folder, repo_id, results or [], license_override)
+    benchmarks = pairs("--eval-results", "DATA=DATASET", eval_results)
+    publication = prepare(folder, repo_id, results or [], license_override, benchmarks)
     for line in describe(publication):
         typer.echo(line)
     if dry_run:
@@ -320,9 +336,7 @@ def demo(
     check_gradio()
     if not download:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client when it is imported, below
-    given = dict(one.split("=", 1) for one in teacher or [] if "=" in one)
-    if len(given) < len(teacher or []):
-        raise ValueError(f"--teacher {' '.join(teacher or [])}: write ADAPTOR=TYPE:CHECKPOINT, each adaptor once.")
+    given = pairs("--teacher", "ADAPTOR=TYPE:CHECKPOINT", teacher)
     if space is not None:
         from transformers_radio.demo.space import write_space
 

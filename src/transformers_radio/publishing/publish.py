@@ -1,7 +1,7 @@
 """`transformers-radio publish`: a student's folder becomes one commit on the Hub, or is refused with the reason."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -26,6 +26,7 @@ from transformers_radio.training.run.card import (
 )
 
 from .card import add_results, empty_student, read_card, read_manifest, results_of
+from .eval_results import eval_result_files
 from .loaders import check_loaders
 
 PROCESSOR = "preprocessor_config.json"
@@ -57,7 +58,11 @@ class Publication:
 
 
 def prepare(
-    folder: Path, repo_id: str, results: Sequence[Path] = (), license_override: str | None = None
+    folder: Path,
+    repo_id: str,
+    results: Sequence[Path] = (),
+    license_override: str | None = None,
+    benchmarks: Mapping[str, str] | None = None,
 ) -> Publication:
     """Checks all that can be checked without the Hub, and gathers what `upload` sends.
 
@@ -67,6 +72,7 @@ def prepare(
         repo_id: ORG/NAME.
         results: folders of results; those of this student go into the card and along.
         license_override: why the card's license may be another than the teachers' leave, in words that go into it.
+        benchmarks: data of these results -> its id on the Hub: results on it also go as `.eval_results/*.yaml`.
 
     Raises:
         OSError: there is no such folder, or a file in it is missing.
@@ -92,6 +98,9 @@ def prepare(
             raise ValueError(f"there are no results of {folder} in {', '.join(map(str, results))}")
         add_results(card, ours)
         files |= {f"{RESULTS}/{name}": content for name, content in _result_files(ours, repo_id)}
+        files |= dict(eval_result_files(ours, benchmarks or {}))
+    elif benchmarks:
+        raise ValueError("--eval-results needs results to write: name their folder with --results")
     elif not data.eval_results:
         notes.append("nothing measured goes along: name results with --results")
     notes += check_loaders(folder)
