@@ -333,11 +333,11 @@ def demo(
     port: Port = None,
 ) -> None:
     """A page for a student: drop an image, compare its features with the teachers', type labels, click masks."""
-    check_gradio()
     if not download:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client when it is imported, below
     given = pairs("--teacher", "ADAPTOR=TYPE:CHECKPOINT", teacher)
     if space is not None:
+        check_gradio()
         from transformers_radio.demo.space import write_space
 
         for path in write_space(student, space, given):
@@ -346,6 +346,7 @@ def demo(
     from transformers_radio.evaluation.models.specs import check_model
 
     check_model(student)  # before torch is loaded
+    check_gradio()
     from transformers_radio.demo.page import serve
 
     serve(student, given, not no_teachers, host, port)
@@ -362,9 +363,9 @@ def watch(
     port: Port = None,
 ) -> None:
     """A live view of a run as a page: losses, speed, time left, features at each checkpoint. Only reads the run."""
-    check_gradio()
     if not (run / "run.yaml").is_file():
         raise FileNotFoundError(f"{run} holds no run, as it has no run.yaml: name the output_dir of a recipe.")
+    check_gradio()
     from transformers_radio.demo.run_page import watch
 
     watch(run, data, images, host, port)

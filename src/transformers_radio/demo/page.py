@@ -72,8 +72,9 @@ def show_image(models: DemoModels, path: str | None, side: float) -> tuple[Visit
     if path is None:
         return Visit(), quiet("Drop an image to see its features."), None
     with told():
-        visit = Visit(read_upload(path))
-        return visit, show_features(models, visit, side), picture_of(visit.image)
+        image = read_upload(path)
+        visit = Visit(image)
+        return visit, show_features(models, visit, side), picture_of(image)
 
 
 def show_features(models: DemoModels, visit: Visit, side: float) -> str:
@@ -154,7 +155,7 @@ def build_page(models: DemoModels) -> gr.Blocks:
                     label="Image", sources=["upload", "clipboard"], height=260, elem_id="upload", buttons=[],
                     type="filepath", image_mode=None,
                 )  # fmt: skip
-                upload.preprocess = uploaded_path
+                upload.preprocess = uploaded_path  # type: ignore[method-assign]
                 side = gr.Slider(
                     smallest, largest, models.student.image_size, step=step, elem_id="side",
                     label="Resolution in pixels",

@@ -49,7 +49,8 @@ def facts(now: Progress) -> str:
 
 def _duration(seconds: float) -> str:
     """90061 -> "1 d 1 h", the two largest units."""
-    whole, parts = round(seconds), []
+    whole = round(seconds)
+    parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, whole = divmod(whole, size)
         if count or (unit == "s" and not parts):
@@ -115,7 +116,9 @@ def build_page(watcher: Watcher) -> gr.Blocks:
                 for key, title in CURVES.items()
             ]
         gr.HTML("<h3>Features of the student at each checkpoint</h3>")
-        pictures = gr.HTML(checkpoints_html(watcher.images, watcher.pictures, watcher.note), elem_id="checkpoints")
+        pictures = gr.HTML(
+            checkpoints_html(watcher.images, dict(watcher.pictures), watcher.note), elem_id="checkpoints"
+        )
 
         def refresh(before: Any) -> list[Any]:
             lines, found = watcher.lines, dict(watcher.pictures)

@@ -8,7 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 
 MAX_WAITING = 16  # events; more are refused
-MAX_VISITORS = 200  # whose images are in memory at once
+MAX_VISITORS = 64  # whose images are in memory at once
 KEPT_SECONDS = 3600  # of what visitors upload
 # The browser refuses whatever is not from the page's own server, should a library ask for a font or a script.
 POLICY = (

@@ -69,7 +69,9 @@ def write_space(student: str, folder: Path, teachers: Mapping[str, str] | None =
     card: Any = read_card(source).data
     if not card.license:
         raise ValueError(f"The model card of {source} names no license: add `license:` to its front matter.")
-    other = {"license_name": card.license_name, "license_link": card.license_link}
+    more: dict[str, Any] = {"license_name": card.license_name, "license_link": card.license_link}
+    more = {name: value for name, value in more.items() if value}  # of a license that is "other"
+    more |= {"emoji": "🖼️", "colorFrom": "blue", "colorTo": "green", "pinned": False}
     data = SpaceCardData(
         title=spec.title,
         sdk="gradio",
@@ -77,8 +79,7 @@ def write_space(student: str, folder: Path, teachers: Mapping[str, str] | None =
         app_file="app.py",
         license=card.license,
         tags=["transformers_radio", "feature-extraction"],
-        **{"emoji": "🖼️", "colorFrom": "blue", "colorTo": "green", "pinned": False},
-        **{name: value for name, value in other.items() if value},
+        **more,
     )
     with replace_whole(folder) as temporary:
         for name, content in files.items():
