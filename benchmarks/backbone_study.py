@@ -188,7 +188,11 @@ def draw_points(axes: Axes, x: dict[str, float], y: dict[str, float], with_front
     best = front(x, y) if with_front else []
     for name in (name for name in STUDENTS if name in x):
         axes.plot(x[name], y[name], "o", color=BLUE if name in best else GRAY, markersize=4)
-        axes.annotate(name, (x[name], y[name]), (3, 3), textcoords="offset points", size=5.5)
+        # names stand toward the middle; of points as near as E-RADIO's two, the one with the shorter name below
+        is_right = sum(other < x[name] for other in x.values()) > len(x) / 2
+        offset = (-3 if is_right else 3, -8 if name == "E-RADIO" else 3)
+        side = "right" if is_right else "left"
+        axes.annotate(name, (x[name], y[name]), offset, textcoords="offset points", size=5.5, ha=side)
     if best:
         line = sorted((x[name], y[name]) for name in best)
         axes.plot(*zip(*line, strict=True), color=BLUE, linewidth=0.8)

@@ -16,6 +16,7 @@ from transformers_radio import RadioConfig, RadioModel
 from transformers_radio.integrations import mask_rcnn
 
 SIDE = 96  # of the images, in pixels
+LEARNING_RATE = 1e-3
 COLORS = {1: 0, 2: 2}  # class -> its channel: red, blue
 
 
@@ -25,7 +26,7 @@ def draw(seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     image = 0.3 * torch.rand(3, SIDE, SIDE, generator=generator)
     boxes, masks = [], []
     for number, channel in enumerate(COLORS.values()):
-        height, width = torch.randint(24, 44, (2,), generator=generator).tolist()
+        height, width = torch.randint(SIDE // 4, SIDE * 11 // 24, (2,), generator=generator).tolist()
         top = int(torch.randint(0, SIDE - height, (1,), generator=generator))
         left = number * SIDE // 2 + int(torch.randint(0, max(1, SIDE // 2 - width), (1,), generator=generator))
         mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
@@ -65,11 +66,12 @@ def main(arguments: list[str] | None = None) -> float:
 
     torch.manual_seed(0)
     student = options.student or small_student()
-    # few proposals: there are two objects in an image
+    # few proposals and narrow maps: there are two simple objects in an image
     few = {"rpn_post_nms_top_n_train": 64, "box_batch_size_per_image": 16, "box_detections_per_img": 10}
-    model = mask_rcnn(student, num_classes=1 + len(COLORS), image_size=SIDE, rpn_post_nms_top_n_test=64, **few)
+    few |= {"rpn_post_nms_top_n_test": 64, "out_channels": 64}
+    model = mask_rcnn(student, num_classes=1 + len(COLORS), image_size=SIDE, **few)
     images, targets = (list(one) for one in zip(*(draw(seed) for seed in range(4)), strict=True))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     for step in range(options.steps):
         losses = model.train()(images, targets)
         loss = sum(losses.values())

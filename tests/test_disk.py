@@ -114,3 +114,25 @@ def test_differences_are_named_with_both_values():
         *("bank.files ('x' there, 'y' here)", "k (20 there, 10 here)", "new (None there, {} here)")
     ]
     assert disk.differences(there, here, is_free=lambda name: name != "k") == ["k (20 there, 10 here)"]
+
+
+def _write_alone(path, ready, release):
+    with disk.only_writer(path):
+        ready.set()
+        release.wait()
+
+
+def test_one_process_at_a_time_writes_a_path(tmp_path):
+    path = tmp_path / "below" / "out"
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_write_alone, args=(path, ready, release))
+    process.start()
+    ready.wait()
+    with pytest.raises(FileExistsError, match="another process is writing .*out now"), disk.only_writer(path):
+        pass
+    process.kill()
+    process.join()
+    with disk.only_writer(path):  # a lock ends with its process, and its file with the block
+        path.touch()
+    assert [file.name for file in path.parent.iterdir()] == ["out"]

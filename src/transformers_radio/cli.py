@@ -223,7 +223,12 @@ def convert(
     from transformers_radio.hub.folder import convert  # torch comes with it
 
     names = None if adaptors is None else [name for name in adaptors.split(",") if name]
-    for line in convert(source, destination, target, names, image_size, version):
+    lines = convert(source, destination, target, names, image_size, version)
+    if target == "radio":
+        from .publishing.card import write_described_card
+
+        write_described_card(destination)
+    for line in lines:
         typer.echo(line)
 
 

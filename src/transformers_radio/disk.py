@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,6 +108,35 @@ def lock_folder(folder: Path, message: str) -> IO[str]:
             lock.close()
             raise FileExistsError(message) from error
     return lock
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing `path` during the block, by a lock on the file .NAME.lock beside it.
+
+    The folders above `path` are made. The lock goes with the process, however it ends.
+
+    Raises:
+        FileExistsError: another process holds it.
+        OSError: nothing can be written there.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a")
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FileExistsError(
+                    f"another process is writing {path} now: wait until it is done, or choose another place"
+                ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows does not delete open files
+                file.unlink()
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from helpers.nvidia_files import make, write_hub
 from helpers.tiny_radio import ADAPTORS, build_with_adaptors
 from transformers_radio import (
     ERadioConfig,
@@ -62,7 +63,7 @@ def test_onnx_takes_any_batch_and_aspect(folder, tmp_path):
     model = RadioModel.from_pretrained(folder).eval()
     assert_same_everywhere(load_program(path, "onnx"), model, [(1, 64, 64), (5, 112, 32), (2, 32, 160)])
     # square, portrait and landscape; the adaptor without a summary has none
-    assert {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48), (2, 64, 48), (3, 48, 64)}
+    assert {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48), (2, 48, 32), (3, 48, 64)}
     assert {row.output for row in rows} == {"summary", "features", "clip_summary", "clip_features", "sam_features"}
     assert max(row.error for row in rows) < 1e-5
     for name in ("config.json", "preprocessor_config.json"):  # for transformers.js
@@ -116,10 +117,11 @@ def test_openvino_takes_any_batch_and_aspect(folder, tmp_path):
     assert_same_everywhere(load_program(path, "openvino"), model, [(1, 64, 64), (4, 96, 32), (2, 32, 96)])
 
 
-def test_executorch_takes_one_image(folder, tmp_path):
+def test_executorch_takes_one_square_image_of_several_sides(folder, tmp_path):
     pytest.importorskip("executorch")
     path, rows = export_student(str(folder), tmp_path, "executorch", adaptors=[])
-    assert (path / "model.pte").exists() and {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48)}
+    assert (path / "model.pte").exists()
+    assert {(row.batch, row.height, row.width) for row in rows} == {(1, 48, 48), (1, 32, 32)}
     assert max(row.error for row in rows) < 1e-5
 
 
@@ -178,6 +180,7 @@ def test_one_compiled_program_serves_all_shapes():
         ({"format": "openvino", "dtype": "q8"}, ValueError, "q8 is for onnx and torch-export"),
         ({"adaptors": ["dino"], "format": "torch-export"}, ValueError, "dino"),
         ({"window_size": -1, "format": "torch-export"}, ValueError, "window_size"),
+        ({"window_size": 40, "format": "torch-export"}, ValueError, "two windows are 1280 pixels, .* image has 512"),
     ],
 )
 def test_what_is_refused_before_any_work(folder, tmp_path, arguments, error, message):
@@ -195,28 +198,66 @@ def test_a_missing_package_is_named_with_its_command(format, folder, tmp_path, m
         export_student(str(folder), tmp_path, format)
 
 
+def test_a_release_is_opened_as_it_is(tmp_path):
+    args, stored, *_ = make("c-radio_v3-b", "hub")
+    model = open_student(str(write_hub(tmp_path / "hub", args, stored, "c-radio_v3-b")), ["clip"], None)
+    assert list(model.adaptors) == ["clip"] and not model.training and model.dtype == torch.float32
+
+
 def test_e_radio_without_fixed_windows_is_refused(tmp_path):
     eradio().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--window-size 7 for 224"):
         open_student(str(tmp_path), None, None)
 
 
-def test_a_program_that_differs_is_not_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "write_program", lambda student, path, *_: path.mkdir(parents=True))
+def write_half(student, path, *_):
+    path.mkdir()
+    (path / "new").touch()
+
+
+def test_a_program_that_differs_is_not_kept_and_the_one_that_was_there_is(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "write_program", write_half)
     student = open_student(str(folder), [], None)
     off = lambda images: {name: 1.01 * value for name, value in outputs_of(student, images).items()}  # noqa: E731
     monkeypatch.setattr(run, "load_program", lambda *_: off)
-    with pytest.raises(
-        ValueError, match="summary of 48x48 pixels differs .* by 0.01 .relative., more than the 0.0001"
-    ):
-        export_student(str(folder), tmp_path, "torch-export", adaptors=[])
-    assert not (tmp_path / "torch-export").exists()
-    assert all(
-        row.error == pytest.approx(0.01, rel=1e-3) for row in measure_parity(student, off, parity_sizes(student))
-    )
+    program = tmp_path / "torch-export"
+    for is_there in (False, True):
+        with pytest.raises(
+            ValueError, match="summary of 48x48 pixels differs .* by 0.01 .relative., more than the 0.0001"
+        ):
+            export_student(str(folder), tmp_path, "torch-export", adaptors=[], overwrite=True)
+        assert [path.name for path in tmp_path.rglob("*")] == (["torch-export", "old"] if is_there else [])
+        program.mkdir(exist_ok=True)
+        (program / "old").touch()
+    rows = measure_parity(student, off, parity_sizes(student))
+    assert all(row.error == pytest.approx(0.01, rel=1e-3) for row in rows)
+    monkeypatch.setattr(run, "load_program", lambda *_: lambda images: outputs_of(student, images))
+    export_student(str(folder), tmp_path, "torch-export", adaptors=[], overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["torch-export", "new"]
     row = Parity("square", 1, 48, 48, "summary", float("nan"), float("nan"))
     with pytest.raises(ValueError, match="differs"):
         check_parity([row], "q8")
+
+
+def test_one_process_at_a_time_and_what_a_killed_one_left_goes(folder, tmp_path, monkeypatch):
+    def write(student, path, *_):
+        with pytest.raises(FileExistsError, match="another process is writing .*model.onnx now"):
+            export_student(str(folder), tmp_path, adaptors=[], overwrite=True)
+        assert not (path.parent / "half").exists()
+        path.write_text("graph")
+        path.with_name("model.onnx_data").write_text("weights")
+
+    student = open_student(str(folder), [], None)
+    monkeypatch.setattr(run, "write_program", write)
+    monkeypatch.setattr(run, "load_program", lambda *_: lambda images: outputs_of(student, images))
+    (tmp_path / "onnx" / "model.onnx.tmp").mkdir(parents=True)
+    (tmp_path / "onnx" / "model.onnx.tmp" / "half").touch()
+    path, _ = export_student(str(folder), tmp_path, adaptors=[])
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx_data"]
+    # the weights of an old program do not stay beside a new one that has them inside
+    monkeypatch.setattr(run, "write_program", lambda student, path, *_: path.write_text("graph and weights"))
+    export_student(str(folder), tmp_path, adaptors=[], overwrite=True)
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
 
 
 def test_sizes_of_the_comparison_are_square_portrait_and_landscape(folder):
@@ -224,6 +265,8 @@ def test_sizes_of_the_comparison_are_square_portrait_and_landscape(folder):
         student = open_student(str(folder), [], window)
         sizes = parity_sizes(student)
         assert sizes["square"][1] == sizes["square"][2]
+        if window is None:
+            assert len({height * width for _, height, width in sizes.values()}) == 3  # three resolutions, too
         assert sizes["portrait"][1] > sizes["portrait"][2] and sizes["landscape"][1] < sizes["landscape"][2]
         for _, height, width in sizes.values():
             assert (

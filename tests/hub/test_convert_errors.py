@@ -42,6 +42,9 @@ def changed(tmp_path, state=(), args=(), drop=(), name=PLAIN):
         ({"input_conditioner.norm_std": torch.zeros(3, 1, 1)}, "norm_std"),
         ({"base_model.blocks.0.mlp.fc1.parametrizations.weight.0.scale": torch.ones(1, 1)}, "original is missing"),
         ({"base_model.merge.weight": torch.ones(3)}, "C-RADIOv4-H"),
+        ({"base_model.blocks.0.norm1.weight": torch.ones(WIDTH, dtype=torch.int32)}, "int32, expected torch.float32"),
+        ({"base_model.blocks.0.norm1.weight": torch.ones(WIDTH, dtype=torch.float64)}, "weights in torch.float64"),
+        ({"base_model.blocks.0.norm1.weight": torch.ones(0)}, r"shape \(0,\), expected \(32,\)"),
     ],
 )
 def test_tensors_without_a_place_are_named(tmp_path, state, named):
@@ -70,6 +73,13 @@ def test_tensors_without_a_place_are_named(tmp_path, state, named):
         ({"teachers": [{**CLIP, "mlp_version": "v1"}, *LAYOUTS[PLAIN]["teachers"][1:]]}, "mlp_version of clip"),
         ({"teachers": [{**CLIP, "fd_upsample_factor": 3}, *LAYOUTS[PLAIN]["teachers"][1:]]}, "fd_upsample_factor"),
         ({"token_merging": True}, "token_merging"),
+        ({"model_kwargs": {"num_heads": "four"}}, "num_heads is 'four', expected a whole number"),
+        ({"in_chans": "x"}, "in_chans is 'x', expected a whole number"),
+        ({"cpe_max_size": 96.5}, "cpe_max_size is 96.5, expected a whole number"),
+        ({"cpe_num_registers": "x"}, "cpe_num_registers is 'x', expected a whole number"),
+        ({"register_multiple": [8]}, "register_multiple"),
+        ({"spectral_reparam": {"eps": "x"}}, "eps is 'x', expected a number"),
+        ({"teachers": [{**CLIP, "token_slot": "x"}]}, "token_slot of clip is 'x', expected a whole number"),
     ],
 )
 def test_arguments_that_cannot_be_honored_are_named(tmp_path, args, named):
@@ -191,6 +201,9 @@ def test_adaptors_are_chosen_by_name(tmp_path):
         ({"feature_normalizer_config": {"embed_dim": 32}}, "feature_normalizer_config"),
         ({"adaptor_configs": {"clip": {"rotation": 2}}}, "adaptor_configs.clip.rotation"),
         ({"adaptor_names": ["clip", "owl"]}, "owl"),
+        ({"adaptor_names": 3}, "adaptor_names is .3., expected a list"),
+        ({"adaptor_configs": [1]}, "adaptor_configs is .1., expected settings"),
+        ({"preferred_resolution": "big"}, "preferred_resolution is 'big', expected a whole number"),
         ({"version": "c-radio_v3-b", "vitdet_window_size": 8}, "vitdet_window_size is 8"),
         ({"version": "c-radio_v4-1d-h"}, "C-RADIOv4-1D-H"),
     ],

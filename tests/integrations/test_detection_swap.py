@@ -81,6 +81,13 @@ def test_what_has_no_backbone_is_named():
         build_with_backbone(model_class, config, tiny_student("eradio"), window_size=2)
     with pytest.raises(ValueError, match="window_size is 2, but the student has no attention windows"):
         mask_rcnn(tiny_student("radio_timm"), 3, window_size=2)
+    for wrong in ({"num_classes": "three"}, {"num_classes": 1}, {"num_classes": 3, "image_size": -5}):
+        with pytest.raises(ValueError, match="is .*, expected a whole number from [12] on"):
+            mask_rcnn(tiny_student("radio"), **wrong)
+    with pytest.raises(ValueError, match="model_class is 'RTDetr', expected a class"):
+        build_with_backbone("RTDetr", config, tiny_student("radio"))
+    with pytest.raises(ValueError, match="config is None, which has no backbone_config"):
+        build_with_backbone(model_class, None, tiny_student("radio"))
 
 
 @pytest.mark.parametrize("kind", ["radio", "eradio", "radio_timm"])
@@ -104,7 +111,8 @@ def test_mask_rcnn_on_every_kind_of_student(kind):
 
 
 def test_mask_rcnn_sees_windows():
-    model = mask_rcnn(tiny_student("radio"), 3, image_size=128, window_size=4).eval()
+    model = mask_rcnn(tiny_student("radio"), 3, image_size=128, window_size=4, out_channels=64).eval()
+    assert model.backbone.out_channels == 64 and model.rpn.head.conv[0][0].in_channels == 64
     assert model.backbone.step == 64 and model.backbone.student.config.window_size == 4
     seen = []
     model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -52,6 +52,8 @@ def world(tmp_path, monkeypatch):
 
 
 def test_the_page_works_as_it_stands(world):
+    pytest.importorskip("peft")
+    pytest.importorskip("onnxruntime")
     text = (ROOT / "docs" / "use_it_in.md").read_text(encoding="utf-8")
     names = {}
     for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -66,3 +68,11 @@ def test_the_page_works_as_it_stands(world):
     again = LlavaForConditionalGeneration.from_pretrained("llava-radio")
     assert torch.equal(again.model.vision_tower.model.embeddings.patch_projection.weight, weight)
     assert (Path("llava-radio") / "processor_config.json").exists()
+    assert len(names["lora"].peft_config) == 1 and names["merged"].config.adaptors == student.config.adaptors
+    again = RadioModel.from_pretrained("runs/mine/student-lora")
+    assert torch.equal(again.embeddings.patch_projection.weight, weight)
+    with torch.no_grad():
+        expected = student.eval()(torch.from_numpy(names["images"]))
+    for found, wanted in ((names["features"], expected.features), (names["clip"], expected.adaptors["clip"].summary)):
+        torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-4)
+    assert len(names["parity"]) == 3 * 4 and max(row.error for row in names["parity"]) < 1e-4

@@ -45,7 +45,7 @@ def test_training_positions_follow_the_formula_image_by_image(rows, cols):
 
 
 def test_training_crops_have_the_published_distribution():
-    from transformers_radio.modeling.modeling_radio import cpe_training_grid
+    from transformers_radio.modeling.training_radio import cpe_training_grid
 
     torch.manual_seed(0)
     grid = (cpe_training_grid(20000, 3, 4, [0.1, 1.0]) + 1) / 2
@@ -68,7 +68,7 @@ def test_training_crops_have_the_published_distribution():
 
 
 def test_scale_range_is_honored():
-    from transformers_radio.modeling.modeling_radio import cpe_training_grid
+    from transformers_radio.modeling.training_radio import cpe_training_grid
 
     grid = cpe_training_grid(500, 2, 2, [1.0, 1.0])
     assert torch.maximum(grid[:, 0, 1, 0] - grid[:, 0, 0, 0], grid[:, 1, 0, 1] - grid[:, 0, 0, 1]).min() > 1.999

@@ -6,10 +6,15 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
+from helpers.nvidia_files import make, write_hub
 from helpers.paths import ROOT
 from helpers.published_student import make_student
+from transformers_radio.cli import main as command
 from transformers_radio.evaluation.result import Result
+from transformers_radio.hub import nvidia_checkpoint
+from transformers_radio.publishing import publish
 from transformers_radio.publishing.card import main, update_card
+from transformers_radio.publishing.publish import prepare
 from transformers_radio.teachers import digest_weights
 
 CARDS = sorted((ROOT / "hub_cards").glob("*.md"))
@@ -85,3 +90,35 @@ def test_a_folder_without_a_card_gets_one(tmp_path):
     assert card.data.license is None and "| `sam` | – | 6 |" in card.text
     with pytest.raises(FileNotFoundError, match="no config.json"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("version", "license", "needs_copy"),
+    [("c-radio_v3-b", "nvidia-open-model-license", True), ("radio_v2.5-b", "nsclv1", False)],
+)
+def test_a_converted_release_gets_a_card_that_may_be_published(version, license, needs_copy, tmp_path, monkeypatch):
+    args, stored, *_ = make(version, "hub")
+    monkeypatch.chdir(tmp_path)
+    write_hub(tmp_path / "files", args, stored, version)
+    monkeypatch.setattr(nvidia_checkpoint, "_download", lambda source: tmp_path / "files")
+    monkeypatch.setattr("sys.argv", ["transformers-radio", "convert", "nvidia/Some-RADIO", "student"])
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert not ended.value.code
+    card = ModelCard.load("student/README.md")
+    assert (card.data.license, card.data.license_name) == ("other", license)
+    assert card.data.base_model == ["nvidia/Some-RADIO"]
+    assert card.data.license_link and card.data.pipeline_tag == "image-feature-extraction"
+    assert "The weights of `nvidia/Some-RADIO`, converted" in card.text and "distilled from" not in card.text
+    assert "conversion does not change their license" in card.text and "<!-- evaluation -->" in card.text
+    with pytest.raises(ValueError, match="names no data"):  # which NVIDIA's files do not say
+        prepare(tmp_path / "student", "someone/radio")
+    card.data.datasets = ["someone/images"]
+    card.save("student/README.md")
+    monkeypatch.setattr(publish, "check_loaders", lambda folder: [])
+    if needs_copy:
+        with pytest.raises(ValueError, match=f"{license} asks for a copy of the agreement"):
+            prepare(tmp_path / "student", "someone/radio")
+        (tmp_path / "student/LICENSE").write_text("its text")
+    published = prepare(tmp_path / "student", "someone/radio")
+    assert published.card.data.license_name == license and "model.safetensors" in published.files

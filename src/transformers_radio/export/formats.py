@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-from transformers_radio.disk import replace_whole, writing
+from transformers_radio.disk import writing
 
-from .program import Program, dynamic_shapes, example_images, only_size
+from .program import Program, dynamic_shapes, example_images, executorch_sizes, square_shapes
 
 # format -> packages that it needs, and the command that installs them
 PACKAGES = {
@@ -22,7 +22,7 @@ PACKAGES = {
     "openvino": (("openvino",), "pip install openvino"),
 }
 FORMATS = tuple(PACKAGES)
-# dtype -> what transformers.js has behind "model" in the name of the file
+# dtype -> what transformers.js has behind "model" in the name of the file: its "q8" is _quantized. It has no bf16.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "q8": "_quantized"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "q8": torch.float32}
 SINGLE_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB
@@ -55,26 +55,26 @@ def program_path(output: Path, format: str, dtype: str) -> Path:
 
 def write_program(student: Any, path: Path, format: str, dtype: str) -> None:
     """Exports the student to `path`; it is cast to `dtype` in place."""
-    is_fixed = format == "executorch"  # plans its memory for the largest shape, which is too much where sides are free
-    if is_fixed:
-        (batch, height, width), channels = next(iter(only_size(student).values())), student.config.num_channels
-        images = torch.rand(batch, channels, height, width)
+    if format == "executorch":
+        # plans its memory for the largest shape, and cannot compute the longer side where both are free
+        (batch, height, width), channels = executorch_sizes(student)["large"], student.config.num_channels
+        images, shapes = torch.rand(batch, channels, height, width), square_shapes(student)
     else:
-        images = example_images(student)
+        images, shapes = example_images(student), dynamic_shapes(student)
     program = Program(student.to(DTYPES[dtype])).eval()
     if dtype == "q8" and format == "torch-export":
         quantize_weights(student)
     exporter, config_class = _exporter(format)
-    config = config_class(dynamic_shapes=None if is_fixed else dynamic_shapes(student))
+    config = config_class(dynamic_shapes=shapes)
     with contextlib.redirect_stdout(sys.stderr):  # torch prints its progress
         exported = exporter.export(program, {"pixel_values": images}, config)
-    with writing(path), replace_whole(path) as temporary:
+    with writing(path):
         if format != "onnx":
-            exported.save_pretrained(temporary)
+            exported.save_pretrained(path)
         elif dtype == "q8":
-            _write_quantized_onnx(exported.program, temporary)
+            _write_quantized_onnx(exported.program, path)
         else:
-            _write_onnx(exported.program, temporary, path.name)
+            _write_onnx(exported.program, path)
 
 
 def quantize_weights(student: Any) -> None:
@@ -103,12 +103,12 @@ def _exporter(format: str) -> tuple[Any, Any]:
     return ExecutorchExporter(), ExecutorchConfig
 
 
-def _write_onnx(model: Any, path: Path, name: str) -> None:
+def _write_onnx(model: Any, path: Path) -> None:
     """One file, or beyond protobuf's limit NAME_data beside it, where transformers.js looks for it."""
     import onnx_ir
 
     size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values())
-    onnx_ir.save(model, str(path), external_data=f"{name}_data" if size > SINGLE_FILE else None)
+    onnx_ir.save(model, str(path), external_data=f"{path.name}_data" if size > SINGLE_FILE else None)
 
 
 def _write_quantized_onnx(model: Any, path: Path) -> None:

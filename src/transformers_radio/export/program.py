@@ -4,23 +4,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
-from transformers_radio.modeling import student_class
+from transformers_radio.evaluation.models.encoder import load_student
 
 
 def open_student(folder: str, adaptors: list[str] | None, window_size: int | None) -> Any:
     """A student in float32 and evaluation mode, with these adaptors (all for None) and attention windows.
 
     Args:
+        folder: Of a student, or of a release, which is converted in memory; or a Hub id.
         window_size: As `config.window_size`, which it replaces; None leaves it.
 
     Raises:
         OSError: There is no such folder or model.
         ValueError: Not a student, an unknown adaptor, or a window where the student has none.
     """
-    model_type = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
-    model = student_class(model_type).from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_student(folder).eval()
+    model_type = model.config.model_type
     if adaptors is not None:
         model = model.with_adaptors(adaptors)
     if window_size is not None:
@@ -28,6 +28,11 @@ def open_student(folder: str, adaptors: list[str] | None, window_size: int | Non
             raise ValueError(f"window_size is {window_size}, but students of type {model_type} have no windows.")
         model.config.window_size = window_size or None
         model.config.validate()
+        if window_size and 2 * unit_of(model) > model.max_resolution:
+            raise ValueError(
+                f"window_size is {window_size}: two windows are {2 * unit_of(model)} pixels, and the student's "
+                f"largest image has {model.max_resolution}."
+            )
     if model_type == "eradio" and model.config.window_size is None:
         raise ValueError(
             "This E-RADIO chooses its windows by the image, and a program cannot; fix them, in places of 32 x 32 "
@@ -84,17 +89,48 @@ def dynamic_shapes(student: Any) -> dict[str, dict[int, Any]]:
     return {"pixel_values": dict.fromkeys(axes, torch.export.Dim.AUTO)}
 
 
-def only_size(student: Any) -> dict[str, tuple[int, int, int]]:
-    """As `parity_sizes`, for a program of a single shape: one image of about the preferred resolution."""
-    return dict([next(iter(parity_sizes(student).items()))])
+def has_free_squares(student: Any) -> bool:
+    """Whether an ExecuTorch program takes squares of several sides: only the ViT's was tried."""
+    return student.config.model_type == "radio" and executorch_steps(student) > 2
+
+
+def executorch_steps(student: Any) -> int:
+    """The side of the largest square, about the preferred resolution, in units."""
+    return next(iter(parity_sizes(student).values()))[1] // unit_of(student)
+
+
+def square_shapes(student: Any) -> dict[str, dict[int, Any]] | None:
+    """The free axes for ExecuTorch: both sides together, up to about the preferred resolution; None for none."""
+    if not has_free_squares(student):
+        return None
+    side = unit_of(student) * torch.export.Dim("side", min=2, max=executorch_steps(student))
+    return {"pixel_values": {2: side, 3: side}}
+
+
+def executorch_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
+    """As `parity_sizes`, for an ExecuTorch program: one image, square where several sides are free."""
+    first = next(iter(parity_sizes(student).values()))
+    sizes = {"large": (1, *first[1:])}
+    if has_free_squares(student):
+        unit, steps = unit_of(student), executorch_steps(student)
+        sizes |= {"medium": (1, *[max(2, steps * 2 // 3) * unit] * 2), "small": (1, 2 * unit, 2 * unit)}
+    return sizes
 
 
 def parity_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
-    """Name -> batch, height and width in pixels of the images that a program is compared on."""
+    """Name -> batch, height and width in pixels of the images that a program is compared on.
+
+    Three resolutions, and a square, an upright and a lying image.
+    """
     unit = unit_of(student)
     if has_one_size(student):
         return {"single": (1, unit, unit), "batch": (3, unit, unit)}
-    # about the preferred resolution, the longer side at most the largest
+    # about the preferred resolution, half of it, and half as much again, which is at most the largest
     steps = max(2, min(round(student.preferred_resolution / unit), student.max_resolution // unit * 2 // 3))
-    short, long = steps * unit, (steps + max(1, steps // 2)) * unit
-    return {"square": (1, short, short), "portrait": (2, long, short), "landscape": (3, short, long)}
+    half = max(2, steps // 2)
+    in_steps = {
+        "square": (1, steps, steps),
+        "portrait": (2, half + max(1, half // 2), half),
+        "landscape": (3, steps, steps + max(1, steps // 2)),
+    }
+    return {name: (batch, rows * unit, cols * unit) for name, (batch, rows, cols) in in_steps.items()}

@@ -60,7 +60,10 @@ def _convert(released: Released, adaptor_names: Sequence[str] | None, version: s
         raise ValueError(f"version is {shown(version)}, expected text such as radio_v2.5-h")
     weights = Weights(released.tensors, eps=_spectral_eps(args))
     teachers = read_teachers(args)
-    adaptors, prefixes = read_adaptors(weights, teachers, released.config.get("adaptor_configs") or {})
+    configs = released.config.get("adaptor_configs") or {}
+    if not isinstance(configs, dict):
+        raise ValueError(f"adaptor_configs is {shown(configs)}, expected settings by the names of adaptors")
+    adaptors, prefixes = read_adaptors(weights, teachers, configs)
     wanted = released.config.get("adaptor_names") if adaptor_names is None else adaptor_names
     chosen = choose(adaptors, wanted.split(",") if isinstance(wanted, str) and wanted else wanted or adaptor_names)
     adaptors = {name: adaptors[name] for name in chosen}
@@ -97,7 +100,10 @@ def _from_native(released: Released, adaptor_names: Sequence[str] | None, versio
 def _spectral_eps(args: dict[str, Any]) -> float:
     setting = args.get("spectral_reparam")
     if isinstance(setting, dict):
-        return float(setting.get("eps", 1e-12))
+        eps = setting.get("eps", 1e-12)
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise ValueError(f"args.spectral_reparam.eps is {shown(eps)}, expected a number")
+        return float(eps)
     return 1e-6
 
 
@@ -185,6 +191,8 @@ def _assemble(model_class: Any, config: Any, state: dict[str, torch.Tensor], wei
             tensor = tensor.reshape(-1, tensor.shape[-1])
         elif tensor.is_floating_point() and tensor.dtype != dtype:
             tensor = tensor.to(dtype)
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"what becomes {name} is {tensor.dtype}, expected {wanted[name].dtype}")
         if tensor.shape != wanted[name].shape:
             raise ValueError(
                 f"what becomes {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}"
@@ -199,11 +207,10 @@ def _assemble(model_class: Any, config: Any, state: dict[str, torch.Tensor], wei
 def _common_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
     """The dtype of the weights, the widest where they differ: no value is rounded."""
     found = {t.dtype for name, t in state.items() if t.is_floating_point() and not name.startswith("input_cond")}
-    half = {torch.float16, torch.bfloat16}
     dtype = torch.float32 if len(found) > 1 else next(iter(found), torch.float32)
-    strange = [one for one in found if one not in {torch.float32, torch.float64, *half}]
-    if strange or dtype == torch.float64:
-        raise ValueError(f"the weights are {strange or dtype}, expected float32, bfloat16 or float16")
+    strange = [str(one) for one in found if one not in {torch.float32, torch.float16, torch.bfloat16}]
+    if strange:
+        raise ValueError(f"there are weights in {strange[0]}, expected float32, bfloat16 or float16")
     return dtype
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from transformers_radio.disk import replace_whole, write_text, writing
+from transformers_radio.disk import only_writer, replace_whole, write_text, writing
 from transformers_radio.modeling import RadioImageProcessor
 
 from .convert import load_any, load_nvidia_checkpoint
@@ -47,8 +47,7 @@ def convert(
         raise ValueError(f"--for is {target!r}, expected one of {', '.join(TARGETS)}")
     if image_size is not None and target != "timm":
         raise ValueError(f"--image-size is for --for timm; {target} checkpoints take any size, so leave it out")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; give a new folder, or remove it")
+    _check_new(folder)
     if target == "radio":
         model = load_nvidia_checkpoint(source, adaptor_names, version)
     else:
@@ -71,11 +70,18 @@ def convert(
         def write(model: Any, folder: Path) -> list[str]:
             return write_nvidia(model, folder, serving=target in SERVING)
 
-    with writing(folder), replace_whole(folder) as temporary:
-        temporary.mkdir()
-        lines = write(model, temporary)
-        write_text(temporary / "README.md", _card(model, source, target))
+    with only_writer(folder):
+        _check_new(folder)  # another process may have written it meanwhile
+        with writing(folder), replace_whole(folder) as temporary:
+            temporary.mkdir()
+            lines = write(model, temporary)
+            write_text(temporary / "README.md", _card(model, source, target))
     return [f"{folder}: {type(model).__name__}, {_count(model):.1f} M parameters, for {target}", *lines]
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; give a new folder, or remove it")
 
 
 def _write_own(model: Any, folder: Path) -> list[str]:
@@ -93,12 +99,14 @@ def _card(model: Any, source: str, target: str) -> str:
     """A README whose first lines the Hub reads."""
     origin = getattr(model.config, "converted_from", None) or {}
     named = origin.get("source", Path(source).name)
-    lines = ["---", "library_name: transformers" if target != "timm" else "library_name: timm", "license: other"]
-    for key in ("license_name", "license_url"):
-        if key in origin:
-            lines.append(f"{key.replace('url', 'link')}: {origin[key]}")
-    if named.count("/") == 1 and ":" not in named:
-        lines.append(f"base_model: {named}")
+    lines = ["---", f"library_name: {'timm' if target == 'timm' else 'transformers'}"]
+    lines += ["pipeline_tag: image-feature-extraction"]
+    if "license_name" in origin:
+        link = origin["license_url"]
+        lines += ["license: other", f"license_name: {origin['license_name']}", f"license_link: {link}"]
+    repository = named.partition(":")[0]
+    if repository.count("/") == 1:
+        lines.append(f"base_model: {repository}")
     lines += ["tags:", "- radio", "---", "", f"# {named}, converted", ""]
     license = origin.get("license", "the license of the source")
     lines.append(f"Converted from `{named}`{_version(origin)} with transformers_radio, for {target}.")

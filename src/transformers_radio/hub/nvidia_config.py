@@ -11,7 +11,7 @@ from transformers_radio.modeling import ERadioConfig, RadioConfig
 from transformers_radio.modeling.errors_radio import shown
 
 from .nvidia_checkpoint import Released
-from .nvidia_heads import Teachers
+from .nvidia_heads import Teachers, whole
 from .nvidia_keys import Weights
 from .releases import Release, find_release
 
@@ -83,7 +83,7 @@ def vit_config(
         raise ValueError(f"the position table is {positions}, expected (1, side * side, width)")
     size = max_size = side * patch
     stated = args.get("cpe_max_size") or config.get("max_resolution")
-    if stated and int(stated) // patch != side:
+    if stated and whole(stated, "cpe_max_size") // patch != side:
         logger.warning("The position table is for %s pixels, cpe_max_size says %s: the table counts.", size, stated)
     gated = any(f"model.blocks.0.mlp.{name}.weight" in weights.shapes for name in ("w12", "gate_proj"))
     tokens, registers = _tokens(args, weights, teachers)
@@ -139,6 +139,7 @@ def eradio_config(
     bias = f"model.{attention.format(3, 'attn.pos_emb_funct.relative_bias')}"
     window = math.isqrt(math.isqrt(math.prod(weights.shapes[bias][-2:]))) if bias in weights.shapes else None
     preferred = _preferred(released.config, find_release(version), 32, 1 << 16)
+    largest = released.config.get("max_resolution") or args.get("cpe_max_size") or 2048
     return {
         "embed_dim": stem[0],
         "stem_channels": stem[1],
@@ -157,7 +158,7 @@ def eradio_config(
         # the mean of the features is the summary that every head reads
         "adaptors": {name: {**adaptor, "summary_token": 0} for name, adaptor in adaptors.items()},
         "preferred_resolution": preferred or 512,
-        "max_img_size": int(released.config.get("max_resolution") or args.get("cpe_max_size") or 2048),
+        "max_img_size": whole(largest, "max_resolution"),
         **_statistics(weights),
     }
 
@@ -193,7 +194,7 @@ def _depth(weights: Weights, kwargs: dict[str, Any]) -> int:
 
 def _patches(released: Released, weights: Weights, kwargs: dict[str, Any]) -> tuple[int, int]:
     """Channels and patch side."""
-    channels = int((released.args or {}).get("in_chans") or kwargs.get("in_chans") or 3)
+    channels = whole((released.args or {}).get("in_chans") or kwargs.get("in_chans") or 3, "args.in_chans")
     pixels = _shape(weights, "patch_generator.embedder.weight")[1]
     patch = math.isqrt(pixels // channels)
     if channels * patch**2 != pixels:
@@ -208,7 +209,7 @@ def _patches(released: Released, weights: Weights, kwargs: dict[str, Any]) -> tu
 def _heads(args: dict[str, Any], kwargs: dict[str, Any], width: int) -> int:
     name = str(args.get("model") or "")
     if kwargs.get("num_heads"):
-        heads = int(kwargs["num_heads"])
+        heads = whole(kwargs["num_heads"], "args.model_kwargs.num_heads")
     else:
         size = next((size for key, size in _HEADS.items() if re.search(rf"(?<![a-z]){key}(?![a-z])", name)), None)
         size = size or next((size for size in _HEADS.values() if size[0] == width), None)  # a width of the releases
@@ -260,9 +261,10 @@ def _tokens(args: dict[str, Any], weights: Weights, teachers: Teachers) -> tuple
     fixed, multiple = args.get("cpe_num_registers"), args.get("register_multiple")
     expected = None
     if fixed:
-        expected, why = int(fixed), "cpe_num_registers"
+        expected, why = whole(fixed, "args.cpe_num_registers"), "cpe_num_registers"
     elif multiple and fixed != registers:
-        expected, why = int(multiple) - tokens % int(multiple), "register_multiple"
+        multiple = whole(multiple, "args.register_multiple")
+        expected, why = multiple - tokens % multiple, "register_multiple"
     if registers < 0 or expected not in (None, registers):
         raise ValueError(
             f"the file has {rows} CLS and register tokens, but args say {tokens} CLS"
@@ -273,7 +275,7 @@ def _tokens(args: dict[str, Any], weights: Weights, teachers: Teachers) -> tuple
 
 def _summary_idxs(weights: Weights, teachers: Teachers, tokens: int) -> list[int]:
     if "summary_idxs" in weights.shapes:
-        return [int(index) for index in weights.read("summary_idxs").flatten().tolist()]
+        return [whole(index, "summary_idxs") for index in weights.read("summary_idxs").flatten().tolist()]
     found = teachers.summary_idxs if tokens > 1 else [0]
     if not found:
         raise ValueError("no teacher in args.teachers has use_summary, so there is no summary")
@@ -287,7 +289,7 @@ def _preferred(config: dict[str, Any], release: Release | None, step: int, large
         if len(set(stated)) != 1:
             raise ValueError(f"preferred_resolution is {shown(stated)}, expected a square")
         stated = stated[0]
-    side = int(stated or (release.preferred if release else 0))
+    side = whole(stated or (release.preferred if release else 0), "preferred_resolution")
     return max(min(side, largest) // step, 1) * step if side else None
 
 
@@ -297,7 +299,10 @@ def _windows(config: dict[str, Any], release: Release | None, patch: int) -> dic
         if size:
             raise ValueError(f"vitdet_window_size is {size}, but C-RADIOv3 has no attention windows")
         return {}
-    return {"window_size": int(size) if size else None, **((release.windows or {}) if release else {})}
+    return {
+        "window_size": whole(size, "vitdet_window_size") if size else None,
+        **((release.windows or {}) if release else {}),
+    }
 
 
 def _normalizers(config: dict[str, Any], weights: Weights, depth: int) -> dict[str, Any]:

@@ -13,6 +13,17 @@ from .releases import teacher_of
 _KINDS = ("summary_head", "feature_head")
 
 
+def whole(value: Any, name: str) -> int:
+    """A setting that counts something.
+
+    Raises:
+        ValueError: it is no whole number; `name` says where it stands.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value:
+        raise ValueError(f"{name} is {shown(value)}, expected a whole number")
+    return int(value)
+
+
 @dataclass
 class Teachers:
     """The teachers of a release, each name once.
@@ -59,7 +70,7 @@ def read_teachers(args: dict[str, Any]) -> Teachers:
         if not per_teacher:
             tokens[name] = 0
         elif slot is not None:
-            tokens[name] = int(slot)
+            tokens[name] = whole(slot, f"token_slot of {name}")
         elif indices[name] != place and indices[name] < len(entries) and entries[name].get("use_summary", True):
             raise ValueError(
                 f"args.teachers repeats names before {name} and gives it no token_slot, so its CLS token is not known"
@@ -103,7 +114,8 @@ def read_adaptors(
     for name in sorted(found, key=lambda one: teachers.indices.get(one, len(teachers.indices))):
         entry = {**teachers.entries.get(name, {}), **_settings(name, configs.get(name))}
         heads = {kind: _describe(weights, prefix) for kind, prefix in found[name].items()}
-        token = int(entry["head_idx"]) if entry.get("head_idx") is not None else teachers.tokens.get(name, 0)
+        index = entry.get("head_idx")
+        token = teachers.tokens.get(name, 0) if index is None else whole(index, f"head_idx of {name}")
         adaptors[name] = _entry(name, heads, entry, token)
         adaptors[name]["teacher"] = teacher_of(name, entry)
     return adaptors, prefixes
@@ -117,8 +129,8 @@ def choose(adaptors: dict[str, Any], names: Sequence[str] | None) -> list[str]:
     """
     if names is None:
         return list(adaptors)
-    wrong = [name for name in names if name not in adaptors]
-    if isinstance(names, str) or wrong:
+    is_list = isinstance(names, (list, tuple))
+    if not is_list or any(name not in adaptors for name in names):
         raise ValueError(
             f"adaptor_names is {shown(names)}, expected a list out of {list(adaptors)}"
             + ("" if adaptors else ": this file has no heads; they are in the .pth.tar of the release")
@@ -193,7 +205,7 @@ def _entry(name: str, heads: dict[str, dict[str, Any]], entry: dict[str, Any], t
     for key, head in (("mlp_version", summary), ("spatial_mlp_version", feature)):
         if head is not None and entry.get(key) not in (None, "", head["version"]):
             raise ValueError(f"{key} of {name} is {entry[key]!r}, but its tensors are those of {head['version']!r}")
-    factor = int(entry.get("fd_upsample_factor") or 1)
+    factor = whole(entry.get("fd_upsample_factor") or 1, f"fd_upsample_factor of {name}")
     if feature is not None and feature["out"] % factor**2:
         raise ValueError(f"fd_upsample_factor of {name} is {factor}, but its features are {feature['out']} wide")
     first = mlps[0] if mlps else None

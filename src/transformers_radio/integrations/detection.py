@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_radio import ERadioConfig, RadioPyramidConfig, load_student  # this registers their backbones too
+from transformers_radio.modeling.errors_radio import shown
 from transformers_radio.modeling.pyramid_radio import RadioSimplePyramid
 
 from .students import open_student
@@ -48,8 +49,13 @@ def build_with_backbone(
 
     Raises:
         OSError: there is no such student.
-        ValueError: a student without a backbone, strides that it cannot give, or windows that it does not have.
+        ValueError: a student without a backbone, strides that it cannot give, windows that it does not have, a class
+            that is no model, or a configuration without a `backbone_config`.
     """
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise ValueError(f"model_class is {shown(model_class)}, expected a class such as RTDetrForObjectDetection.")
+    if not hasattr(config, "backbone_config"):
+        raise ValueError(f"config is {shown(config)}, which has no backbone_config; pass the class's configuration.")
     student = open_student(student)
     config = copy.deepcopy(config)
     if strides is None:
@@ -98,7 +104,12 @@ def _eradio_channels(config: ERadioConfig) -> dict[int, int]:
 
 
 def mask_rcnn(
-    student: Any, num_classes: int, image_size: int = 1024, window_size: int | None = None, **options: Any
+    student: Any,
+    num_classes: int,
+    image_size: int = 1024,
+    window_size: int | None = None,
+    out_channels: int = 256,
+    **options: Any,
 ) -> MaskRCNN:
     """torchvision's Mask R-CNN on a student, as in ViTDet: a simple pyramid at strides 4 to 32, and 64 for proposals.
 
@@ -111,13 +122,18 @@ def mask_rcnn(
         image_size: longest side in pixels that images are resized to; they are then padded to a multiple of the
             student's step.
         window_size: as in the student's forward: side of attention windows in patches, None for its own default.
+        out_channels: of the pyramid's maps. Fewer than ViTDet's 256 make pyramid and heads several times faster.
         options: of `torchvision.models.detection.MaskRCNN`, such as `box_detections_per_img`.
 
     Raises:
         OSError: there is no such student.
-        ValueError: a stride that is not a power of two, or windows that the student does not have.
+        ValueError: a stride that is not a power of two, windows that the student does not have, or a number below its
+            smallest.
     """
-    backbone = StudentPyramid(open_student(student), window_size=window_size)
+    for name, value, least in (("num_classes", num_classes, 2), ("image_size", image_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {shown(value)}, expected a whole number from {least} on.")
+    backbone = StudentPyramid(open_student(student), out_channels, window_size)
     # from 32 pixels on at stride 4, as torchvision's own, in proportion to the image
     sizes = tuple((max(8, round(image_size / 1024 * side)),) for side in (32, 64, 128, 256, 512))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))

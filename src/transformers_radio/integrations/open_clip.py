@@ -14,6 +14,13 @@ from transformers_radio.teachers.open_clip import load_open_clip, split_checkpoi
 
 from .students import open_student
 
+# text towers of transformers that NVIDIA's releases name -> the same weights in open_clip
+_TWINS = {
+    "transformers:google/siglip2-giant-opt-patch16-384": "open_clip:ViT-gopt-16-SigLIP2-384:webli",
+    "transformers:openai/clip-vit-large-patch14-336": "open_clip:ViT-L-14-336-quickgelu:openai",
+    "transformers:openai/clip-vit-large-patch14": "open_clip:ViT-L-14-quickgelu:openai",
+}
+
 
 def as_open_clip(
     student: Any, text: str | None = None, adaptor: str | None = None, image_size: int | None = None
@@ -31,7 +38,7 @@ def as_open_clip(
         student: a student of any type with an adaptor to an OpenCLIP teacher, or its folder or Hub id. It is not
             copied.
         text: `open_clip:CHECKPOINT` of the text tower (a folder, hf-hub:OWNER/NAME or NAME:TAG); the one that the
-            adaptor was distilled from when missing.
+            adaptor was distilled from when missing, or open_clip's copy of it.
         adaptor: name of the adaptor; chosen as zero-shot evaluation does when missing.
         image_size: side of the student's square input in pixels; its preferred resolution when missing.
 
@@ -73,7 +80,7 @@ def as_open_clip(
 
 def _checkpoint(teacher: str, adaptor: str) -> str:
     """What follows "open_clip:"."""
-    kind, _, checkpoint = teacher.partition(":")
+    kind, _, checkpoint = _TWINS.get(teacher, teacher).partition(":")
     if kind != "open_clip" or not checkpoint:
         raise ValueError(
             f"The text tower of the adaptor {adaptor!r} is {teacher!r}, which open_clip does not run: name one of its "

@@ -25,16 +25,13 @@ from .inputs_radio import (
     check_window,
     returns_tensors_only,
 )
-from .normalizers_radio import RadioFeatureNormalizer, RadioIntermediateNormalizer
+from .normalizers_radio import RadioFeatureNormalizer, RadioIntermediateNormalizer, init_as_identity
 from .padding_radio import forward_padded, padded_grids
 from .student_radio import RadioInputConditioner, RadioModelOutput, init_shared_part
-from .training_radio import RadioTrainingMixin
+from .training_radio import RadioTrainingMixin, cpe_training_grid, is_checkpointed_reentrantly
 from .weights_radio import CheckedLoadingMixin
 
 logger = logging.get_logger(__name__)
-
-# log-uniform aspect ratio of a training crop of the position table
-_CPE_RATIO = (3 / 4, 4 / 3)
 
 
 class RadioPatchEmbeddings(nn.Module):
@@ -123,32 +120,6 @@ class RadioPatchEmbeddings(nn.Module):
         positions = F.grid_sample(self._table(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
         # (1, D, B*rows, cols) -> (D, B, rows*cols) -> (B, rows*cols, D)
         return positions.reshape(-1, batch, rows * cols).permute(1, 2, 0)
-
-
-def cpe_training_grid(
-    batch: int, rows: int, cols: int, scale: list[float], device: torch.device | None = None
-) -> torch.Tensor:
-    """Sampling points of one random crop of the position table per image.
-
-    Args:
-        scale (`list[float]`): Smallest and largest area share of a crop. Its side is uniform between the roots.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, rows, cols, 2)`: `(x, y)` in [-1, 1], for `grid_sample(align_corners=True)`.
-        Drawn from the default generator of `device`.
-    """
-    draw = torch.rand(4, batch, 1, device=device)
-    low, high = math.sqrt(scale[0]), math.sqrt(scale[1])
-    side = low + (high - low) * draw[0]
-    low, high = (math.log(ratio) for ratio in _CPE_RATIO)
-    aspect = torch.exp(low + (high - low) * draw[1])
-    width, height = (side * aspect).clamp(0, 1), (side / aspect).clamp(0, 1)
-    left, top = (1 - width) * draw[2], (1 - height) * draw[3]
-    x = left + width * torch.linspace(0, 1, cols, device=device)  # (B, cols)
-    y = top + height * torch.linspace(0, 1, rows, device=device)  # (B, rows)
-    # (B, cols) and (B, rows) -> (B, rows, cols, 2)
-    grid = torch.stack([x[:, None, :].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, cols)], dim=-1)
-    return 2 * grid - 1
 
 
 class RadioWindows:
@@ -390,12 +361,6 @@ class RadioLayer(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
-def _is_checkpointed_reentrantly(layer: Any) -> bool:
-    """Whether `layer` is computed again in the backward pass by torch's reentrant implementation."""
-    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
-    return layer.gradient_checkpointing and options.get("use_reentrant", False) and torch.is_grad_enabled()
-
-
 class RadioEncoder(nn.Module):
     def __init__(self, config: RadioConfig):
         super().__init__()
@@ -421,7 +386,7 @@ class RadioEncoder(nn.Module):
                 break
             if windows is not None:
                 hidden_states = windows.arrange(hidden_states, windowed=index not in self.global_blocks)
-            if self.training and _is_checkpointed_reentrantly(layer) and not hidden_states.requires_grad:
+            if self.training and is_checkpointed_reentrantly(layer) and not hidden_states.requires_grad:
                 # such a layer gets no gradients unless its input needs them: above frozen embeddings none would train
                 hidden_states.requires_grad_(any(weight.requires_grad for weight in self.parameters()))
             hidden_states, weights = layer(hidden_states, lengths, output_attentions)
@@ -465,12 +430,7 @@ class RadioPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
         elif isinstance(module, RadioModel):
             init.copy_(module.summary_idxs, torch.tensor(self.config.summary_idxs, dtype=torch.long))
         elif isinstance(module, (RadioFeatureNormalizer, RadioIntermediateNormalizer)):
-            for name, statistic in module.named_buffers():  # the identity
-                zero = name.startswith("mean")
-                value = torch.zeros_like(statistic) if zero else torch.ones_like(statistic)
-                if name in ("tx", "rotation"):
-                    value = torch.eye(statistic.shape[-1]).expand_as(statistic)
-                init.copy_(statistic, value)
+            init_as_identity(module)
         elif not init_shared_part(module, self.config):
             super()._init_weights(module)
 

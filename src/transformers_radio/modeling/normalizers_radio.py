@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .errors_radio import shown
 
@@ -46,3 +47,12 @@ class RadioIntermediateNormalizer(nn.Module):
             raise ValueError(f"block is {shown(block)}, expected an integer from 0 to {len(self.alphas) - 1}.")
         rotation = self.rotation if self.rotation.ndim == 2 else self.rotation[block]
         return self.alphas[block] * (features - self.means[block]) @ rotation.mT
+
+
+def init_as_identity(normalizer: RadioFeatureNormalizer | RadioIntermediateNormalizer):
+    """Statistics with which a normalizer changes nothing; those that were loaded are left alone."""
+    for name, statistic in normalizer.named_buffers():
+        value = torch.zeros_like(statistic) if name.startswith("mean") else torch.ones_like(statistic)
+        if name in ("tx", "rotation"):
+            value = torch.eye(statistic.shape[-1]).expand_as(statistic)
+        init.copy_(statistic, value)

@@ -1,6 +1,8 @@
-"""What training asks of the vision transformer besides its forward pass: windows to draw, decay, new heads."""
+"""What training asks of the vision transformer besides its forward pass: crops of the position table and windows to
+draw, decay, new heads."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -12,6 +14,41 @@ from .inputs_radio import check_size
 from .student_radio import RadioStudentMixin
 
 logger = logging.get_logger(__name__)
+
+# log-uniform aspect ratio of a training crop of the position table
+_CPE_RATIO = (3 / 4, 4 / 3)
+
+
+def cpe_training_grid(
+    batch: int, rows: int, cols: int, scale: list[float], device: torch.device | None = None
+) -> torch.Tensor:
+    """Sampling points of one random crop of the position table per image.
+
+    Args:
+        scale (`list[float]`): Smallest and largest area share of a crop. Its side is uniform between the roots.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, rows, cols, 2)`: `(x, y)` in [-1, 1], for `grid_sample(align_corners=True)`.
+        Drawn from the default generator of `device`.
+    """
+    draw = torch.rand(4, batch, 1, device=device)
+    low, high = math.sqrt(scale[0]), math.sqrt(scale[1])
+    side = low + (high - low) * draw[0]
+    low, high = (math.log(ratio) for ratio in _CPE_RATIO)
+    aspect = torch.exp(low + (high - low) * draw[1])
+    width, height = (side * aspect).clamp(0, 1), (side / aspect).clamp(0, 1)
+    left, top = (1 - width) * draw[2], (1 - height) * draw[3]
+    x = left + width * torch.linspace(0, 1, cols, device=device)  # (B, cols)
+    y = top + height * torch.linspace(0, 1, rows, device=device)  # (B, rows)
+    # (B, cols) and (B, rows) -> (B, rows, cols, 2)
+    grid = torch.stack([x[:, None, :].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, cols)], dim=-1)
+    return 2 * grid - 1
+
+
+def is_checkpointed_reentrantly(layer: Any) -> bool:
+    """Whether `layer` is computed again in the backward pass by torch's reentrant implementation."""
+    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+    return layer.gradient_checkpointing and options.get("use_reentrant", False) and torch.is_grad_enabled()
 
 
 class RadioTrainingMixin(RadioStudentMixin):

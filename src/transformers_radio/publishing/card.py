@@ -61,6 +61,11 @@ def describe_folder(folder: Path) -> ModelCard:
     return student_card(student, recipe, read_manifest(folder), title=folder.resolve().name)
 
 
+def write_described_card(folder: Path) -> Path:
+    """Writes the folder's README.md anew, see `describe_folder`."""
+    return write_text(folder / CARD, str(describe_folder(folder)))
+
+
 def empty_student(folder: Path) -> Any:
     """The student of a folder on the meta device: shapes and no values.
 

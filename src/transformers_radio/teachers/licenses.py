@@ -125,7 +125,8 @@ def hub_id(type: str, checkpoint: str) -> str | None:
     """The model on the Hub that a teacher is; None for the disk's, or where its library is not here to be asked.
 
     Args:
-        type, checkpoint: as for `build_teacher`; the checkpoint may be portable (`portable_checkpoint`).
+        type, checkpoint: as for `build_teacher`; the checkpoint may be portable (`portable_checkpoint`). Or
+            "converted" and the source of a converted student.
     """
     name, _, tag = checkpoint.partition(":")
     if type == "segment_anything":
@@ -145,7 +146,10 @@ def hub_id(type: str, checkpoint: str) -> str | None:
             return _owner_and_name((config and config.hf_hub_id) or "")
     except (ImportError, RuntimeError, ValueError):
         return None
-    return _owner_and_name(checkpoint) if type == "transformers" and not Path(checkpoint).exists() else None
+    if type == "converted":
+        checkpoint = name  # without the file in the repository
+    is_on_hub = type in ("transformers", "converted") and not Path(checkpoint).exists()
+    return _owner_and_name(checkpoint) if is_on_hub else None
 
 
 def license_of(type: str, checkpoint: str) -> License | None:

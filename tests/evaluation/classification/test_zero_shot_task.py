@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from PIL import Image, ImageOps
-from transformers import Siglip2Tokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel
+from transformers import SiglipModel
 
 from helpers.classification_world import CLASSES, pictures, run_processes, write_folders, write_parquet
+from helpers.tiny_text_towers import siglip_embeddings, write_siglip
 from transformers_radio.evaluation.classification import zero_shot_task as zero_shot
 from transformers_radio.evaluation.models.encoder import VisionStudent
 from transformers_radio.evaluation.run import run_task
@@ -28,7 +29,6 @@ VALIDATION = pictures(60, seed=1)
 NAMES = ["a red sphere", "green cube", "blue Cone!"]
 TEMPLATES = ["a {}.", "the photo of_one {}"]
 SETTINGS = ["batch_size=8", "num_workers=2"]
-LETTERS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz.!_"]
 
 
 def as_batch(image):
@@ -60,24 +60,8 @@ def parquet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
-    """A tiny SigLIP2 of one resolution, as its checkpoints are: SigLIP's classes, SigLIP2's tokenizer."""
     folder = tmp_path_factory.mktemp("siglip")
-    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(2)
-    model = SiglipModel(
-        SiglipConfig(
-            text_config={**tower, "vocab_size": len(LETTERS), "max_position_embeddings": 24},
-            vision_config={**tower, "image_size": 32, "patch_size": 8},
-        )
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # fresh weights hardly look at their input
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-    SiglipImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
-    vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
-    Siglip2Tokenizer(vocabulary, [], add_bos_token=False, add_eos_token=True).save_pretrained(folder)
+    write_siglip(folder)
     return folder
 
 
@@ -123,12 +107,7 @@ def siglip_classifier(siglip):
     model = SiglipModel.from_pretrained(siglip).eval()
     classes = []
     for name in ("a red sphere", "green cube", "blue cone"):
-        rows = []
-        for prompt in (f"a {name}", f"the photo of one {name}"):
-            ids = [LETTERS.index("▁" if letter == " " else letter) for letter in prompt][:23] + [1]
-            tokens = torch.tensor([ids + [0] * (24 - len(ids))])
-            with torch.no_grad():
-                rows.append(F.normalize(model.get_text_features(input_ids=tokens).pooler_output[0], dim=0))
+        rows = F.normalize(siglip_embeddings(model, [f"a {name}", f"the photo of one {name}"]), dim=1)
         classes.append(F.normalize(sum(rows), dim=0))
     return torch.stack(classes)
 

@@ -22,6 +22,7 @@ CARD, RECIPE, TEACHERS = "README.md", "recipe.yaml", "teacher_manifest.json"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 REPO_ID = "ORG/NAME"  # in a card until it is published
 START = "student.checkpoint"  # the manifest's name for the student that training started from
+CONVERTED = "converted_from"  # the name, among teachers, of the release that a student was converted from
 NOT_MEASURED = "Nothing has been measured yet: `transformers-radio eval TASK --model FOLDER` adds its results here."
 DATA_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -60,20 +61,21 @@ def add_licenses(teachers: dict[str, dict[str, Any]], recipe: Recipe) -> dict[st
 def all_teachers(config: Any, manifest: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The manifest, and what else the student's configuration says that it learned from or was made of.
 
-    These are the teachers of heads that the manifest does not have, and the release that it was converted from.
+    These are the teachers of heads that the manifest does not have, or the release that it was converted from: its
+    license is that of its heads too.
     """
     found = dict(manifest)
+    origin = getattr(config, "converted_from", None)
     for name, adaptor in config.adaptors.items():
         type, _, checkpoint = str(adaptor.get("teacher") or "").partition(":")
-        if name not in found:
+        if name not in found and not isinstance(origin, dict):
             license = _as_dict(license_of(type, checkpoint)) if checkpoint else None
             found[name] = {"type": type, "checkpoint": checkpoint, "license": license}
-    origin = getattr(config, "converted_from", None)
     if isinstance(origin, dict):
         license_name, link = origin.get("license_name"), origin.get("license_url")
         license = _as_dict(License("other", license_name, link)) if license_name else None
         source = str(origin.get("source") or "an unknown source")
-        found["converted_from"] = {"type": "converted", "checkpoint": source, "license": license}
+        found[CONVERTED] = {"type": "converted", "checkpoint": source, "license": license}
     return found
 
 
@@ -94,7 +96,12 @@ def student_card(
         untrained: the path of the recipe, for the card of a student that does not exist yet.
     """
     teachers = all_teachers(student.config, manifest)
-    license, reasons = student_license({name: read_license(one["license"]) for name, one in teachers.items()})
+    converted = teachers[CONVERTED]["checkpoint"] if list(teachers) == [CONVERTED] else None
+    if converted is None:
+        license, reasons = student_license({name: read_license(one["license"]) for name, one in teachers.items()})
+    else:
+        license = read_license(teachers[CONVERTED]["license"])
+        reasons = [f"These are the weights of {converted}; conversion does not change their license."]
     base_models = [hub_id(one["type"], one["checkpoint"]) for one in teachers.values()]
     datasets, data = ([], []) if recipe is None else describe_data(recipe)
     card_data = ModelCardData(
@@ -113,6 +120,7 @@ def student_card(
         title=title or (Path(recipe.output_dir).name if recipe else student.config.model_type),
         repo_id=REPO_ID,
         trained=untrained is None,
+        converted=converted,
         recipe_file=untrained,
         teacher_names=_listed(list(student.config.adaptors)),
         teachers=[
