@@ -81,4 +81,4 @@ bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the in
 	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## Remove the environments and caches (never runs/)
-	rm -rf $(VENV) $(LMMS_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LMMS_VENV) .venv-node .mypy_cache .ruff_cache .pytest_cache

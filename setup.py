@@ -26,8 +26,8 @@ EXPORT = [
     "onnxruntime>=1.22",
     "torchao>=0.14",
 ]  # transformers' exporters need torch 2.11
-DEMO = ["gradio>=6,<7"]
 LORA = ["peft>=0.17"]
+DEMO = ["gradio>=6.31,<7"]
 FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
 # mkdocs for its strict checks, zensical for the pages. zensical's settings may change with 0.1.
@@ -38,6 +38,8 @@ DEV = [
     *EVAL,
     *EXPORT,
     *LORA,
+    *DEMO,
+    "playwright>=1.50",  # drives the browser of some tests
     *FASTERVIT,
     *DOCS,
     *NOTEBOOKS,
