@@ -14,7 +14,7 @@ from transformers_radio import cli
 from transformers_radio.data import SourceError
 from transformers_radio.training import __main__, recipe
 
-RECIPE = str(resources.files("transformers_radio.quickstart") / "recipe.yaml")
+RECIPE = str(resources.files("transformers_radio.quickstart") / "recipe_vit.yaml")
 MISTYPED = {
     "train nosuch.yaml": "no recipe at nosuch.yaml",
     "train RECIPE stepz=1": "unknown recipe field stepz",
