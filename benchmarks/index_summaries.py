@@ -1,7 +1,7 @@
 """Which summary of a student finds images of the same class: its own, or that of an adaptor?
 
-    transformers-radio quickstart student=eradio
-    python benchmarks/index_summaries.py runs/quickstart runs/quickstart/run-eradio/student
+    transformers-radio quickstart
+    python benchmarks/index_summaries.py runs/quickstart runs/quickstart/run/student
 
 k-NN (k = 20, temperature 0.07) over the quickstart's 96 classes, as its table counts: a bank of 2880 training
 images and all validation images as queries, at the student's preferred resolution. Prints a Markdown table.

@@ -36,7 +36,7 @@ def export_onnx(world):
     pytest.importorskip("onnxruntime")
     from transformers_radio.export.run import export_student
 
-    export_student(str(world / "runs/quickstart/run/student"), world / "runs/mine/student", adaptors=[])
+    export_student(str(world / "runs/quickstart/run-vit/student"), world / "runs/mine/student", adaptors=[])
 
 
 # What a page needs besides the world.

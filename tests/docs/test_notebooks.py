@@ -19,7 +19,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     folder = tmp_path / "examples" / "notebooks"
     folder.mkdir(parents=True)
-    save_eradio(tmp_path / "runs/quickstart/run-eradio/student")
+    save_eradio(tmp_path / "runs/quickstart/run/student")
     notebook = nbformat.read(shutil.copy(path, folder), as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}

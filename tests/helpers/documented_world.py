@@ -43,9 +43,9 @@ def make_world(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     write_images(folder, rng)
     write_segmentation(folder, rng)
-    for name, depth in (("runs/mine", 12), ("runs/quickstart/run", 2)):
+    for name, depth in (("runs/mine", 12), ("runs/quickstart/run-vit", 2)):
         save_student(folder / name / "student", depth)
-    save_eradio(folder / "runs/quickstart/run-eradio/student")
+    save_eradio(folder / "runs/quickstart/run/student")
     save_file(timm.create_model("convnext_atto").state_dict(), folder / "weights.safetensors")
     torch.save(torch.nn.Conv2d(3, 6, 8, stride=8).state_dict(), folder / "weights.pt")
     save_language_model(folder / "lmsys/vicuna-7b-v1.5")
