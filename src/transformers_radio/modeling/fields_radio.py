@@ -319,7 +319,11 @@ class CheckedConfigMixin:
                 f"{cls.__name__}: model_type is {shown(kind)}, expected one of {', '.join(_MODEL_TYPES)}."
             )
         if "model_type" in config_dict and kind != mine and ({kind, mine} & set(_STUDENTS[1:])):
-            raise ValueError(f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student.")
+            name = {"radio": "RadioModel", "eradio": "ERadioModel", "radio_timm": "RadioTimmModel"}.get(kind, "AutoModel")
+            raise ValueError(
+                f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student, which {name} "
+                "opens, as AutoModel does with trust_remote_code=True."
+            )
         try:
             made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         except (AttributeError, TypeError, KeyError) as error:  # e.g. about fields that transformers reads itself
