@@ -19,10 +19,10 @@ $(VENV)/installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
 	touch $@
 
-quickstart: $(VENV)/installed  ## Train a student (student=vit, eradio or convnext), evaluate it, show the table
+quickstart: $(VENV)/installed  ## Train a student (student=eradio, vit or convnext), evaluate it, show the table
 	$(BIN)/transformers-radio quickstart $(if $(student),student=$(student))
 
-seeds: $(VENV)/installed  ## The quickstart over three seeds (about 15 minutes)
+seeds: $(VENV)/installed  ## The quickstart over three seeds (about 18 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py
 
 ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)
