@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality quality-deps bench matrix wheel clean
+.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality quality-deps docs bench matrix \
+	wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -56,6 +57,11 @@ quality: $(VENV)/installed  ## Lint, types, import floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/installed  ## Build the documentation site, build/site/index.html (warnings are errors)
+	$(BIN)/python docs/build.py
+	$(BIN)/mkdocs build --strict --site-dir build/mkdocs
+	$(BIN)/zensical build --strict
+
 quality-deps: $(VENV)/installed  ## Look for known vulnerabilities in what is installed (asks a database on the network)
 	$(BIN)/python -m pip install --quiet "pip-audit>=2.7"
 	mkdir -p build && $(BIN)/python -m pip list --format=freeze --exclude-editable > build/audited.txt
@@ -77,4 +83,4 @@ bench: $(VENV)/installed  ## Measure the framework's overhead, processes, the in
 	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## Remove the environments and caches (never runs/)
-	rm -rf $(VENV) $(LMMS_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LMMS_VENV) .venv-node .mypy_cache .ruff_cache .pytest_cache

@@ -26,16 +26,23 @@ EXPORT = [
     "onnxruntime>=1.22",
     "torchao>=0.14",
 ]  # transformers' exporters need torch 2.11
-DEMO = ["gradio>=6,<7"]
 LORA = ["peft>=0.17"]
+DEMO = ["gradio>=6.31,<7"]
 FASTERVIT = ["fastervit>=1.0"]  # its license allows research alone
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]  # lmms-eval reaches into filelock._api, which 4.3 no longer has
+# mkdocs for its strict checks, zensical for the pages. zensical's settings may change with 0.1.
+DOCS = ["mkdocs>=1.6", "zensical>=0.0.70,<0.1"]
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 DEV = [
     *QUICKSTART,
     *EVAL,
     *EXPORT,
     *LORA,
+    *DEMO,
+    "playwright>=1.50",  # drives the browser of some tests
     *FASTERVIT,
+    *DOCS,
+    *NOTEBOOKS,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -71,6 +78,7 @@ setup(
         "lora": LORA,
         "fastervit": FASTERVIT,
         "lmms": LMMS,
+        "docs": DOCS,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["transformers-radio=transformers_radio.cli:main"]},

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, a
 from measured_rows import mean_and_spread, measure_row
 
 from transformers_radio.quickstart.measure import Yardstick
-from transformers_radio.quickstart.run import RECIPE
+from transformers_radio.quickstart.run import VIT_RECIPE
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import Recipe, load_recipe
 from transformers_radio.training.recipe import StageRecipe
@@ -56,7 +56,7 @@ METRICS = ("Zero-shot", "k-NN", "mIoU")
 
 
 def row_recipe(world: Path, steps: int, seed: int, overrides: list[str]) -> Recipe:
-    recipe = load_recipe(RECIPE, [f"data.path={world}", f"seed={seed}", *BASE, *overrides])
+    recipe = load_recipe(VIT_RECIPE, [f"data.path={world}", f"seed={seed}", *BASE, *overrides])
     del recipe.teachers["sam"]
     frozen = recipe.stages["main"].freeze_trunk_steps
     stage = StageRecipe(steps, 64, 32, warmup_steps=steps // 10, freeze_trunk_steps=frozen)
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(TABLES), action="append")
     options = parser.parse_args()
     world = make_world(options.output / "world").directory
-    yardstick = Yardstick(world, load_recipe(RECIPE))
+    yardstick = Yardstick(world, load_recipe(VIT_RECIPE))
     tables = {name: TABLES[name] for name in options.only or TABLES}
     results: dict[tuple[str, ...], list[dict[str, float | None]]] = {}
     for seed in options.seeds:

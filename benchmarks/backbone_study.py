@@ -27,7 +27,7 @@ from transformers_radio.disk import write_text
 from transformers_radio.evaluation.figure_style import BLUE, GRAY, PANEL, new_figure, save_figure, style_axes
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.quickstart.measure import Yardstick
-from transformers_radio.quickstart.run import RECIPE
+from transformers_radio.quickstart.run import VIT_RECIPE
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import Recipe, load_recipe
 from transformers_radio.training.recipe import StageRecipe, StudentRecipe, TeacherRecipe
@@ -65,7 +65,7 @@ Results = dict[str, list[dict[str, float | None]]]
 
 def base_recipe(world: Path, output: Path, steps: int, seed: int) -> Recipe:
     settings = [f"data.path={world}/train-*.tar", f"teacher_cache={output}/teachers", f"seed={seed}"]
-    recipe = load_recipe(RECIPE, settings)
+    recipe = load_recipe(VIT_RECIPE, settings)
     for teacher in recipe.teachers.values():
         teacher.summary_weight = teacher.feature_weight = 1
     recipe.stages = {"main": StageRecipe(steps, SIDE, BATCH, warmup_steps=steps // 10)}
@@ -126,7 +126,7 @@ def images_per_second(students: dict[str, Path], rounds: int = 5) -> dict[str, f
 def run_study(output: Path, steps: int, seeds: list[int], only: list[str]) -> tuple[Results, dict[str, Path]]:
     """Row -> its metrics, one dict per seed; and the folder of each row's student of the first seed."""
     world = make_world(output / "world").directory
-    yardstick = Yardstick(world, load_recipe(RECIPE))
+    yardstick = Yardstick(world, load_recipe(VIT_RECIPE))
     runs = output / "runs"
     results: Results = {}
     folders: dict[str, Path] = {}

@@ -1,6 +1,6 @@
 """LoRA below a projector at low resolution: does the scale of the features make the loss jump, and what helps?
 
-    transformers-radio quickstart
+    transformers-radio quickstart student=vit
     python benchmarks/lora_stability.py runs/quickstart
 
 As in LLaVA, a projector (Linear, GELU, Linear) reads the features of a student with LoRA, here averaged for a linear
@@ -90,7 +90,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for kind in ("as they are", "LayerNorm", "normalizer"):
         runs = [
-            train(str(args.folder / "run" / "student"), images, data.classes, args, kind, s) for s in range(args.seeds)
+            train(str(args.folder / "run-vit" / "student"), images, data.classes, args, kind, s)
+            for s in range(args.seeds)
         ]
         count = sum(spikes(losses) for losses, _ in runs)
         top = max(max(losses[20:]) for losses, _ in runs)

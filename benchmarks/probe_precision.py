@@ -17,7 +17,7 @@ import torch
 from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.evaluation.segmentation.quick_probe import probe_miou
 from transformers_radio.quickstart.measure import PROBE_IMAGES, SCORED_IMAGES, resize_images
-from transformers_radio.quickstart.run import RECIPE
+from transformers_radio.quickstart.run import VIT_RECIPE
 from transformers_radio.quickstart.teacher_data import load_split
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.teachers import Teacher
@@ -46,7 +46,7 @@ def main() -> None:
     world = make_world(options.output / "world", train=PROBE_IMAGES, validation=SCORED_IMAGES)
     train = load_split(world.directory, "train", PROBE_IMAGES)
     validation = load_split(world.directory, "validation", SCORED_IMAGES)
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(VIT_RECIPE)
     print(
         "| encoder | precision | distance of the features | mIoU | minus float32, by seed |\n|---|---|---:|---:|---:|"
     )

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, a
 
 from omegaconf import OmegaConf
 
-from transformers_radio.quickstart.run import RECIPE
+from transformers_radio.quickstart.run import VIT_RECIPE
 from transformers_radio.quickstart.world import make_world
 
 ROUNDS = 5
@@ -26,7 +26,7 @@ UNTIMED = 8  # steps of each round that fill the pipeline and warm the allocator
 
 def write_recipe(folder: Path, world: Path) -> Path:
     """The quickstart's with one group, whose images are dealt out evenly."""
-    recipe = OmegaConf.load(RECIPE)
+    recipe = OmegaConf.load(VIT_RECIPE)
     stage = {"steps": STEPS, "warmup_steps": 4, "resolution": 64, "batch_size": 32}
     recipe.stages = {"main": stage}
     recipe.data.path = str(world)

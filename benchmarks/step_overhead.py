@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from transformers_radio.data import ImageStream
-from transformers_radio.quickstart.run import RECIPE
+from transformers_radio.quickstart.run import VIT_RECIPE
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import load_recipe, train
 from transformers_radio.training.recipe import Recipe, StageRecipe
@@ -85,7 +85,7 @@ def main() -> None:
             "checkpoints.every_steps=1000",
             "overwrite=true",
         ]
-        recipe = settle_precision(load_recipe(RECIPE, overrides))
+        recipe = settle_precision(load_recipe(VIT_RECIPE, overrides))
         # One group of all teachers, so that the plain loop is plain.
         recipe.stages = {"main": StageRecipe(steps=STEPS, resolution=64, batch_size=32, warmup_steps=2)}
         pairs = []

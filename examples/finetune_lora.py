@@ -1,7 +1,7 @@
 """Fine-tune a student with LoRA (PEFT) on labeled images, then merge: the student keeps its adaptors.
 
     pip install peft
-    python examples/finetune_lora.py runs/quickstart/run/student IMAGES --output runs/lora
+    python examples/finetune_lora.py runs/quickstart/run-vit/student IMAGES --output runs/lora
 
 IMAGES is what `datasets.load_dataset` opens, as in finetune_classification.py. It writes
 

@@ -1,6 +1,6 @@
 """A student as the backbone of torchvision's Mask R-CNN, trained on four images until it finds every object.
 
-    python examples/overfit_detection.py [STUDENT] [--steps 30]
+    python examples/overfit_detection.py [STUDENT] [--steps 40]
 
 STUDENT is the folder or Hub id of a student of any type; a small one with random weights when missing. The images are
 drawn here: red and blue rectangles on noise. It prints the losses, and at the end how many of the objects are found
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> float:
     """Returns the share of the objects that were found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", nargs="?", help="folder or Hub id")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ RECIPES = {
     "radio-vit-s": "recipes/one_gpu_vit_s16.yaml",
     "e-radio-b": "recipes/e_radio_b.yaml",
     "e-radio-l": "recipes/e_radio_l.yaml",
-    "quickstart": "src/transformers_radio/quickstart/recipe.yaml",
+    "quickstart": "src/transformers_radio/quickstart/recipe_eradio.yaml",
 }
 MEASURED = "quickstart"
 

@@ -14,7 +14,7 @@ from transformers_radio import cli
 from transformers_radio.data import SourceError
 from transformers_radio.training import __main__, recipe
 
-RECIPE = str(resources.files("transformers_radio.quickstart") / "recipe.yaml")
+RECIPE = str(resources.files("transformers_radio.quickstart") / "recipe_vit.yaml")
 MISTYPED = {
     "train nosuch.yaml": "no recipe at nosuch.yaml",
     "train RECIPE stepz=1": "unknown recipe field stepz",
@@ -35,6 +35,9 @@ MISTYPED = {
     "visualize nokind --model x": "There is no picture 'nokind': use one of features, attention",
     "visualize features": "There is no model to show",
     "visualize features --model /no/such/dir": "There is no folder /no/such/dir",
+    "demo /no/such/dir": "There is no folder /no/such/dir",
+    "demo /no/such/dir --teacher clip": "write ADAPTOR=TYPE:CHECKPOINT, each name once",
+    "watch /no/such/run": "/no/such/run holds no run, as it has no run.yaml",
     "quickstart seeed=1": "unknown recipe field seeed; did you mean seed?",
     "quickstart student=resnet": "student is 'resnet', expected one of vit, eradio, convnext",
     "report nofolder": "There is no folder nofolder",

@@ -11,7 +11,7 @@ from measure import Case, Setup
 
 from transformers_radio.evaluation.models.encoder import VisionEncoder
 from transformers_radio.quickstart.measure import Yardstick, measure
-from transformers_radio.quickstart.run import RECIPE, STUDENT, load_encoders
+from transformers_radio.quickstart.run import DEFAULT, STUDENT, STUDENTS, load_encoders
 from transformers_radio.quickstart.world import make_world
 from transformers_radio.training import Recipe, load_recipe, train
 
@@ -56,10 +56,11 @@ def make_recipe(folder: Path, setup: Setup, workers: int) -> Recipe:
         overrides += ["stages.main.steps=2", "stages.main.warmup_steps=1", "loss.statistics_images=24"]
         overrides += [
             "stages.main.groups.low.batch_size=4",
+            "stages.main.groups.mid.batch_size=2",
             "stages.main.groups.high.batch_size=2",
             "data.num_workers=0",
         ]
-    return load_recipe(RECIPE, overrides)
+    return load_recipe(STUDENTS[DEFAULT][0], overrides)
 
 
 def run(

@@ -43,6 +43,14 @@ def print_fields(asked: bool) -> None:
         raise typer.Exit()
 
 
+def pairs(option: str, form: str, values: list[str] | None) -> dict[str, str]:
+    """The NAME=VALUE of a repeated option as a dictionary."""
+    found = dict(value.split("=", 1) for value in values or [] if "=" in value)
+    if len(found) < len(values or []):
+        raise ValueError(f"{option} {' '.join(values or [])}: write {form}, each name once.")
+    return found
+
+
 @app.command()
 def train(
     recipe: RecipePath,
@@ -289,11 +297,19 @@ def publish(
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="The folder's code may be another than this version's; it runs.")
     ] = False,
+    eval_results: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DATA=DATASET: write the results on DATA for the leaderboard of this data set on the Hub too, as "
+            ".eval_results/*.yaml. May be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Publish a student on the Hub in one commit: weights, code, processor, model card, results, recipe."""
     from transformers_radio.publishing.publish import describe, prepare, upload
 
-    publication = prepare(folder, repo_id, results or [], license_override, trust_code)
+    benchmarks = pairs("--eval-results", "DATA=DATASET", eval_results)
+    publication = prepare(folder, repo_id, results or [], license_override, benchmarks, trust_code)
     for line in describe(publication):
         typer.echo(line)
     if dry_run:
@@ -301,6 +317,72 @@ def publish(
     else:
         commit = upload(publication, private)
         typer.echo(f"published: {commit.commit_url}\nrevision: {commit.oid}")
+
+
+Host = Annotated[str, typer.Option(help="Whom to listen to: this machine alone, or 0.0.0.0 for everybody.")]
+Port = Annotated[int | None, typer.Option(help="The first free one from 7860 on unless given.")]
+
+
+def check_gradio() -> None:
+    """ImportError that names the extra, unless gradio is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise ImportError('The pages need gradio: pip install "transformers_radio[demo]"')
+
+
+@app.command()
+def demo(
+    student: Annotated[str, typer.Argument(metavar="DIR", help="A student's folder, such as runs/mine/student.")],
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="ADAPTOR=TYPE:CHECKPOINT, instead of what the student records. May be repeated."),
+    ] = None,
+    no_teachers: Annotated[bool, typer.Option("--no-teachers", help="Show the student's features alone.")] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch from the Hub what is not in its cache: teachers, or the student.")
+    ] = False,
+    space: Annotated[Path | None, typer.Option(help="Write a Space for the Hub into this new folder instead.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+) -> None:
+    """A page for a student: drop an image, compare its features with the teachers', type labels, click masks."""
+    if not download:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client when it is imported, below
+    given = pairs("--teacher", "ADAPTOR=TYPE:CHECKPOINT", teacher)
+    if space is not None:
+        check_gradio()
+        from transformers_radio.demo.space import write_space
+
+        for path in write_space(student, space, given):
+            typer.echo(path)
+        return
+    from transformers_radio.evaluation.models.specs import check_model
+
+    check_model(student)  # before torch is loaded
+    check_gradio()
+    from transformers_radio.demo.page import serve
+
+    serve(student, given, not no_teachers, host, port)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run, while it trains or later.")],
+    data: Annotated[
+        str | None, typer.Option(help="Images to show features of, as for visualize; those it trains on unless given.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, max=16, help="How many; 0 for no features.")] = 4,
+    host: Host = "127.0.0.1",
+    port: Port = None,
+) -> None:
+    """A live view of a run as a page: losses, speed, time left, features at each checkpoint. Only reads the run."""
+    if not (run / "run.yaml").is_file():
+        raise FileNotFoundError(f"{run} holds no run, as it has no run.yaml: name the output_dir of a recipe.")
+    check_gradio()
+    from transformers_radio.demo.run_page import watch
+
+    watch(run, data, images, host, port)
 
 
 def main() -> None:

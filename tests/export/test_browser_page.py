@@ -1,4 +1,4 @@
-"""The page runs an exported student in a real browser. Skipped where Chromium or onnxruntime-web are not installed."""
+"""The page runs an exported student in a real browser, where there is one, and onnxruntime-web."""
 
 import functools
 import http.server
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.chromium import needs_browser, open_browser, open_page
 from helpers.tiny_radio import build_with_adaptors
 from transformers_radio.disk import write_json
 from transformers_radio.export.run import export_student
 
 PAGE = Path(__file__).parents[2] / "docs" / "browser" / "index.html"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 RUNTIME = Path(os.environ.get("ONNXRUNTIME_WEB", "node_modules/onnxruntime-web/dist"))
 
 
@@ -48,23 +47,27 @@ def site(tmp_path):
     server.shutdown()
 
 
-@pytest.mark.skipif(CHROMIUM is None or not RUNTIME.is_dir(), reason="needs Chromium and onnxruntime-web")
-def test_a_browser_computes_what_onnxruntime_computes(site, tmp_path):
+@needs_browser
+@pytest.mark.skipif(
+    not RUNTIME.is_dir(), reason="no onnxruntime-web: npm install it, or name its dist in ONNXRUNTIME_WEB"
+)
+def test_a_browser_computes_what_onnxruntime_computes(site):
     onnxruntime = pytest.importorskip("onnxruntime")
     address, program, pixels, vectors = site
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *options, "--virtual-time-budget=120000", "--dump-dom", f"{address}?image=image.png"]
-    page = subprocess.run(command, capture_output=True, text=True, timeout=180).stdout
-    assert 'data-state="done"' in page, re.findall(r'id="status"[^<]*<?[^<]*', page)
-    found = json.loads(re.search(r'data-summary="(\[[^"]*\])"', page)[1])
+    with open_browser() as browser, open_page(browser, f"{address}?image=image.png", 800, 600) as (page, faults):
+        page.wait_for_selector("body[data-state=done], body[data-state=failed]", timeout=120_000)
+        assert page.get_attribute("body", "data-state") == "done", page.inner_text("#status")
+        found = json.loads(page.get_attribute("body", "data-summary"))
+        rows = [row.split("\t") for row in page.locator("#words tr").all_inner_texts()]
+        grid = page.locator("#features").get_attribute("width"), page.locator("#features").get_attribute("height")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") and faults == []
     images = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255
     session = onnxruntime.InferenceSession(str(program))
     summary, clip = session.run(["summary", "clip_summary"], {"pixel_values": images})
     # int8 activations are rounded otherwise on other processors
     assert np.linalg.norm(found - summary[0]) < 0.05 * np.linalg.norm(summary)
     scores = vectors @ clip[0] / np.linalg.norm(clip)
-    rows = re.findall(r"<tr><td>(\w+)</td><td>(-?[\d.]+)</td></tr>", page)
     assert len(rows) == 3
     for name, score in rows:
         assert abs(float(score) - scores[["ball", "cube", "ring"].index(name)]) < 0.1
-    assert '<canvas id="features" width="4" height="4"' in page
+    assert grid == ("4", "4")

@@ -180,7 +180,7 @@ def test_one_compiled_program_serves_all_shapes():
         ({"format": "openvino", "dtype": "q8"}, ValueError, "q8 is for onnx and torch-export"),
         ({"adaptors": ["dino"], "format": "torch-export"}, ValueError, "dino"),
         ({"window_size": -1, "format": "torch-export"}, ValueError, "window_size"),
-        ({"window_size": 40, "format": "torch-export"}, ValueError, "two windows are 1280 pixels, .* image has 512"),
+        ({"window_size": 40, "format": "torch-export"}, ValueError, "two windows are 1280 pixels, .* image has 256"),
     ],
 )
 def test_what_is_refused_before_any_work(folder, tmp_path, arguments, error, message):

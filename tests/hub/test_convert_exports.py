@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -220,6 +221,20 @@ def test_the_command_overwrites_nothing_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="--image-size is for --for timm"):
         convert(str(folder), tmp_path / "out", image_size=32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "hub"]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    args, stored, *_ = make("radio_v2.5-b", "hub")
+    folder = write_hub(tmp_path / "hub", args, stored, "radio_v2.5-b")
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    monkeypatch.setattr("transformers_radio.hub.export_nvidia.save_file", full)
+    for target in ("radio", "nvidia"):
+        with pytest.raises(OSError, match="out could not be written .*No space left.* bytes free.: make room"):
+            convert(str(folder), tmp_path / "out", target)
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
 def test_text_towers_are_recorded(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -188,6 +189,31 @@ def test_results_of_other_weights_do_not_go_along(student, tmp_path, without_loa
     measured(model).write(tmp_path / "results/knn.json")
     text = publish.prepare(folder, REPO, results=[tmp_path / "results"]).files["README.md"].decode()
     assert "| knn | Tiny set | 64 | k-NN | 81.50 |" in text and "99.0" not in text
+
+
+def test_results_for_leaderboards_are_what_the_hubs_client_reads(student, tmp_path, without_loaders):
+    folder, model = student
+    measured(model).write(tmp_path / "results/knn.json")
+    two = {"mIoU": 40.25, "pixel accuracy": 70.5}
+    measured(model, "segmentation", data="Other set", metrics=two).write(tmp_path / "results/segmentation.json")
+    measured(model, "zero-shot", data="Third set").write(tmp_path / "results/zero-shot.json")
+    benchmarks = {"Tiny set": "someone/tiny-set", "Other set": "someone/other"}
+    files = publish.prepare(folder, REPO, [tmp_path / "results"], benchmarks=benchmarks).files
+    found = {name: content for name, content in files.items() if name.startswith(".eval_results/")}
+    assert len(found) == 2 and all(name.endswith(".yaml") for name in found)
+    from huggingface_hub import parse_eval_result_entries
+
+    entries = [one for content in found.values() for one in parse_eval_result_entries(yaml.safe_load(content))]
+    assert {(one.dataset_id, one.task_id, one.value, one.notes) for one in entries} == {
+        ("someone/tiny-set", "knn", 81.5, "k = 20"),
+        ("someone/other", "segmentation-miou", 40.25, "k = 20"),
+        ("someone/other", "segmentation-pixel-accuracy", 70.5, "k = 20"),
+    }
+    assert not [one for one in publish.prepare(folder, REPO, [tmp_path / "results"]).files if "eval_results" in one]
+    results = {"results": [tmp_path / "results"]}
+    refused(folder, r"no result on 'Tiny'; they are on \['Other set'", benchmarks={"Tiny": "a/b"}, **results)
+    refused(folder, "is no id of a data set", benchmarks={"Tiny set": "a/b/c"}, **results)
+    refused(folder, "--eval-results needs results", benchmarks={"Tiny set": "a/b"})
 
 
 def test_all_three_loaders_agree_on_a_student_and_damaged_code_is_named(student):

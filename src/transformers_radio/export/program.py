@@ -109,11 +109,12 @@ def square_shapes(student: Any) -> dict[str, dict[int, Any]] | None:
 
 def executorch_sizes(student: Any) -> dict[str, tuple[int, int, int]]:
     """As `parity_sizes`, for an ExecuTorch program: one image, square where several sides are free."""
-    first = next(iter(parity_sizes(student).values()))
-    sizes = {"large": (1, *first[1:])}
+    _, height, width = next(iter(parity_sizes(student).values()))
+    sizes = {"large": (1, height, width)}
     if has_free_squares(student):
         unit, steps = unit_of(student), executorch_steps(student)
-        sizes |= {"medium": (1, *[max(2, steps * 2 // 3) * unit] * 2), "small": (1, 2 * unit, 2 * unit)}
+        medium = max(2, steps * 2 // 3) * unit
+        sizes |= {"medium": (1, medium, medium), "small": (1, 2 * unit, 2 * unit)}
     return sizes
 
 

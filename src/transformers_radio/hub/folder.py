@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from transformers_radio.disk import only_writer, replace_whole, write_text, writing
@@ -72,7 +73,7 @@ def convert(
 
     with only_writer(folder):
         _check_new(folder)  # another process may have written it meanwhile
-        with writing(folder), replace_whole(folder) as temporary:
+        with writing(folder, also=(SafetensorError,)), replace_whole(folder) as temporary:
             temporary.mkdir()
             lines = write(model, temporary)
             write_text(temporary / "README.md", _card(model, source, target))

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -27,6 +27,7 @@ from transformers_radio.training.run.card import (
 )
 
 from .card import add_results, empty_student, read_card, read_manifest, results_of
+from .eval_results import eval_result_files
 from .loaders import check_loaders
 
 PROCESSOR = "preprocessor_config.json"
@@ -62,6 +63,7 @@ def prepare(
     repo_id: str,
     results: Sequence[Path] = (),
     license_override: str | None = None,
+    benchmarks: Mapping[str, str] | None = None,
     trust_code: bool = False,
 ) -> Publication:
     """Checks all that can be checked without the Hub, and gathers what `upload` sends.
@@ -72,6 +74,7 @@ def prepare(
         repo_id: ORG/NAME.
         results: folders of results; those of this student go into the card and along.
         license_override: why the card's license may be another than the teachers' leave, in words that go into it.
+        benchmarks: data of these results -> its id on the Hub: results on it also go as `.eval_results/*.yaml`.
         trust_code: whether the folder's code may be another than this version's. It runs here, and at the readers'.
 
     Raises:
@@ -81,7 +84,7 @@ def prepare(
             to outside of the folder; or the folder does not open in all ways.
     """
     _check_repo_id(repo_id)
-    files = _files(folder)
+    files = student_files(folder)
     if not trust_code:
         _check_code(folder, files)
     card = read_card(folder)
@@ -101,6 +104,9 @@ def prepare(
             raise ValueError(f"there are no results of {folder} in {', '.join(map(str, results))}")
         add_results(card, ours)
         files |= {f"{RESULTS}/{name}": content for name, content in _result_files(ours, repo_id)}
+        files |= dict(eval_result_files(ours, benchmarks or {}))
+    elif benchmarks:
+        raise ValueError("--eval-results needs results to write: name their folder with --results")
     elif not data.eval_results:
         notes.append("nothing measured goes along: name results with --results")
     notes += check_loaders(folder)
@@ -168,7 +174,7 @@ def _check_repo_id(repo_id: str) -> None:
         raise ValueError(f"--repo-id is {repo_id!r}; expected ORG/NAME, with your user name or organization")
 
 
-def _files(folder: Path) -> dict[str, Path | bytes]:
+def student_files(folder: Path) -> dict[str, Path | bytes]:
     """Every file of the folder but hidden ones, by its path in the repository."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")

@@ -15,13 +15,14 @@ if TYPE_CHECKING:  # torch comes with it
     from transformers_radio.evaluation.models.encoder import VisionEncoder
 
 FOLDER = Path(str(resources.files("transformers_radio.quickstart")))
-RECIPE = FOLDER / "recipe.yaml"
+VIT_RECIPE = FOLDER / "recipe_vit.yaml"
 # the recipe of each student, and the folder of its run
 STUDENTS = {
-    "vit": (RECIPE, "run"),
-    "eradio": (FOLDER / "recipe_eradio.yaml", "run-eradio"),
+    "eradio": (FOLDER / "recipe_eradio.yaml", "run"),
+    "vit": (VIT_RECIPE, "run-vit"),
     "convnext": (FOLDER / "recipe_convnext.yaml", "run-convnext"),
 }
+DEFAULT = "eradio"
 TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
 STUDENT = "RADIO student"
 PICTURED = 6
@@ -85,7 +86,7 @@ def describe(student_dir: Path, table: "Table") -> None:
 def _choose_student(overrides: list[str]) -> tuple[Path, str, list[str]]:
     """The recipe and the run's folder that `student=NAME` stands for, and the other overrides."""
     names = [override.partition("=")[2] for override in overrides if override.startswith("student=")]
-    name = names[-1] if names else "vit"
+    name = names[-1] if names else DEFAULT
     if name not in STUDENTS:
         raise ValueError(
             f"student is {name!r}, expected one of {', '.join(STUDENTS)}; student.size=... and the other fields of "

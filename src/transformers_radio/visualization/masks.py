@@ -71,7 +71,7 @@ def masks_figure(
         # two empty masks agree
         ious = torch.cat([torch.where(union > 0, inter / union.clamp(min=1), 1.0) for inter, union in overlaps])
         subtitle = f"mean IoU with SAM {100 * ious.mean().item():.1f}" if title in encoders else "its own encoder"
-        panels = [_overlay(image, one) for image, one in zip(images, found, strict=True)]
+        panels = [overlay_masks(image, one) for image, one in zip(images, found, strict=True)]
 
         def draw_edges(axes: Axes, row: int, masks: list[torch.Tensor] = found) -> None:
             for mask, color in zip(masks[row], _colors(len(masks[row])), strict=True):
@@ -82,7 +82,7 @@ def masks_figure(
     return write_panels(shown, path, panel_inches=2.0)
 
 
-def _overlay(image: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def overlay_masks(image: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """uint8 (3, H, W) and bool (N, H, W) -> float (H, W, 3): each object's mask in its color, smaller ones on top."""
     picture = image.cpu().permute(1, 2, 0).float() / 255  # (3, H, W) -> (H, W, 3)
     colors = torch.tensor([to_rgb(color) for color in _colors(len(masks))])

@@ -25,7 +25,12 @@ from helpers.tiny_sam import (
     some_boxes,
 )
 from transformers_radio.evaluation.sam_coco.measure import prompted_mask_iou
-from transformers_radio.evaluation.sam_coco.prompting import SamEncoder, StudentEncoder, predict_masks
+from transformers_radio.evaluation.sam_coco.prompting import (
+    SamEncoder,
+    StudentEncoder,
+    predict_masks,
+    predict_masks_at_points,
+)
 from transformers_radio.teachers.segment_anything import load_sam
 
 
@@ -45,6 +50,20 @@ def test_sam_itself_gives_its_predictors_masks_bit_for_bit(sam, size, best_of_th
     for box, mask in zip(boxes, masks, strict=True):  # and as users call it, one box at a time
         alone, scores, _ = predictor.predict(box=box, multimask_output=best_of_three)
         assert (alone[scores.argmax()] != mask.numpy()).mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_points_give_the_best_of_the_predictors_three_masks(sam, size):
+    image = picture(size)
+    points = np.random.default_rng(0).uniform(0, 1, (4, 2)) * [size[1], size[0]]
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    masks, predicted = predict_masks_at_points(sam, predictor.features, points, size)
+    assert masks.shape == (4, *size) and predicted.shape == (4,)
+    for point, mask, quality in zip(points, masks, predicted, strict=True):
+        three, scores, _ = predictor.predict(point[None], np.array([1]), multimask_output=True)
+        assert quality.item() == pytest.approx(scores.max(), abs=1e-5)
+        assert (three[scores.argmax()] != mask.numpy()).mean() < 1e-3
 
 
 @pytest.mark.parametrize("features", ["trunk", "neck"])

@@ -200,11 +200,51 @@ def predict_masks(
     """
     from segment_anything.utils.transforms import ResizeLongestSide
 
-    side = sam.image_encoder.img_size
     # float64 until the end, as in SamPredictor: prompts are equal to the last bit
-    scaled = ResizeLongestSide(side).apply_boxes(np.asarray(boxes, dtype=np.float64), original_size)
+    resize = ResizeLongestSide(sam.image_encoder.img_size)
+    scaled = resize.apply_boxes(np.asarray(boxes, dtype=np.float64), original_size)
     prompts = torch.as_tensor(scaled, dtype=torch.float32, device=embedding.device)
-    sparse, dense = sam.prompt_encoder(points=None, boxes=prompts, masks=None)
+    encoded = sam.prompt_encoder(points=None, boxes=prompts, masks=None)
+    return _decode(sam, embedding, encoded, original_size, best_of_three)
+
+
+@torch.no_grad()
+def predict_masks_at_points(
+    sam: Any, embedding: torch.Tensor, points: np.ndarray, original_size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the things at points of one image, as `segment_anything.SamPredictor` makes them.
+
+    A point does not tell how large the thing is: the best of SAM's three masks is taken.
+
+    Args:
+        embedding: (1, C, g, g) from an encoder.
+        points: (N, 2), N >= 1, one per mask; x, y in pixels of the original image.
+        original_size: (H, W) of the image before it was resized.
+
+    Returns:
+        bool (N, H, W), and the predicted IoU (N,).
+    """
+    from segment_anything.utils.transforms import ResizeLongestSide
+
+    resize = ResizeLongestSide(sam.image_encoder.img_size)
+    scaled = resize.apply_coords(np.asarray(points, dtype=np.float64), original_size)
+    prompts = torch.as_tensor(scaled, dtype=torch.float32, device=embedding.device)[:, None]  # (N, 2) -> (N, 1, 2)
+    on_object = torch.ones(len(prompts), 1, dtype=torch.int, device=embedding.device)
+    encoded = sam.prompt_encoder(points=(prompts, on_object), boxes=None, masks=None)
+    return _decode(sam, embedding, encoded, original_size, best_of_three=True)
+
+
+def _decode(
+    sam: Any,
+    embedding: torch.Tensor,
+    prompts: tuple[torch.Tensor, torch.Tensor],
+    original_size: tuple[int, int],
+    best_of_three: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """prompts: what the prompt encoder returns, sparse (N, tokens, C) and dense (N, C, g, g)."""
+    from segment_anything.utils.transforms import ResizeLongestSide
+
+    sparse, dense = prompts
     logits, predicted_iou = sam.mask_decoder(
         image_embeddings=embedding,
         image_pe=sam.prompt_encoder.get_dense_pe(),
@@ -214,6 +254,6 @@ def predict_masks(
     )  # (N, M, 4 g, 4 g) and (N, M) with M = 1 or 3
     predicted_iou, best = predicted_iou.max(dim=1)
     logits = logits[torch.arange(len(logits)), best][:, None]  # (N, 1, 4 g, 4 g)
-    input_size = ResizeLongestSide.get_preprocess_shape(*original_size, side)
+    input_size = ResizeLongestSide.get_preprocess_shape(*original_size, sam.image_encoder.img_size)
     masks = sam.postprocess_masks(logits, input_size, original_size)[:, 0] > sam.mask_threshold  # (N, H, W)
     return masks, predicted_iou
