@@ -276,7 +276,7 @@ def export(
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the made images, the run and the results.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the synthetic images, the run and the results.")] = Path(
         "runs/quickstart"
     ),
     overrides: Overrides = None,
