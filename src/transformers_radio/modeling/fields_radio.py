@@ -319,7 +319,9 @@ class CheckedConfigMixin:
                 f"{cls.__name__}: model_type is {shown(kind)}, expected one of {', '.join(_MODEL_TYPES)}."
             )
         if "model_type" in config_dict and kind != mine and ({kind, mine} & set(_STUDENTS[1:])):
-            name = {"radio": "RadioModel", "eradio": "ERadioModel", "radio_timm": "RadioTimmModel"}.get(kind, "AutoModel")
+            name = {"radio": "RadioModel", "eradio": "ERadioModel", "radio_timm": "RadioTimmModel"}.get(
+                kind, "AutoModel"
+            )
             raise ValueError(
                 f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student, which {name} "
                 "opens, as AutoModel does with trust_remote_code=True."
