@@ -24,8 +24,9 @@ def main() -> None:
     parser.add_argument("student")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    student = args.output / "student"
-    program, rows = export_student(args.student, student, dtype="q8", adaptors=["clip"], overwrite=True)
+    program, rows = export_student(
+        args.student, args.output / "student", dtype="q8", adaptors=["clip"], overwrite=True
+    )
     shutil.copy(program, args.output / program.name)
     clip = Path(transformers_radio.quickstart.__file__).parent / "teachers" / "clip"
     vectors = zero_shot_classifier(load_text_encoder("open_clip", str(clip)), CLASS_NAMES, TEMPLATES)
