@@ -319,7 +319,10 @@ class CheckedConfigMixin:
                 f"{cls.__name__}: model_type is {shown(kind)}, expected one of {', '.join(_MODEL_TYPES)}."
             )
         if "model_type" in config_dict and kind != mine and ({kind, mine} & set(_STUDENTS[1:])):
-            raise ValueError(f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student.")
+            raise ValueError(
+                f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student. Open it with "
+                "AutoConfig and AutoModel, which choose the class."
+            )
         try:
             made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         except (AttributeError, TypeError, KeyError) as error:  # e.g. about fields that transformers reads itself
