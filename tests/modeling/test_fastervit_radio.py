@@ -68,6 +68,26 @@ def test_copies_stand_alone(images):
         assert maps[0].std() > 0.1 * images.std()
 
 
+def test_a_model_in_training_can_be_copied(images):
+    model = build().train()
+    model(images).summary.square().sum().backward()
+    twin = copy.deepcopy(model)
+    assert not any(buffer.requires_grad for buffer in twin.buffers())
+    twin(images).summary.square().sum().backward()  # of its own weights
+    bias = model.network.levels[2].blocks[0].attn.pos_emb_funct.cpb_mlp[0].weight
+    assert bias.grad.abs().sum() > 0
+
+
+def test_half_precision_from_a_checkpoint(tmp_path, images):
+    model = build().eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(images).summary
+        half = RadioTimmModel.from_pretrained(tmp_path, dtype=torch.bfloat16)(images).summary
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+
 def test_what_has_learned_opens_as_remote_code_without_this_package(tmp_path, images):
     model = build().train()
     output = model(images)

@@ -386,6 +386,9 @@ def test_exported_with_free_sides_it_is_the_same_network():
         ({"num_heads": [3, 4]}, r"num_heads is \[3, 4\], expected two divisors"),
         ({"neck": "deconvolution"}, "neck is 'deconvolution', expected one of pixel_shuffle, depthwise, or None"),
         ({"preferred_resolution": 100}, "preferred_resolution is 100, expected a multiple of 32"),
+        ({"window_size": 0}, "window_size is 0, expected an integer from 1 to 256, or None"),
+        ({"window_size": 65536}, "window_size is 65536, expected an integer from 1 to 256"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio is 0.001, expected at least 1 / "),
         ({"adaptors": {"clip": {"summary_dim": 8}}}, "missing keys"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from transformers_radio.modeling import STUDENTS as STUDENT_TYPES
 from transformers_radio.quickstart.run import DEFAULT, STUDENTS, run_quickstart
 from transformers_radio.training import load_recipe
-from transformers_radio.training.recipe import recipe_to_dict
+from transformers_radio.training.recipe import recipe_to_dict, save_recipe
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -36,3 +36,25 @@ def test_a_student_that_the_quickstart_does_not_have_is_named(tmp_path):
     with pytest.raises(ValueError, match="unknown recipe field student.sise"):
         run_quickstart(tmp_path, ["student=eradio", "student.sise=xt"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_that_cannot_be_built_is_named_before_images_are_drawn(tmp_path):
+    for override, message in (
+        ("student.size=huge", "there is no size 'huge'"),
+        ("student.config.embed_dim=23", "embed_dim is 23, expected an even number"),
+        ("student.config.embed_dims=24", "did you mean embed_dim"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_quickstart(tmp_path, [override])
+    with pytest.raises(ValueError, match="has no network 'resnet0'"):
+        run_quickstart(tmp_path, ["student=convnext", "student.size=resnet0", "student.config={}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_another_student_is_named_before_images_are_drawn(tmp_path):
+    before = load_recipe(STUDENTS["vit"][0], [f"output_dir={tmp_path / 'run'}"])
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    save_recipe(before, tmp_path / "run" / "run.yaml")
+    with pytest.raises(FileExistsError, match="run holds a run whose student is of type radio.*move that folder away"):
+        run_quickstart(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

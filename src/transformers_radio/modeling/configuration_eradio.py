@@ -101,6 +101,16 @@ class ERadioConfig(StagesConfigMixin, CheckedConfigMixin, PreTrainedConfig):  # 
                 f"two divisors of the widths of stages 3 and 4, {self.channels[2:]}",
             ),
             (
+                "mlp_ratio",
+                int(self.mlp_ratio * self.channels[2]) > 0,
+                f"at least 1 / {self.channels[2]}, so that the MLPs of stage 3 have a channel",
+            ),
+            (
+                "window_size",
+                self.window_size is None or 1 <= self.window_size <= 256,
+                "an integer from 1 to 256, or None for windows that follow from the image",
+            ),
+            (
                 "preferred_resolution",
                 self.preferred_resolution % 32 == 0,
                 "a multiple of 32, the stride of the last stage",

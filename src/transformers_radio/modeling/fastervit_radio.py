@@ -54,6 +54,15 @@ def complete_fastervit(network: Any):
     for module in network.modules():
         if hasattr(module, "to_global_feature"):
             del module.pos_embed  # a second name of a part of it, which a checkpoint would hold twice
+        if hasattr(module, "relative_bias"):
+            module.register_forward_hook(_let_go_of_graph)
+        if hasattr(module, "relative_coords_table"):  # made in float32, whatever the default dtype is
+            module.relative_coords_table = module.relative_coords_table.to(module.relative_bias.dtype)
+
+
+def _let_go_of_graph(module: Any, inputs: Any, output: Any):
+    """The package keeps each pass's position bias with its graph, and a model with a graph cannot be copied."""
+    module.relative_bias, module.pos_emb = module.relative_bias.detach(), None
 
 
 def _blocks_of_levels(coarse: bool = False) -> dict[str, str]:

@@ -38,12 +38,14 @@ def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table |
 
     Raises:
         ValueError: an unknown student, or what `load_recipe` refuses.
+        FileExistsError: the run's folder holds the run of another type of student.
     """
     output = output.expanduser()
     path, run, overrides = _choose_student(overrides or [])
     scenes = f"{glob.escape(str(output / 'world'))}/train-*.tar"
     paths = {"output_dir": output / run, "data.path": scenes, "teacher_cache": output / "teachers"}
     recipe = load_recipe(path, [*(f"{field}={path}" for field, path in paths.items()), *overrides])
+    _check_run(recipe, output)
     world = make_world(output / "world")
     from rich.console import Console  # imported after mistakes in the overrides have been named
 
@@ -93,6 +95,25 @@ def _choose_student(overrides: list[str]) -> tuple[Path, str, list[str]]:
             "student change a part of it"
         )
     return *STUDENTS[name], [override for override in overrides if not override.startswith("student=")]
+
+
+def _check_run(recipe: Recipe, output: Path) -> None:
+    """Names before the images are drawn, which takes a minute, what training would refuse after that."""
+    import torch
+
+    from transformers_radio.training.run.folder import recorded_recipe
+    from transformers_radio.training.student import TeacherShape, build_student
+
+    before = recorded_recipe(recipe)
+    if before is not None and before.student.type != recipe.student.type and not recipe.overwrite:
+        raise FileExistsError(
+            f"{recipe.output_dir} holds a run whose student is of type {before.student.type}, and this one's is of "
+            f"type {recipe.student.type}: move that folder away, give another --output than {output}, or set "
+            "overwrite=true to delete the run"
+        )
+    if recipe.student.checkpoint is None:
+        with torch.device("meta"):
+            build_student(recipe, dict.fromkeys(recipe.teachers, TeacherShape(1, 1, 32, 16)))
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":

@@ -33,7 +33,7 @@ BEFORE_RUN = (".lock", f"{RUN_FILE}.tmp")
 # What a new run deletes of the one before, in this order: a finished run counts as finished until its student is gone.
 # Nothing else in output_dir is ever deleted.
 WRITTEN = ("metrics.jsonl", "metrics.jsonl.tmp", "checkpoints", "statistics", "tracker", "student.tmp", "student")
-MAX_LISTED = 10  # entries of a folder that a message names
+MAX_LISTED = 10  # files or fields that a message names
 # What may differ between two starts of one run: none of it changes which images the student sees or, but for rounding,
 # what it learns. The data's position remembers its lanes, the images in a pass and a fingerprint of the source, and
 # does not fit others.
@@ -164,11 +164,9 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
             path.name for path in output_dir.iterdir() if path.name not in BEFORE_RUN and path.absolute() != cache
         )
         if foreign:
-            listed = ", ".join(foreign[:MAX_LISTED])
-            more = f" and {len(foreign) - MAX_LISTED} more" if len(foreign) > MAX_LISTED else ""
             raise FileExistsError(
-                f"output_dir {output_dir} is not empty and holds no run: it has {listed}{more}, but no {RUN_FILE}; "
-                "choose another output_dir"
+                f"output_dir {output_dir} is not empty and holds no run: it has {_listed(foreign)}, but no "
+                f"{RUN_FILE}; choose another output_dir"
             )
     if not finished:
         check_writable(output_dir, "output_dir")
@@ -184,7 +182,7 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
         return False, None
     if changed:
         raise FileExistsError(
-            f"output_dir {output_dir} holds a run of another recipe; it differs in {', '.join(changed)}. "
+            f"output_dir {output_dir} holds a run of another recipe; it differs in {_listed(changed)}. "
             "Restore these to continue it, choose another output_dir, or set overwrite=true to delete it"
         )
     if finished:
@@ -300,6 +298,11 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 def _changed_fields(recipe: Recipe, recorded: Recipe) -> list[str]:
     return differences(recipe_to_dict(recorded), recipe_to_dict(recipe), is_free=_may_change)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def _may_change(key: str) -> bool:
