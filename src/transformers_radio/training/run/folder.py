@@ -165,8 +165,8 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
         )
         if foreign:
             raise FileExistsError(
-                f"output_dir {output_dir} is not empty and holds no run: it has {_listed(foreign)}, but no {RUN_FILE}; "
-                "choose another output_dir"
+                f"output_dir {output_dir} is not empty and holds no run: it has {_listed(foreign)}, but no "
+                f"{RUN_FILE}; choose another output_dir"
             )
     if not finished:
         check_writable(output_dir, "output_dir")
