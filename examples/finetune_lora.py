@@ -3,7 +3,8 @@
     pip install peft
     python examples/finetune_lora.py runs/quickstart/run-vit/student IMAGES --output runs/lora
 
-IMAGES is what `datasets.load_dataset` opens, as in finetune_classification.py. It writes
+The student is a vision transformer (type `radio`), such as that of `transformers-radio quickstart student=vit`. IMAGES
+is what `datasets.load_dataset` opens, as in finetune_classification.py. It writes
 
     OUTPUT/adapter   the LoRA matrices and the head alone, for `PeftModel.from_pretrained(model, OUTPUT/adapter)`
     OUTPUT/student   the student with the matrices merged into its weights, and every adaptor
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     processor = RadioImageProcessor.from_pretrained(args.student)
     classes = data["train"].features[args.label_column].num_classes
     model = AutoModelForImageClassification.from_pretrained(args.student, num_labels=classes, trust_remote_code=True)
+    if model.config.model_type != "radio":
+        raise ValueError(f"{args.student} is a student of type {model.config.model_type}, expected a radio (a ViT).")
     lora = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, modules_to_save=["summary_norm", "classifier"]
     )

@@ -24,11 +24,14 @@ def main() -> None:
     parser.add_argument("student")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    program, _ = export_student(args.student, args.output / "student", dtype="q8", adaptors=["clip"], overwrite=True)
+    program, rows = export_student(
+        args.student, args.output / "student", dtype="q8", adaptors=["clip"], overwrite=True
+    )
     shutil.copy(program, args.output / program.name)
     clip = Path(transformers_radio.quickstart.__file__).parent / "teachers" / "clip"
     vectors = zero_shot_classifier(load_text_encoder("open_clip", str(clip)), CLASS_NAMES, TEMPLATES)
-    write_json(args.output / "words.json", {"names": list(CLASS_NAMES), "vectors": vectors.tolist()})
+    words = {"side": rows[0].height, "names": list(CLASS_NAMES), "vectors": vectors.tolist()}
+    write_json(args.output / "words.json", words)
 
 
 if __name__ == "__main__":

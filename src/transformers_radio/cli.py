@@ -251,7 +251,11 @@ def export(
     window_size: Annotated[int | None, typer.Option(help="Attention windows, as config.window_size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a program that is there.")] = False,
 ) -> None:
-    """Write a student for another runtime, for any batch and sides; the file is compared with the student."""
+    """Write a student for another runtime; the file is compared with the student.
+
+    The program takes any batch and any sides. That of an E-RADIO without --window-size takes squares of its preferred
+    resolution, as its windows follow the image.
+    """
     if no_adaptors and adaptor:
         raise ValueError(f"--no-adaptors leaves out --adaptor {adaptor[0]} too; give one of the two.")
     if output is None and not Path(model).is_dir():
@@ -263,6 +267,8 @@ def export(
     path, rows = export_student(model, output or Path(model), format, dtype, adaptors, window_size, overwrite)
     if rows:
         typer.echo(format_parity(rows))
+        if len(sizes := {(row.height, row.width) for row in rows}) == 1:
+            typer.echo("for images of {}x{} pixels only".format(*sizes.pop()))
     else:
         typer.echo(f"not compared: onnxruntime has {dtype} kernels for GPUs only")
     typer.echo(path)
@@ -270,12 +276,12 @@ def export(
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the made images, the run and the results.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the synthetic images, the run and the results.")] = Path(
         "runs/quickstart"
     ),
     overrides: Overrides = None,
 ) -> None:
-    """Distil a small student from three small teachers, evaluate all four, show the table (about 5 minutes)."""
+    """Distil a small student from three small teachers, evaluate all four, show the table (about 6 minutes)."""
     from transformers_radio.quickstart.run import run_quickstart
 
     if run_quickstart(output, overrides or []) is None:

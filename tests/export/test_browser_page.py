@@ -5,7 +5,9 @@ import http.server
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from helpers.chromium import needs_browser, open_browser, open_page
+from helpers.documented_world import save_eradio
 from helpers.tiny_radio import build_with_adaptors
 from transformers_radio.disk import write_json
 from transformers_radio.export.run import export_student
@@ -26,6 +29,21 @@ def test_the_page_loads_nothing_from_elsewhere():
     page = PAGE.read_text()
     assert not re.findall(r"https?://", page)
     assert set(re.findall(r'asked\.(?:get|has)\("(\w+)"\)', page)) == {"runtime", "side", "model", "words", "image"}
+
+
+def test_what_prepare_writes_fits_together(tmp_path, monkeypatch):
+    """The program takes images of the side that the page reads, and its summary has the words' width."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    save_eradio(tmp_path / "student", side=96)
+    arguments = ["prepare.py", str(tmp_path / "student"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(PAGE.with_name("prepare.py")), run_name="__main__")
+    words = json.loads((tmp_path / "words.json").read_text())
+    assert words["side"] == 96 and len(words["names"]) == len(words["vectors"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "model_quantized.onnx"))
+    images = np.zeros((1, 3, 96, 96), np.float32)
+    (clip,) = session.run(["clip_summary"], {"pixel_values": images})
+    assert clip.shape == (1, len(words["vectors"][0]))
 
 
 @pytest.fixture

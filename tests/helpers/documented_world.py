@@ -65,11 +65,11 @@ def save_student(folder: Path, depth: int) -> Path:
     return folder
 
 
-def save_eradio(folder: Path) -> Path:
+def save_eradio(folder: Path, side: int = 64) -> Path:
     torch.manual_seed(0)
-    student = ERadioModel(ERadioConfig(**ERADIO, adaptors=ADAPTORS, preferred_resolution=64))
+    student = ERadioModel(ERadioConfig(**ERADIO, adaptors=ADAPTORS, preferred_resolution=side))
     student.save_pretrained(folder)
-    size = {"height": 64, "width": 64}
+    size = {"height": side, "width": side}
     RadioImageProcessor(size=size, size_divisor=student.min_resolution_step).save_pretrained(folder)
     return folder
 

@@ -266,6 +266,9 @@ def test_wrong_folders_and_arguments_of_the_original_tower(tmp_path, folder):
         llava_vision_tower(str(folder), SimpleNamespace(mm_vision_select_feature="all"))
     with pytest.raises(ValueError, match="image_size is 100"):
         llava_vision_tower(str(folder), image_size=100)
+    tiny_student("eradio").save_pretrained(tmp_path / "eradio")
+    with pytest.raises(ValueError, match="mm_vision_select_layer is -2, expected a number from -1 to 0 .* eradio"):
+        llava_vision_tower(str(tmp_path / "eradio"), SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
 
 
 def test_the_towers_class_opens_every_kind_of_student(folder):

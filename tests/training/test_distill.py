@@ -139,6 +139,13 @@ def test_the_preferred_resolution_is_one_at_which_the_summary_was_trained(make_r
     fewer = ["stages.main.groups.high.teachers=[clip, sam]", "stages.main.groups.high.batch_size=2"]
     recipe = load_recipe(make_recipe(), [groups.format(48), *fewer])
     assert stage_student(full, recipe, "main").preferred_resolution == 32
+    for sizes, expected in (((4, 2, 3), 48), ((6, 2, 3), 32), ((1, 1, 3), 64)):  # of nine images the fifth, ...
+        parts = zip(("low", "mid", "high"), (32, 48, 64), sizes, strict=True)
+        three = [f"{name}: {{teachers: [clip, sam], resolution: {side}, batch_size: {n}}}" for name, side, n in parts]
+        recipe = load_recipe(
+            make_recipe(), [f"stages.main={{steps: 4, resolution: 0, groups: {{{', '.join(three)}}}}}"]
+        )
+        assert recipe.stages["main"].preferred_resolution({"clip"}) == expected
 
 
 def test_a_stage_has_the_heads_of_the_teachers_up_to_it(make_recipe):

@@ -33,11 +33,6 @@ def open_student(folder: str, adaptors: list[str] | None, window_size: int | Non
                 f"window_size is {window_size}: two windows are {2 * unit_of(model)} pixels, and the student's "
                 f"largest image has {model.max_resolution}."
             )
-    if model_type == "eradio" and model.config.window_size is None:
-        raise ValueError(
-            "This E-RADIO chooses its windows by the image, and a program cannot; fix them, in places of 32 x 32 "
-            "pixels: --window-size 7 for 224 pixels, 8 for 256, 16 for 512 and 1024."
-        )
     return model
 
 
@@ -63,14 +58,22 @@ class Program(nn.Module):
 
 
 def unit_of(student: Any) -> int:
-    """Sides of images are multiples of this many pixels: the student's step, or its windows."""
+    """Sides of images are multiples of this many pixels: the student's step, its windows, or its only size."""
     if student.config.model_type == "eradio":
+        if has_one_size(student):
+            return student.get_nearest_supported_resolution(*2 * [student.preferred_resolution])[0]
         return student.min_resolution_step * student.config.window_size
     return student.min_resolution_step
 
 
 def has_one_size(student: Any) -> bool:
-    """Whether it is a network of timm that is built for one size (other students have a field of this name too)."""
+    """Whether the program takes squares of one size.
+
+    That is so for networks of timm that are built for one (other students have a field of this name too), and for an
+    E-RADIO that chooses its windows by the image, which a program cannot.
+    """
+    if student.config.model_type == "eradio":
+        return student.config.window_size is None
     return student.config.model_type == "radio_timm" and student.config.image_size is not None
 
 
@@ -84,7 +87,7 @@ def example_images(student: Any) -> torch.Tensor:
 
 
 def dynamic_shapes(student: Any) -> dict[str, dict[int, Any]]:
-    """The free axes of `pixel_values`: the batch and, unless the network is built for one size, both sides."""
+    """The free axes of `pixel_values`: the batch and, unless the program has one size, both sides."""
     axes = (0,) if has_one_size(student) else (0, 2, 3)
     return {"pixel_values": dict.fromkeys(axes, torch.export.Dim.AUTO)}
 

@@ -28,6 +28,8 @@ def export_student(
 ) -> tuple[Path, list[Parity]]:
     """Writes a student as a program for any batch and any sides, and compares what the file computes.
 
+    An E-RADIO without `window_size` and a network of timm that is built for one size give programs for squares of that
+    size, which is an E-RADIO's preferred resolution.
     ExecuTorch programs take one image: a ViT's any square up to about the preferred resolution, others' this one size.
 
     Args:

@@ -161,6 +161,13 @@ class OriginalLlavaTower(nn.Module):
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature is {self.select_feature!r}, expected 'patch' or 'cls_patch'.")
         self.cfg_only = RadioVisionTowerConfig.from_pretrained(self.vision_tower_name)
+        # the embeddings and every block; E-RADIO and networks of timm have their features alone
+        count = getattr(self.cfg_only.radio_config, "num_hidden_layers", 0) + 1
+        if not -count <= self.select_layer < count:
+            raise ValueError(
+                f"mm_vision_select_layer is {self.select_layer}, expected a number from {-count} to {count - 1} for "
+                f"this student of type {self.cfg_only.radio_config.model_type}; -1 is the last layer."
+            )
         if image_size is not None:
             self.cfg_only.image_size = image_size
             self.cfg_only.validate()
@@ -251,6 +258,7 @@ def llava_vision_tower(
 
     Raises:
         OSError: there is no such folder.
-        ValueError: the folder of another kind of model, or an image size that the student does not take.
+        ValueError: the folder of another kind of model, an image size that the student does not take, or a layer that
+            it does not have.
     """
     return OriginalLlavaTower(vision_tower, args, delay_load, image_size)

@@ -319,9 +319,10 @@ class CheckedConfigMixin:
                 f"{cls.__name__}: model_type is {shown(kind)}, expected one of {', '.join(_MODEL_TYPES)}."
             )
         if "model_type" in config_dict and kind != mine and ({kind, mine} & set(_STUDENTS[1:])):
+            students = {"radio": "RadioModel", "eradio": "ERadioModel", "radio_timm": "RadioTimmModel"}
             raise ValueError(
-                f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another student. Open it with "
-                "AutoConfig and AutoModel, which choose the class."
+                f"{cls.__name__}: model_type is {shown(kind)}, expected {shown(mine)}: another model. AutoModel with "
+                f"trust_remote_code=True opens it, as does {students.get(kind, 'its own class')}."
             )
         try:
             made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]

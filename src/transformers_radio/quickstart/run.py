@@ -25,7 +25,7 @@ STUDENTS = {
 DEFAULT = "eradio"
 TITLES = {"clip": "CLIP", "dinov2": "DINOv2", "sam": "SAM"}
 STUDENT = "RADIO student"
-PICTURED = 6
+PICTURED, PICTURED_SIDE = 6, 256  # images, and pixels of the student's side
 
 
 def run_quickstart(output: Path, overrides: list[str] | None = None) -> "Table | None":
@@ -154,7 +154,11 @@ def evaluate(encoders: "list[VisionEncoder]", world: Path, recipe: Recipe) -> "T
 
 
 def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
-    """Input, PCA of each teacher's features, PCA of the student's, for a few validation images."""
+    """Input, PCA of each teacher's features, PCA of the student's at 256 pixels, for a few validation images.
+
+    Teachers see their own sizes. The student takes any: at twice the largest of its training, there are enough places
+    to see outlines.
+    """
     import torch
 
     from transformers_radio.evaluation import load_labelled_images
@@ -166,5 +170,6 @@ def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
     columns = {}
     with torch.no_grad():
         for encoder in encoders:
-            columns[encoder.name] = encoder.features(resize_images(images, encoder.image_size).float() / 255)
+            side = PICTURED_SIDE if encoder.name == STUDENT else encoder.image_size
+            columns[encoder.name] = encoder.features(resize_images(images, side).float() / 255)
     teacher_student_figure(images, columns, path)

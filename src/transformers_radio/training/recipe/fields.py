@@ -283,9 +283,10 @@ class StageRecipe:
         return [name for name in recipe.teachers if any(not listed or name in listed for listed in lists)]
 
     def preferred_resolution(self, summarized: set[str]) -> int:
-        """The resolution in pixels at which teachers with a summary see the most images, or else the highest.
+        """The resolution in pixels of the middle image when those of teachers with a summary are sorted by their size.
 
-        At the resolution of groups without one (SAM's, in the paper) the student's summary has never been trained.
+        A student that learned at several sizes is at its best in their middle. At the resolution of groups without a
+        summary (SAM's, in the paper) the student's has never been trained; with no other groups it is the highest.
 
         Args:
             summarized: the teachers that have a summary.
@@ -296,7 +297,13 @@ class StageRecipe:
         trained = [group for group in groups if summarized & set(group.teachers or summarized)]
         if not trained:
             return max(group.resolution for group in groups)
-        return max((group.batch_size * group.rate, group.resolution) for group in trained)[1]
+        half = sum(group.batch_size * group.rate for group in trained) / 2
+        seen = 0.0
+        for group in sorted(trained, key=lambda group: group.resolution):
+            seen += group.batch_size * group.rate
+            if seen > half:
+                break
+        return group.resolution
 
 
 @dataclass
