@@ -39,7 +39,7 @@ MISTYPED = {
     "demo /no/such/dir --teacher clip": "write ADAPTOR=TYPE:CHECKPOINT, each name once",
     "watch /no/such/run": "/no/such/run holds no run, as it has no run.yaml",
     "quickstart seeed=1": "unknown recipe field seeed; did you mean seed?",
-    "quickstart student=resnet": "student is 'resnet', expected one of vit, eradio, convnext",
+    "quickstart student=resnet": "student is 'resnet', expected one of eradio, vit, convnext",
     "report nofolder": "There is no folder nofolder",
 }
 # Runs each command in one process, and says how it ended and whether torch or another large library was loaded.

@@ -73,30 +73,32 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def check_interpolations(written: Any, resolvers: tuple[str, ...] = ()) -> None:
+def check_interpolations(written: Any, resolvers: tuple[str, ...] = (), field: str = "") -> None:
     """Refuses all of OmegaConf's interpolations but `${another.setting}`: `${oc.env:NAME}` would put a secret of this
     machine into an address that somebody else has written.
 
     Args:
         written: plain dicts, lists and values, as they are in a file.
         resolvers: names that are allowed too, as in `${package:some/path}`.
+        field: what is written here, for the message: `data.path`.
 
     Raises:
         ValueError: a text has another one.
     """
     if isinstance(written, dict):
-        for item in written.items():
-            check_interpolations(list(item), resolvers)
+        for key, value in written.items():
+            check_interpolations(key, resolvers, f"a name in {field}" if field else "a name")
+            check_interpolations(value, resolvers, f"{field}.{key}" if field else str(key))
     elif isinstance(written, list):
-        for value in written:
-            check_interpolations(value, resolvers)
+        for number, value in enumerate(written):
+            check_interpolations(value, resolvers, f"{field}[{number}]")
     elif isinstance(written, str):
         allowed = [r"[\w.\[\]-]+", *(rf"{name}:[^${{}}\\'\"]*" for name in resolvers)]
         if "${" in re.sub(rf"\\.|\$\{{({'|'.join(allowed)})\}}", " ", written, flags=re.DOTALL):  # \. is escaped
             kinds = " or ".join(["${another.setting}", *(f"${{{name}:...}}" for name in resolvers)])
             raise ValueError(
-                f"{written!r} is not read, as it may tell others what is on this machine; expected {kinds}, or the "
-                "value itself (on a command line, the shell fills in variables)"
+                f"{field or 'the file'} is {written!r}, which is not read, as it may tell others what is on this "
+                f"machine; expected {kinds}, or the value itself (on a command line, the shell fills in variables)"
             )
 
 

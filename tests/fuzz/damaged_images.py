@@ -142,6 +142,8 @@ def check_processed(path: Path, sound: bytes, has_checksum: bool) -> str:
     except SkippedImage as error:
         raise OtherBits(f"the processor reads what training skips ({error})") from None
     if not torch.equal(now, trained):
+        if path.name == "group4.tiff":  # Pillow 12 leaves what it cannot decode of it as it finds the memory
+            return UNDETECTABLE
         raise OtherBits("the processor reads other pixels than training")
     if path.suffix == ".ico":
         return UNDETECTABLE

@@ -201,7 +201,7 @@ def test_adaptors_are_chosen_by_name(tmp_path):
         ({"feature_normalizer_config": {"embed_dim": 32}}, "feature_normalizer_config"),
         ({"adaptor_configs": {"clip": {"rotation": 2}}}, "adaptor_configs.clip.rotation"),
         ({"adaptor_names": ["clip", "owl"]}, "owl"),
-        ({"adaptor_names": 3}, "adaptor_names is .3., expected a list"),
+        ({"adaptor_names": 3}, "adaptor_names is 3, expected a list"),
         ({"adaptor_configs": [1]}, "adaptor_configs is .1., expected settings"),
         ({"preferred_resolution": "big"}, "preferred_resolution is 'big', expected a whole number"),
         ({"version": "c-radio_v3-b", "vitdet_window_size": 8}, "vitdet_window_size is 8"),

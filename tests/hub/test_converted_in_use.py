@@ -141,7 +141,7 @@ def test_open_clips_copy_of_a_tower_of_transformers(world, monkeypatch):
         assert (name, tag) in open_clip.list_pretrained()
     assert open_clip.get_model_config("ViT-gopt-16-SigLIP2-384")["embed_dim"] == 1536
     monkeypatch.setattr(open_clip_swap, "load_open_clip", load)
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: name)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **options: name)
     model, _, tokenizer = as_open_clip(str(world[0] / "student"), adaptor="siglip2-g")
     assert asked == ["ViT-gopt-16-SigLIP2-384:webli"] and tokenizer == "ViT-gopt-16-SigLIP2-384"
     assert model.encode_image(torch.rand(1, 3, 96, 96)).shape == (1, 16)

@@ -70,7 +70,7 @@ def test_what_is_lost_or_too_large_is_named(dist, tmp_path, monkeypatch):
 
 def test_every_extra_that_a_message_names_exists():
     extras = set(re.findall(r'^        "([a-z]+)": [A-Z]+,$', (ROOT / "setup.py").read_text(), re.M))
-    assert {"eval", "export", "demo", "teachers", "quickstart", "lora", "lmms", "dev"} == extras
+    assert {"eval", "export", "demo", "teachers", "quickstart", "lora", "fastervit", "lmms", "docs", "dev"} == extras
     texts = [path for place in ("src", "docs", "recipes") for path in (ROOT / place).rglob("*") if path.is_file()]
     named = {
         name
