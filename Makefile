@@ -22,7 +22,7 @@ $(VENV)/installed: setup.py pyproject.toml
 quickstart: $(VENV)/installed  ## Train a student (student=eradio, vit or convnext), evaluate it, show the table
 	$(BIN)/transformers-radio quickstart $(if $(student),student=$(student))
 
-seeds: $(VENV)/installed  ## The quickstart over three seeds (about 18 minutes)
+seeds: $(VENV)/installed  ## The quickstart over three seeds (about 20 minutes)
 	$(BIN)/python benchmarks/quickstart_seeds.py
 
 ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)

@@ -281,7 +281,7 @@ def quickstart(
     ),
     overrides: Overrides = None,
 ) -> None:
-    """Distil a small student from three small teachers, evaluate all four, show the table (about 6 minutes)."""
+    """Distil a small student from three small teachers, evaluate all four, show the table (about 7 minutes)."""
     from transformers_radio.quickstart.run import run_quickstart
 
     if run_quickstart(output, overrides or []) is None:
