@@ -99,7 +99,7 @@ def with_links(text: str, source: Path, page: str, wanted: list[Path]) -> str:
             return found[0]
         path = (folder / address).resolve()
         if not path.is_relative_to(ROOT) or not path.exists():
-            raise ValueError(f"{source.relative_to(ROOT)} links to {address}, which is not in the repository.")
+            raise SystemExit(f"error: {source.relative_to(ROOT)} links to {address}, which is not in the repository.")
         if page_of(path).startswith("files/"):
             wanted.append(path)
         return f"{found[1]}{up}{page_of(path)}{'#' if anchor else ''}{anchor}{found[3]}"
