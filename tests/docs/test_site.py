@@ -93,7 +93,7 @@ def test_links_of_the_repository_become_links_of_the_site():
 
 @pytest.mark.parametrize("link", ["nothing.md", "../recipes/nothing.yaml", "../../elsewhere.md"])
 def test_a_link_that_leads_nowhere_is_an_error(link):
-    with pytest.raises(ValueError, match="is not in the repository"):
+    with pytest.raises(SystemExit, match="is not in the repository"):
         build.with_links(f"[a]({link})", ROOT / "docs" / "data.md", "data.md", [])
 
 
