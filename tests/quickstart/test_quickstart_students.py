@@ -2,8 +2,10 @@
 
 import pytest
 
+from transformers_radio import RadioTimmConfig, RadioTimmModel
+from transformers_radio.evaluation.models.encoder import load_encoder
 from transformers_radio.modeling import STUDENTS as STUDENT_TYPES
-from transformers_radio.quickstart.run import DEFAULT, STUDENTS, run_quickstart
+from transformers_radio.quickstart.run import DEFAULT, STUDENTS, _pictured_side, run_quickstart
 from transformers_radio.training import load_recipe
 from transformers_radio.training.recipe import recipe_to_dict, save_recipe
 
@@ -58,3 +60,9 @@ def test_a_run_of_another_student_is_named_before_images_are_drawn(tmp_path):
     with pytest.raises(FileExistsError, match="run holds a run whose student is of type radio.*move that folder away"):
         run_quickstart(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("size", "image_size", "side"), [("convnext-2m", None, 256), ("swinv2-2m", 64, 64)])
+def test_the_picture_shows_a_student_at_a_side_that_it_takes(size, image_size, side, tmp_path):
+    RadioTimmModel(RadioTimmConfig.from_size(size, image_size=image_size)).save_pretrained(tmp_path)
+    assert _pictured_side(load_encoder(str(tmp_path))) == side

@@ -325,18 +325,8 @@ def build_network(config: Any, weights: str | bool = False) -> Any:
     timm, name = _import_timm(), config.timm_model
     if is_fastervit(name):
         import_fastervit()
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], [*config.sizes(), *timm.list_models()], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
-        if name in config.sizes():
-            hint = f"that is a size of ours: RadioTimmConfig.from_size({name!r})."
-        raise ValueError(f"timm {timm.__version__} has no network {shown(name)}; {hint}")
+    cfg = _pretrained_cfg(timm, config)
     arguments = {**config.model_args, "in_chans": config.num_channels}
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # an unknown tag
-        known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
-        raise ValueError(f"timm {timm.__version__} has no weights {shown(name)}; it has {known}.") from error
     if cfg.fixed_input_size:
         if config.image_size is None:
             config.image_size = cfg.input_size[-1]
@@ -373,6 +363,26 @@ def build_network(config: Any, weights: str | bool = False) -> Any:
         complete_fastervit(network)
         network = network.to(torch.get_default_device())
     return network
+
+
+def _pretrained_cfg(timm: Any, config: Any) -> Any:
+    """What timm says of the network and its weights.
+
+    Raises:
+        ValueError: it knows no such network, or no such weights.
+    """
+    name = config.timm_model
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], [*config.sizes(), *timm.list_models()], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
+        if name in config.sizes():
+            hint = f"that is a size of ours: RadioTimmConfig.from_size({name!r})."
+        raise ValueError(f"timm {timm.__version__} has no network {shown(name)}; {hint}")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ValueError(f"timm {timm.__version__} has no weights {shown(name)}; it has {known}.") from error
 
 
 def _read_weights(path: str) -> dict[str, torch.Tensor]:

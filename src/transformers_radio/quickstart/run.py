@@ -153,6 +153,13 @@ def evaluate(encoders: "list[VisionEncoder]", world: Path, recipe: Recipe) -> "T
     )
 
 
+def _pictured_side(encoder: "VisionEncoder") -> int:
+    """A network that is built for one size has no other."""
+    if not encoder.is_student:
+        return encoder.image_size
+    return encoder.model.get_nearest_supported_resolution(PICTURED_SIDE, PICTURED_SIDE)[0]
+
+
 def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
     """Input, PCA of each teacher's features, PCA of the student's at 256 pixels, for a few validation images.
 
@@ -170,6 +177,6 @@ def picture(encoders: "list[VisionEncoder]", world: Path, path: Path) -> None:
     columns = {}
     with torch.no_grad():
         for encoder in encoders:
-            side = PICTURED_SIDE if encoder.name == STUDENT else encoder.image_size
+            side = _pictured_side(encoder)
             columns[encoder.name] = encoder.features(resize_images(images, side).float() / 255)
     teacher_student_figure(images, columns, path)
