@@ -1,4 +1,4 @@
-"""Which summary of a student finds images of the same class: its own, or that of an adaptor?
+"""Which summary of a student finds images of the same class: its own, that of an adaptor, or all of them?
 
     transformers-radio quickstart
     python benchmarks/index_summaries.py runs/quickstart runs/quickstart/run/student
@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from transformers_radio.evaluation import knn_accuracy
 from transformers_radio.evaluation.models.encoder import load_student
@@ -28,7 +29,12 @@ def summaries(student, split: Split) -> dict[str, torch.Tensor]:
         for name, adaptor in out.adaptors.items():
             if adaptor.summary is not None:
                 found.setdefault(f'adaptors["{name}"].summary', []).append(adaptor.summary)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    whole = {name: torch.cat(parts) for name, parts in found.items()}
+    # each of length 1, so that all weigh the same
+    return {
+        **whole,
+        "all of them, concatenated": torch.cat([F.normalize(part, dim=1) for part in whole.values()], dim=1),
+    }
 
 
 def main() -> None:
@@ -43,7 +49,8 @@ def main() -> None:
     print(f"| {len(train.images)} images in the index | width | k-NN |\n|---|---:|---:|")
     for name in bank:
         accuracy = knn_accuracy(bank[name], train.classes, queries[name], validation.classes)
-        print(f"| `{name}` | {bank[name].shape[1]} | {accuracy:.2f} |")
+        title = name if " " in name else f"`{name}`"
+        print(f"| {title} | {bank[name].shape[1]} | {accuracy:.2f} |")
 
 
 if __name__ == "__main__":
