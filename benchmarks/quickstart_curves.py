@@ -27,9 +27,9 @@ from transformers_radio.training.recipe import StageRecipe, StudentRecipe
 
 RECIPE = STUDENTS["eradio"][0]
 METRICS = ("Zero-shot", "k-NN", "mIoU", "Masks")
-STEPS = (350, 700, 1400, 2800, 5600)
-WIDTHS = (12, 16, 24, 32, 48)  # of the first stage and the stem; the quickstart's is 24
-SAM_BATCH = 16
+STEPS = (250, 500, 990, 3600)  # `make quickstart` has 990, `make long` 3600
+WIDTHS, WIDTH_STEPS = (12, 24, 48), 500  # of the first stage and the stem; the quickstart's is 24
+SAM_STEPS, SAM_BATCH = (1400, 5600), 16
 SAM_LIKE = StudentRecipe(
     size="vit-ti-16",
     config={"num_hidden_layers": 4, "mlp_ratio": 3.5, "max_img_size": 128, "num_registers": 0, "cpe_sampling": False},
@@ -41,18 +41,19 @@ Row = dict[str, float | None]
 
 
 def quickstart_recipe(output: Path, seed: int, overrides: list[str]) -> Recipe:
-    places = [f"data.path={output}/world", f"teacher_cache={output}/teachers"]
+    places = [f"data.path={output}/world/train-*.tar", f"teacher_cache={output}/teachers"]
     return load_recipe(RECIPE, [*places, f"seed={seed}", *overrides])
 
 
-def of_steps(output: Path, seed: int, steps: int) -> Recipe:
-    return quickstart_recipe(output, seed, [f"stages.main.steps={steps}", f"stages.main.warmup_steps={steps // 14}"])
+def of_steps(output: Path, seed: int, steps: int, *overrides: str) -> Recipe:
+    warmup = min(200, round(steps / 10, -1))
+    length = [f"stages.main.steps={steps}", f"stages.main.warmup_steps={int(warmup)}"]
+    return quickstart_recipe(output, seed, [*length, *overrides])
 
 
 def of_width(output: Path, seed: int, width: int) -> Recipe:
-    return quickstart_recipe(
-        output, seed, [f"student.config.embed_dim={width}", f"student.config.stem_channels={width}"]
-    )
+    widths = [f"student.config.embed_dim={width}", f"student.config.stem_channels={width}"]
+    return of_steps(output, seed, WIDTH_STEPS, *widths)
 
 
 def from_sam_alone(output: Path, seed: int, steps: int, student: StudentRecipe | None = None) -> Recipe:
@@ -92,7 +93,7 @@ def main() -> None:
         "ceiling": {
             f"SAM alone, {name}, {steps} steps": from_sam_alone(output, seed, steps, student)
             for name, student in (("the quickstart's student", None), ("SAM's architecture", SAM_LIKE))
-            for steps in (1400, 5600)
+            for steps in SAM_STEPS
         },
     }
     rows: dict[str, dict[float, Row]] = {}
