@@ -1,0 +1,57 @@
+"""Linear layers of a fused student in bfloat16 on a CPU: the weight is put into the processor's order once."""
+
+import torch
+from torch import nn
+
+from .caching_radio import WeightCache, is_elusive
+from .inputs_radio import can_read_values
+
+
+class RadioPackedLinear(nn.Linear):
+    """As `nn.Linear`, which has oneDNN reorder the weight in every call: for few rows a fifth of its time.
+
+    The reordered weight is kept besides the weight itself, which a move, a cast and a copy of the model need. Wherever
+    it is of no use (gradients, compiling, another dtype or device) the layer is the ordinary one.
+    """
+
+    _cache: WeightCache
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self._can_use_packed(input):
+            return super().forward(input)
+        ops = torch.ops.mkldnn
+        packed = self._cache.get("packed", [self.weight], lambda: ops._reorder_linear_weight(self.weight))
+        return ops._linear_pointwise(input, packed, self.bias, "none", [], "")
+
+    def _can_use_packed(self, input: torch.Tensor) -> bool:
+        return (
+            can_read_values(input)
+            and _has_units_for(input)
+            and _has_units_for(self.weight)
+            and not is_elusive(self.weight)
+            and not (torch.is_grad_enabled() and input.requires_grad)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _apply(self, fn, recurse=True):
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True):
+        self._cache.clear()  # as WeightCache asks for
+        return super().train(mode)
+
+
+def pack_linears(model: nn.Module):
+    """Makes packed layers of the Linears that are in bfloat16 on a CPU with units for it, in place."""
+    # as torch's own lowering for CPUs, which reaches these operators by the same names
+    ops = torch.ops.mkldnn
+    if not hasattr(ops, "_linear_pointwise") or not ops._is_mkldnn_bf16_supported():
+        return
+    for part in model.modules():
+        if type(part) is nn.Linear and _has_units_for(part.weight):
+            part.__class__, part._cache = RadioPackedLinear, WeightCache()  # hooks stay
+
+
+def _has_units_for(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
