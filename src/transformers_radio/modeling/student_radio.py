@@ -228,9 +228,9 @@ class RadioStudentMixin(nn.Module):
     def fuse(self) -> Any:
         """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
 
-        The query, key and value projections become one, layer scales and batch norms join the layer beside them; in
-        bfloat16 on a CPU, Linears also keep their weights in the processor's order. A fused model cannot be trained
-        or saved: its weights are no longer those that its configuration describes.
+        The query, key and value projections become one, layer scales and batch norms join the layer beside them. In
+        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order. A fused model
+        cannot be trained or saved: its weights are no longer those that its configuration describes.
 
         Raises:
             ValueError: The model is in training mode.
