@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 TEST_PROCESSES ?= 2
+LONG := stages.main.steps=3600 stages.main.warmup_steps=200
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help quickstart seeds ablations backbones teachers test test-slow test-lmms fuzz quality quality-deps docs bench matrix \
+.PHONY: help quickstart long seeds ablations backbones teachers test test-slow test-lmms fuzz quality quality-deps docs bench matrix \
 	wheel clean
 .DEFAULT_GOAL := help
 
@@ -22,8 +23,11 @@ $(VENV)/installed: setup.py pyproject.toml
 quickstart: $(VENV)/installed  ## Train a student (student=eradio, vit or convnext), evaluate it, show the table
 	$(BIN)/transformers-radio quickstart $(if $(student),student=$(student))
 
-seeds: $(VENV)/installed  ## The quickstart over three seeds (about 20 minutes)
-	$(BIN)/python benchmarks/quickstart_seeds.py
+long: $(VENV)/installed  ## The quickstart's student after more steps (half an hour), in runs/quickstart/long
+	$(BIN)/transformers-radio quickstart output_dir=runs/quickstart/long $(LONG)
+
+seeds: $(VENV)/installed  ## The quickstart over three seeds (about 25 minutes); long=yes: each as long as `make long`
+	$(BIN)/python benchmarks/quickstart_seeds.py $(if $(long),runs/quickstart-long $(LONG))
 
 ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)
 	$(BIN)/python benchmarks/ablations.py

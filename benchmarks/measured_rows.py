@@ -26,7 +26,8 @@ def measure_row(recipe: Recipe, runs: Path, yardstick: Yardstick) -> dict[str, f
         outcome = train(recipe)
         if outcome.student_dir is None:
             raise SystemExit("stopped; run the same command again to go on")
-        metrics = measure(load_encoder(str(outcome.student_dir), adaptor="clip"), yardstick)
+        adaptor = "clip" if "clip" in recipe.teachers else None
+        metrics = measure(load_encoder(str(outcome.student_dir), adaptor=adaptor), yardstick)
         write_text(result, json.dumps({**metrics, **last_losses(run)}) + "\n")
     return json.loads(result.read_text(encoding="utf-8"))
 

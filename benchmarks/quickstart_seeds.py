@@ -1,6 +1,9 @@
 """The quickstart over three seeds: `make seeds`. Prints a row for each seed and the mean with its range.
 
+    python benchmarks/quickstart_seeds.py [OUTPUT] [FIELD=VALUE ...]
+
 The images and the teachers are the same for all; the seed changes the start, the order of the images, and the crops.
+Fields of the recipe hold for all seeds.
 """
 
 import os
@@ -17,12 +20,12 @@ from transformers_radio.quickstart.run import run_quickstart
 SEEDS = (0, 1, 2)
 
 
-def main(output: Path) -> None:
+def main(output: Path, overrides: list[str]) -> None:
     rows: list[Row] = []
     teachers: list[Row] = []
     for seed in SEEDS:
         started = time.monotonic()
-        table = run_quickstart(output, [f"seed={seed}", f"output_dir={output}/seed-{seed}"])
+        table = run_quickstart(output, [f"seed={seed}", f"output_dir={output}/seed-{seed}", *overrides])
         if table is None:
             raise SystemExit("stopped; run the same command again to go on")
         *teachers, student = table.rows
@@ -45,4 +48,5 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/quickstart-seeds"))
+    folders = [argument for argument in sys.argv[1:] if "=" not in argument]
+    main(Path(folders[0] if folders else "runs/quickstart-seeds"), [word for word in sys.argv[1:] if "=" in word])

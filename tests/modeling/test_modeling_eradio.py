@@ -291,6 +291,9 @@ def test_windows_follow_the_resolution():
         assert model.window_for(side, side) == window
     assert [model.window_for(32 * n, 32 * n) for n in (17, 19, 34)] == [9, 10, 12]
     assert model.window_for(512, 384) == model.window_for(384, 512) == 12
+    # a small map is one window, square or not
+    assert model.window_for(96, 128) == model.window_for(128, 96) == 4 and model.window_for(32, 224) == 7
+    assert model.window_for(32, 256) == 1
     assert build(window_size=16).window_for(224, 224) == 16
 
 

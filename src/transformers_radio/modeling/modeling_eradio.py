@@ -408,13 +408,16 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
     def window_for(self, height: int, width: int) -> int:
         """Side of the attention windows for images of this size in pixels, in places of 32 x 32 pixels.
 
-        `config.window_size`, or, from the shorter side of the map at stride 32, n places: the largest divisor of n up
-        to `config.max_window_size`. Where that is below 7 and below n (n = 17, 19, 34, ...), the smallest window of
-        which as few as possible cover the side; the map is then enlarged to their size.
+        `config.window_size`, or one window for a map of at most 7 places at stride 32, which has the longer side. For
+        others, from the shorter side of the map, n places: the largest divisor of n up to `config.max_window_size`.
+        Where that is below 7 and below n (n = 17, 19, 34, ...), the smallest window of which as few as possible cover
+        the side; the map is then enlarged to their size.
         """
         if self.config.window_size is not None:
             return self.config.window_size
         side, largest = min(height, width) // 32, self.config.max_window_size
+        if max(height, width) // 32 <= min(largest, 7):
+            return max(height, width) // 32
         divisor = next(size for size in range(min(side, largest), 0, -1) if side % size == 0)
         if divisor >= min(side, 7):
             return divisor

@@ -78,6 +78,13 @@ def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> No
                     f"{group.where}.resolution is {side}; the student takes multiples of {step} up "
                     f"to {student.max_resolution}, the nearest is {nearest}"
                 )
+            step = student.min_resolution_step
+            if group.max_aspect_ratio > 1 and len(group.input_sizes(step)) == 1:
+                fix = f"at least {side / (side - step):.4g}" if side > step else "1, or raise the resolution"
+                raise ValueError(
+                    f"{group.where}.max_aspect_ratio is {group.max_aspect_ratio:g}, which leaves squares alone: the "
+                    f"student's sides are multiples of {step} pixels, and the longer one has {side}; set it to {fix}"
+                )
 
 
 def check_lanes(recipe: Recipe, groups: dict[str, list[Group]]) -> None:
@@ -101,9 +108,10 @@ def settings_without_effect(student: RadioModel, groups: dict[str, list[Group]])
     Raises:
         ValueError: a field has no effect at all.
     """
-    sides = sorted({group.resolution for of_stage in groups.values() for group in of_stage})
+    step = student.min_resolution_step
+    sizes = {size for of_stage in groups.values() for group in of_stage for size in group.input_sizes(step)}
     try:
-        return [f"student.config.{line}" for line in student.training_warnings([(side, side) for side in sides])]
+        return [f"student.config.{line}" for line in student.training_warnings(sorted(sizes))]
     except ValueError as error:
         raise ValueError(f"student.config.{error}") from error
 

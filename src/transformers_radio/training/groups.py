@@ -5,6 +5,7 @@ enough processes, and several in turn when there are not; it builds only the tea
 and the weight of each, follow from the recipe alone, so that the update does not depend on the number of processes.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Group:
         micro_batch_size: images per forward pass of one process.
         passes: forward passes per process in such a step.
         rate: share of the steps in which it takes part, in (0, 1].
+        max_aspect_ratio: of the student's input; 1 for squares.
         image_weight: weight of one image in a step's loss; those of all images of all groups sum to 1.
         ranks: the processes that serve it.
         index: this process's place among them; None when it does not serve the group.
@@ -45,6 +47,7 @@ class Group:
     micro_batch_size: int
     passes: int
     rate: float
+    max_aspect_ratio: float
     image_weight: float
     ranks: tuple[int, ...]
     index: int | None
@@ -66,6 +69,17 @@ class Group:
             step: counted over all stages.
         """
         return torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name} {step}".encode()))
+
+    def input_sizes(self, step: int) -> list[tuple[int, int]]:
+        """All (height, width) in pixels that the student's input may have; the square is the first.
+
+        Args:
+            step: what the sides are multiples of, the student's `min_resolution_step`.
+        """
+        side = self.resolution
+        shortest = step * math.ceil(side / self.max_aspect_ratio / step - 1e-9)
+        shorter = range(max(shortest, step), side, step)
+        return [(side, side), *((short, side) for short in shorter), *((side, short) for short in shorter)]
 
     def takes_part(self, step: int) -> bool:
         """Whether the group's turn is in this step of the stage, from 0: evenly spread, the first step included."""
@@ -114,6 +128,7 @@ def stage_groups(
                 micro_batch_size=micro_batch_size,
                 passes=passes,
                 rate=group.rate,
+                max_aspect_ratio=group.max_aspect_ratio,
                 image_weight=by_image if stage.weighting == "per_image" else by_rank,
                 ranks=ranks,
                 index=ranks.index(rank) if rank in ranks else None,

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import set_seed
 
 from transformers_radio.data import ImageStream
@@ -118,7 +119,11 @@ class Stage:
             targets = teacher_targets(teachers, images, self.transforms, batch.keys, run.caches)
             # Drawn for the whole group, as they decide how long a pass takes.
             generator = group.generator(run.recipe.seed, run.state.step)
-            options = student.training_options(group.resolution, group.resolution, generator)
+            sizes = group.input_sizes(student.min_resolution_step)
+            size = sizes[int(torch.randint(len(sizes), (), generator=generator))] if len(sizes) > 1 else sizes[0]
+            if size != pixels.shape[2:]:
+                pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+            options = student.training_options(*size, generator)
             self.log.images += len(pixels)
         self.batch_norms.begin_pass(None if group is None else group.name)
         with accelerator.autocast():

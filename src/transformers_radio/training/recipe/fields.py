@@ -220,6 +220,14 @@ class GroupRecipe:
             "range": "(0, 1]",
         },
     )
+    max_aspect_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Above 1, the student sees its crops in a shape that is drawn for each step: the longer side is "
+            "the resolution, the other one at most so many times shorter. The teachers see squares.",
+            "range": "[1, 16]",
+        },
+    )
 
 
 @dataclass
