@@ -1,5 +1,7 @@
 """Linear layers of a fused student in bfloat16 on a CPU."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -49,9 +51,10 @@ def pack_linears(model: nn.Module):
     ops = torch.ops.mkldnn
     if not hasattr(ops, "_linear_pointwise") or not ops._is_mkldnn_bf16_supported():
         return
-    for part in model.modules():
-        if type(part) is nn.Linear and _has_units_for(part.weight):
-            part.__class__, part._cache = RadioPackedLinear, WeightCache()  # hooks stay
+    linears: list[Any] = [part for part in model.modules() if type(part) is nn.Linear]
+    for linear in linears:
+        if _has_units_for(linear.weight):
+            linear.__class__, linear._cache = RadioPackedLinear, WeightCache()  # hooks stay
 
 
 def _has_units_for(tensor: torch.Tensor) -> bool:
