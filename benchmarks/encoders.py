@@ -1,17 +1,18 @@
 """`RadioModel` beside the encoders that people use today, of equal shape: milliseconds per batch on this machine.
 
-    python benchmarks/encoders.py --main             # the main table, in about a quarter of an hour on 2 cores
+    python benchmarks/encoders.py --main      # the table of the docs, in about 12 minutes on 2 idle cores
     python benchmarks/encoders.py --sizes b l h --dtypes float32 bfloat16            # every forward pass: hours
     python benchmarks/encoders.py --sizes b l h --dtypes float32 bfloat16 --backward
-    python benchmarks/encoders.py --windows          # windows against global attention at 512 to 2048
+    python benchmarks/encoders.py --windows   # windows against global attention at 512 to 2048
 
 The others: transformers' own RADIO, timm's ViT, transformers' DINOv2 with registers. Weights are random, which changes
-no time. All run in turn in one process, round after round, and each number is the median of its rounds; ratios hold on
-a machine whose speed changes. On a CPU the clock counts processor time divided by the threads, so that other programs
-do not count.
+no time. All run in turn in one process, round after round, and each number is the fastest of its rounds: other
+programs can only make a round slower. Slow rows get fewer rounds, and one with an encoder that takes longer than
+--limit for one pass is left out. On a CPU the clock counts processor time divided by the threads.
 A row is kept in --output as soon as it is measured: the same command continues where it was stopped. bfloat16 is left
 out where the processor has no units for it.
-`share` is the rate at which the products of the model's own shape run alone, one after another, over the model's.
+`share of peak`: FLOPs of the pass in the time of the fastest `RadioModel`, over those of a product of two square
+matrices, which runs in turn with the encoders. FLOPs are those of products, convolutions and attention.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,16 +35,35 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from transformers_radio import RadioConfig, RadioModel
 from transformers_radio.disk import write_json
+from transformers_radio.training.plan.dry_run import FUSED_ATTENTION
 
 SIZES = {"b": "vit-b-16", "l": "vit-l-16", "h": "vit-h-16"}
 OURS, FUSED = "RadioModel", "RadioModel.fuse()"
+OTHERS = ("transformers' RADIO", "timm's ViT", "DINOv2 with registers")
+PEAK = "peak"  # the product of square matrices
+PEAK_SIDE = 2048
 REGISTERS = 4
-# --main: size, side, batch sizes, dtypes
-MAIN = [("b", 224, (1, 8), None), ("b", 432, (1, 8), None), ("l", 224, (1, 8), None), ("l", 432, (1,), None)]
-MAIN += [("h", 224, (1,), ["float32"])]
+# --main: what, size, side, batch sizes; in float32 and bfloat16
+FORWARD, BACKWARD = "forward", "forward+backward"
+MAIN = [
+    (FORWARD, "b", 224, (1, 8)),
+    (FORWARD, "b", 432, (1, 8)),
+    (FORWARD, "b", 1024, (1,)),
+    (FORWARD, "l", 224, (1, 8)),
+    (FORWARD, "h", 224, (1,)),
+    (BACKWARD, "b", 224, (1, 8)),
+]
 
 
-def build(size: str, side: int, backward: bool) -> dict[str, nn.Module]:
+class TooSlow(Exception):
+    """One pass of an encoder took `seconds`, more than the limit."""
+
+    def __init__(self, seconds: float):
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+def build(size: str, side: int, backward: bool, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
     """Name -> encoder without heads, all with one CLS token and four registers."""
     ours = RadioConfig.from_size(SIZES[size], num_cls_tokens=1, num_registers=REGISTERS, max_img_size=side)
     shape = {
@@ -61,24 +80,26 @@ def build(size: str, side: int, backward: bool) -> dict[str, nn.Module]:
         patch_size=16,
         max_img_size=side,
     )
-    vit = timm.models.VisionTransformer(
-        img_size=side,
-        embed_dim=ours.hidden_size,
-        depth=ours.num_hidden_layers,
-        num_heads=ours.num_attention_heads,
-        reg_tokens=REGISTERS,
-        num_classes=0,
-        dynamic_img_size=True,
-    )
-    dino = Dinov2WithRegistersConfig(**shape, patch_size=16, image_size=side, num_register_tokens=REGISTERS)
-    models: dict[str, nn.Module] = {
-        OURS: RadioModel(ours),
-        "transformers' RADIO": transformers.RadioModel(native),
-        "timm's ViT": vit,
-        "DINOv2 with registers": Dinov2WithRegistersModel(dino),
+    vit = {
+        "img_size": side,
+        "embed_dim": ours.hidden_size,
+        "depth": ours.num_hidden_layers,
+        "num_heads": ours.num_attention_heads,
+        "reg_tokens": REGISTERS,
+        "num_classes": 0,
+        "dynamic_img_size": True,
     }
+    dino = Dinov2WithRegistersConfig(**shape, patch_size=16, image_size=side, num_register_tokens=REGISTERS)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        OURS: lambda: RadioModel(ours),
+        "transformers' RADIO": lambda: transformers.RadioModel(native),
+        "timm's ViT": lambda: timm.models.VisionTransformer(**vit),
+        "DINOv2 with registers": lambda: Dinov2WithRegistersModel(dino),
+    }
+    # cast one by one: five of the size H in float32 take 13 GB
+    models = {name: make().to(device, dtype).train(backward) for name, make in makers.items()}
     if not backward:
-        models[FUSED] = RadioModel(ours).eval().fuse()
+        models[FUSED] = RadioModel(ours).to(device, dtype).eval().fuse()
     return models
 
 
@@ -90,9 +111,14 @@ def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, seconds: float = 0.3
+    runs: dict[str, Callable[[], object]], options: argparse.Namespace, seconds: float = 0.1
 ) -> dict[str, float]:
-    """Name -> milliseconds, the median of rounds in turn, each of them at least so long."""
+    """Name -> milliseconds, the fastest of rounds in turn, each of them at least `seconds` long.
+
+    Raises:
+        TooSlow: one pass takes longer than `options.limit`.
+    """
+    device = torch.device(options.device)
 
     def now() -> float:
         if device.type == "cpu":
@@ -100,16 +126,23 @@ def measure(
         torch.accelerator.synchronize()
         return time.perf_counter()
 
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(1 + rounds):
+    def one(run: Callable[[], object], least: float) -> float:
+        count, started = 0, now()
+        while not count or now() - started < least:
+            run()
+            count += 1
+        return (now() - started) / count
+
+    times = {}
+    for name, run in runs.items():  # the first round warms up
+        times[name] = one(run, 0)
+        if times[name] > options.limit:
+            raise TooSlow(times[name])
+    long = sum(max(time, seconds) for time in times.values())
+    for _ in range(options.rounds or min(max(int(options.seconds / long), 2), 12)):
         for name, run in runs.items():
-            count, started = 0, now()
-            while not count or now() - started < seconds:
-                run()
-                count += 1
-            if number:  # the first round warms up
-                times[name].append(1e3 * (now() - started) / count)
-    return {name: statistics.median(of_rounds) for name, of_rounds in times.items()}
+            times[name] = min(times[name], one(run, seconds))
+    return {name: 1e3 * time for name, time in times.items()}
 
 
 def forward_of(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
@@ -128,28 +161,23 @@ def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def peak(model: RadioModel, images: torch.Tensor) -> Callable[[], object]:
-    """The model's products alone: FLOPs of the forward pass in Linear layers of one block, run again and again."""
-    tokens = images.shape[0] * (REGISTERS + 1 + (images.shape[2] // 16) * (images.shape[3] // 16))
-    width = model.config.hidden_size
-    rows = torch.randn(tokens, width, dtype=images.dtype, device=images.device)
-    weight = torch.randn(4 * width, width, dtype=images.dtype, device=images.device)
+def peak_of(images: torch.Tensor) -> Callable[[], object]:
+    """A product of square matrices, in the dtype and on the device of the images."""
+    one, other = torch.randn(2, PEAK_SIDE, PEAK_SIDE, dtype=images.dtype, device=images.device)
 
     @torch.inference_mode()
     def run() -> object:
-        return nn.functional.linear(rows, weight)
+        return one @ other
 
     return run
 
 
-def share_of_peak(model: RadioModel, images: torch.Tensor, milliseconds: float, rounds: int) -> float:
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(images)
-    run = peak(model, images)
-    with FlopCounterMode(display=False) as one:
+def flops_of(model: nn.Module, images: torch.Tensor, backward: bool) -> int:
+    # not in inference mode, in which the counter sees no attention
+    run = step_of(model, images) if backward else lambda: features(model, images)
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION) as counter, torch.set_grad_enabled(backward):
         run()
-    alone = measure({"peak": run}, rounds, images.device)["peak"]
-    return (counter.get_total_flops() / milliseconds) / (one.get_total_flops() / alone)
+    return counter.get_total_flops()
 
 
 class Rows:
@@ -157,16 +185,26 @@ class Rows:
 
     def __init__(self, path: Path, device: str):
         self.path = path
-        self.rows: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.rows: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.left_out: list[str] = []
         where = (device, processor(), torch.get_num_threads(), torch.__version__, transformers.__version__)
         self.where = " ".join(map(str, where))
 
-    def get(self, name: str, measured: Callable[[], list[float]]) -> list[float]:
+    def get(self, name: str, limit: float, measured: Callable[[], dict[str, float]]) -> dict[str, float] | None:
+        """What was kept or is measured now; None, and a line in `left_out`, for a row with a pass above the limit."""
         key = f"{name} on {self.where}"
-        if key not in self.rows:
-            self.rows[key] = measured()
+        row = self.rows.get(key)
+        if row is None or row.get("too slow", limit) < limit:
+            try:
+                row = measured()
+            except TooSlow as error:
+                row = {"too slow": error.seconds}
+            self.rows[key] = row
             write_json(self.path, self.rows)
-        return self.rows[key]
+        if "too slow" in row:
+            self.left_out.append(f"Left out: {name}, where one pass takes {row['too slow']:.0f} s.")
+            return None
+        return row
 
 
 def processor() -> str:
@@ -178,28 +216,27 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def compare(options: argparse.Namespace, rows: Rows, size: str, side: int, batch: int, name: str) -> None:
+def compare(options: argparse.Namespace, rows: Rows, what: str, size: str, side: int, batch: int, name: str) -> None:
     """Prints one row: milliseconds of each encoder, ours over the fastest other, share of the peak."""
-    device, dtype = torch.device(options.device), getattr(torch, name)
+    device, dtype, backward = torch.device(options.device), getattr(torch, name), what == BACKWARD
 
-    def measured() -> list[float]:
-        models = {key: model.to(device, dtype) for key, model in build(size, side, options.backward).items()}
-        for model in models.values():
-            model.train(options.backward)
+    def measured() -> dict[str, float]:
+        models = build(size, side, backward, dtype, device)
         images = torch.rand(batch, 3, side, side, device=device, dtype=dtype)
-        make = step_of if options.backward else forward_of
-        times = measure({key: make(model, images) for key, model in models.items()}, options.rounds, device)
-        best, nothing = times.get(FUSED, times[OURS]), float("nan")
-        share = nothing if options.backward else share_of_peak(models[OURS], images, best, options.rounds)
-        return [*(times.get(key, nothing) for key in (OURS, FUSED, *list(models)[1:4])), share]
+        make = step_of if backward else forward_of
+        runs = {PEAK: peak_of(images), **{key: make(model, images) for key, model in models.items()}}
+        times = measure(runs, options)
+        return {**times, "GFLOPs": flops_of(models[OURS], images, backward) / 1e9}
 
-    what = "forward+backward" if options.backward else "forward"
-    *times, share = rows.get(f"{what} {size} {side} {batch} {name}", measured)
-    ours, fused, *others = times
-    cells = " | ".join("–" if time != time else f"{time:.1f}" for time in times)
-    ratios = " | ".join("–" if time != time else f"{time / min(others):.2f}" for time in (ours, fused))
-    last = "–" if share != share else f"{share:.0%}"
-    print(f"| {size.upper()} | {side} | {batch} | {name} | {cells} | {ratios} | {last} |", flush=True)
+    row = rows.get(f"{what} {size} {side} {batch} {name}", options.limit, measured)
+    if row is None:
+        return
+    others = min(row[key] for key in OTHERS)
+    cells = [f"{row[key]:.1f}" if key in row else "–" for key in (OURS, FUSED, *OTHERS)]
+    cells += [f"{row[key] / others:.2f}" if key in row else "–" for key in (OURS, FUSED)]
+    best = min(row[key] for key in (OURS, FUSED) if key in row)
+    share = (row["GFLOPs"] / best) / (2e-9 * PEAK_SIDE**3 / row[PEAK])
+    print(f"| {what} | {size.upper()} | {side} | {batch} | {name} | {' | '.join(cells)} | {share:.0%} |", flush=True)
 
 
 def compare_windows(options: argparse.Namespace, rows: Rows) -> None:
@@ -214,29 +251,31 @@ def compare_windows(options: argparse.Namespace, rows: Rows) -> None:
         def run(window_size: int | None, images: torch.Tensor = images) -> object:
             return model(images, window_size=window_size)
 
-        def measured(run: Callable[[int | None], object] = run) -> list[float]:
-            runs = {"global": lambda: run(None), "windows": lambda: run(16)}
-            return list(measure(runs, options.rounds, device).values())
+        def measured(run: Callable[[int | None], object] = run) -> dict[str, float]:
+            return measure({"global": lambda: run(None), "windows": lambda: run(16)}, options)
 
-        everywhere, windows = rows.get(f"windows {side}", measured)
-        print(f"| {side} | {everywhere:.0f} | {windows:.0f} | {everywhere / windows:.2f} |", flush=True)
+        row = rows.get(f"windows {side}", options.limit, measured)
+        if row is not None:
+            everywhere, windows = row["global"], row["windows"]
+            print(f"| {side} | {everywhere:.0f} | {windows:.0f} | {everywhere / windows:.2f} |", flush=True)
 
 
-def rows_to_measure(options: argparse.Namespace) -> list[tuple[str, int, int, str]]:
-    """(size, side, batch, dtype) of each row."""
+def rows_to_measure(options: argparse.Namespace) -> list[tuple[str, str, int, int, str]]:
+    """(what, size, side, batch, dtype) of each row."""
     dtypes = options.dtypes or (["float32", "bfloat16"] if options.main else ["float32"])
     if options.device == "cpu" and "bfloat16" in dtypes and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print("bfloat16 is left out: this processor has no units for it, and would need minutes per image\n")
         dtypes = [name for name in dtypes if name != "bfloat16"]
     if options.main:
         return [
-            (size, side, batch, name)
-            for size, side, batches, only in MAIN
-            for name in (only or dtypes)
+            (what, size, side, batch, name)
+            for what, size, side, batches in MAIN
+            for name in dtypes
             for batch in batches
         ]
+    what = BACKWARD if options.backward else FORWARD
     sides = options.sides or [224, 432, 1024]
-    return list(itertools.product(options.sizes, sides, options.batch_sizes, dtypes))
+    return list(itertools.product([what], options.sizes, sides, options.batch_sizes, dtypes))
 
 
 def main() -> None:
@@ -247,33 +286,28 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--windows", action="store_true", help="windows against global attention instead")
-    parser.add_argument("--main", action="store_true", help="B and L at 224 and 432, H at 224; three rounds each")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--main", action="store_true", help="B at 224, 432 and 1024, L and H at 224, B backward")
+    parser.add_argument(
+        "--rounds", type=int, help="in each row, after a pass each; unless given, 2 to 12 by --seconds"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="about so long for the rounds of one row")
+    parser.add_argument("--limit", type=float, default=25, help="leave rows out in which one pass takes more seconds")
     parser.add_argument("--output", type=Path, default=Path("runs/encoders.json"), help="where rows are kept")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.main else 5)
     rows = Rows(options.output, options.device)
-    print(
-        f"{processor()}, {torch.get_num_threads()} threads, {options.device}, median of {options.rounds} rounds, ms\n"
-    )
+    rounds = options.rounds or "2 to 12"
+    print(f"{processor()}, {torch.get_num_threads()} threads, {options.device}, fastest of {rounds} rounds, ms\n")
     if options.windows:
-        return compare_windows(options, rows)
-    names = (OURS, FUSED, "transformers' RADIO", "timm's ViT", "DINOv2 with registers")
-    header = [
-        "Size",
-        "Side",
-        "Batch",
-        "dtype",
-        *names,
-        "ours / fastest other",
-        "fused / fastest other",
-        "share of peak",
-    ]
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows_to_measure(options):
-        compare(options, rows, *row)
-    return None
+        compare_windows(options, rows)
+    else:
+        header = ["Pass", "Size", "Side", "Batch", "dtype", OURS, FUSED, *OTHERS]
+        header += ["ours / fastest other", "fused / fastest other", "share of peak"]
+        wanted = rows_to_measure(options)
+        print("| " + " | ".join(header) + " |\n|" + "---|" * 5 + "---:|" * (len(header) - 5))
+        for row in wanted:
+            compare(options, rows, *row)
+    print("".join(f"\n{line}" for line in rows.left_out))
 
 
 if __name__ == "__main__":

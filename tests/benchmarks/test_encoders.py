@@ -1,6 +1,8 @@
 """benchmarks/encoders.py with a network that takes no time: rows of every kind, kept, and measured once."""
 
+import argparse
 import sys
+import time
 
 import pytest
 import torch
@@ -14,39 +16,79 @@ def encoders(monkeypatch):
     import encoders
 
     monkeypatch.setattr(encoders, "SIZES", {"b": "vit-ti-16"})
-    monkeypatch.setattr(encoders, "MAIN", [("b", 32, (1, 2), None), ("b", 48, (1,), ["float32"])])
+    monkeypatch.setattr(encoders, "MAIN", [("forward", "b", 32, (1, 2)), ("forward+backward", "b", 48, (1,))])
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     yield encoders
     sys.modules.pop("encoders")
 
 
 def run(encoders, monkeypatch, capsys, *words):
+    """The cells of each row, and the lines below the table."""
     monkeypatch.setattr(sys, "argv", ["", *words])
     encoders.main()
     lines = capsys.readouterr().out.splitlines()
-    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| B") or line.startswith("| 256")]
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| forward", "| 256"))]
+    return rows, [line for line in lines if line.startswith("Left out")]
 
 
 def test_rows_are_kept_and_their_ratios_follow_from_the_times(encoders, monkeypatch, tmp_path, capsys):
     taken = []
 
-    def measure(runs, rounds, device, seconds=0.3):
+    def measure(runs, options, seconds=0.1):
         for one in runs.values():
             one()  # every encoder takes these images, forward or backward
-        taken.append(rounds)
-        return {name: 10.0 + number for number, name in enumerate(runs)}
+        taken.append(list(runs))
+        return {name: 9.0 + number for number, name in enumerate(runs)}
 
     monkeypatch.setattr(encoders, "measure", measure)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(encoders, "PEAK_SIDE", 64)
     words = ["--output", str(tmp_path / "rows.json")]
-    first = run(encoders, monkeypatch, capsys, "--main", *words)
-    assert [row[:4] for row in first] == [["B", "32", "1", "float32"], ["B", "32", "2", "float32"]] + [
-        ["B", "48", "1", "float32"]
+    first, _ = run(encoders, monkeypatch, capsys, "--main", *words)
+    assert [row[:5] for row in first] == [
+        ["forward", "B", "32", "1", "float32"],
+        ["forward", "B", "32", "2", "float32"],
+        ["forward+backward", "B", "48", "1", "float32"],
     ]
-    # ours 10, native 11, timm 12, DINOv2 13, fused 14
-    assert first[0][4:11] == ["10.0", "14.0", "11.0", "12.0", "13.0", "0.91", "1.27"]
-    count = len(taken)
-    assert run(encoders, monkeypatch, capsys, "--main", *words) == first and len(taken) == count
-    backward = run(encoders, monkeypatch, capsys, "--backward", "--sides", "32", "--batch-sizes", "1", *words)
-    assert backward == [["B", "32", "1", "float32", "10.0", "–", "11.0", "12.0", "13.0", "0.91", "–", "–"]]
-    windows = run(encoders, monkeypatch, capsys, "--windows", "--sides", "256", *words)
-    assert windows == [["256", "10", "11", "0.91"]] and set(taken) == {3, 5}
+    # the product 9, ours 10, native 11, timm 12, DINOv2 13, fused 14
+    assert first[0][5:12] == ["10.0", "14.0", "11.0", "12.0", "13.0", "0.91", "1.27"]
+    assert first[2][5:12] == ["10.0", "–", "11.0", "12.0", "13.0", "0.91", "–"]
+    shares = [float(row[-1].removesuffix("%")) for row in first]
+    # vit-ti-16, with 4 patches and 5 other tokens; two FLOPs per multiply-add, attention among them
+    products = 4 * 768 * 192 + 12 * 9 * (12 * 192**2 + 2 * 9 * 192)
+    assert shares[0] == pytest.approx(100 * (2 * products / 10) / (2 * 64**3 / 9), abs=0.51)
+    assert shares[1] == pytest.approx(2 * shares[0], abs=1.5)
+    assert len(taken) == 3
+    assert run(encoders, monkeypatch, capsys, "--main", *words)[0] == first and len(taken) == 3
+    backward, _ = run(encoders, monkeypatch, capsys, "--backward", "--sides", "48", "--batch-sizes", "1", *words)
+    assert backward == first[2:] and len(taken) == 3
+    windows, _ = run(encoders, monkeypatch, capsys, "--windows", "--sides", "256", *words)
+    assert windows == [["256", "9", "10", "0.90"]]
+
+
+def test_a_slow_row_is_left_out_with_a_line(encoders, monkeypatch, tmp_path, capsys):
+    words = ["--sides", "32", "--batch-sizes", "1", "--output", str(tmp_path / "rows.json"), "--limit"]
+    rows, left_out = run(encoders, monkeypatch, capsys, *words, "0")
+    assert not rows and len(left_out) == 1 and "forward b 32 1 float32" in left_out[0]
+    monkeypatch.setattr(encoders, "build", None)  # kept: under the same limit it is not tried again
+    assert run(encoders, monkeypatch, capsys, *words, "0") == (rows, left_out)
+
+
+def test_the_fastest_round_counts_and_slow_rows_get_fewer(encoders, monkeypatch):
+    clock, calls = [0.0], {"quick": 0, "slow": 0}
+
+    def passing(name, seconds):
+        def run():
+            calls[name] += 1
+            clock[0] += seconds / min(calls[name], 4)  # the first passes take longer
+
+        return run
+
+    monkeypatch.setattr(time, "process_time", lambda: clock[0] * torch.get_num_threads())
+    for name, seconds, rounds in (("quick", 0.2, 12), ("slow", 20.0, 2)):
+        options = argparse.Namespace(device="cpu", rounds=None, seconds=20, limit=25)
+        times = encoders.measure({name: passing(name, seconds)}, options)
+        assert times == {name: pytest.approx(1e3 * seconds / min(calls[name], 4))}
+        assert calls[name] >= 1 + rounds
+    assert calls["slow"] == 3
+    with pytest.raises(encoders.TooSlow):
+        encoders.measure({"slow": passing("slow", 500.0)}, options)

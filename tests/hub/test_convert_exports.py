@@ -15,6 +15,7 @@ from helpers.nvidia_files import HEADS, LAYOUTS, make, write_hub, write_pth
 from helpers.tiny_radio import TINY, build, build_with_adaptors, scramble
 from transformers_radio import RadioConfig, RadioImageProcessor, RadioModel
 from transformers_radio.cli import app
+from transformers_radio.disk import only_writer
 from transformers_radio.hub.convert import load_nvidia_checkpoint
 from transformers_radio.hub.folder import convert
 from transformers_radio.modeling.fields_radio import complete_adaptors
@@ -207,6 +208,12 @@ def test_the_command_writes_a_whole_folder(tmp_path):
     same_outputs(model, load_nvidia_checkpoint(path, ["siglip2-g"]), torch.rand(1, 3, 64, 64))
     remote = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     same_outputs(remote.eval(), model, torch.rand(1, 3, 64, 64))
+
+
+def test_the_second_of_two_converts_into_a_folder_reads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_radio.hub.folder.load_nvidia_checkpoint", lambda *_: pytest.fail("was read"))
+    with only_writer(tmp_path / "out"), pytest.raises(FileExistsError, match="another process is writing"):
+        convert("source", tmp_path / "out")
 
 
 def test_the_command_overwrites_nothing_and_leaves_nothing(tmp_path):

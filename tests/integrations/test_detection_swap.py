@@ -69,6 +69,22 @@ def test_a_detector_trains_through_the_pyramid_into_the_student(tmp_path):
     assert untouched == []
 
 
+@pytest.mark.parametrize("student_kind", ["radio", "eradio"])
+def test_images_with_too_few_places_for_the_queries_are_refused(student_kind):
+    model_class, config = detector_config("rt_detr")
+    config.num_queries = 30
+    model = build_with_backbone(model_class, config, tiny_student(student_kind)).eval()
+    # 4 x 4 + 2 x 2 + 1 places, and 8 x 8 + 4 x 4 + 2 x 2
+    with pytest.raises(
+        ValueError, match="32x32 pixels, whose maps have 21 places, but num_queries is 30: .* 64x64 .*=21"
+    ):
+        model(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="have 21 places"):
+        model(pixel_values=torch.rand(1, 3, 32, 32))
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 32, 64)).logits.shape[1] == 30  # 42 places
+
+
 def test_what_has_no_backbone_is_named():
     model_class, config = detector_config("rt_detr")
     with pytest.raises(ValueError, match="type radio_timm, which has no backbone class for transformers"):

@@ -410,3 +410,9 @@ def test_sizes_are_chosen_by_name():
         ERadioConfig.from_size("b", embed_dims=3)
     with pytest.raises(ValueError, match="no CLS tokens"):
         ERadioConfig.for_training("b", {}, "cls")
+
+
+def test_another_neck_than_the_saved_one_is_named(tmp_path):
+    ERadioConfig(neck="depthwise").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the other fields .neck, .* pass no field to from_pretrained that decides"):
+        ERadioConfig.from_pretrained(tmp_path, neck=None)

@@ -1,6 +1,7 @@
 """`transformers-radio convert`: a checkpoint from one place and layout as a folder in another."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,35 +50,31 @@ def convert(
     if image_size is not None and target != "timm":
         raise ValueError(f"--image-size is for --for timm; {target} checkpoints take any size, so leave it out")
     _check_new(folder)
-    if target == "radio":
-        model = load_nvidia_checkpoint(source, adaptor_names, version)
-    else:
-        model = load_any(source, adaptor_names, version)
-    write: Callable[[Any, Path], list[str]]
-    if target == "radio":
-        write = _write_own
-    elif target == "native":
-        write = write_native
-    elif target == "timm":
-        side = model.preferred_resolution if image_size is None else image_size
-
-        def write(model: Any, folder: Path) -> list[str]:
-            return write_timm(model, folder, side)
-
-    else:
-        if target in SERVING:
-            check_loader(model, target)
-
-        def write(model: Any, folder: Path) -> list[str]:
-            return write_nvidia(model, folder, serving=target in SERVING)
-
-    with only_writer(folder):
-        _check_new(folder)  # another process may have written it meanwhile
+    with only_writer(folder):  # before the source is read, which takes long
+        _check_new(folder)
+        if target == "radio":
+            model = load_nvidia_checkpoint(source, adaptor_names, version)
+        else:
+            model = load_any(source, adaptor_names, version)
+        write = _writer(model, target, image_size)
         with writing(folder, also=(SafetensorError,)), replace_whole(folder) as temporary:
             temporary.mkdir()
             lines = write(model, temporary)
             write_text(temporary / "README.md", _card(model, source, target))
     return [f"{folder}: {type(model).__name__}, {_count(model):.1f} M parameters, for {target}", *lines]
+
+
+def _writer(model: Any, target: str, image_size: int | None) -> Callable[[Any, Path], list[str]]:
+    """What writes a model into a folder for this target."""
+    if target == "radio":
+        return _write_own
+    if target == "native":
+        return write_native
+    if target == "timm":
+        return partial(write_timm, image_size=model.preferred_resolution if image_size is None else image_size)
+    if target in SERVING:
+        check_loader(model, target)
+    return partial(write_nvidia, serving=target in SERVING)
 
 
 def _check_new(folder: Path) -> None:

@@ -3,6 +3,8 @@
 import copy
 import math
 from collections import OrderedDict
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -67,7 +69,30 @@ def build_with_backbone(
         config.encoder_in_channels = channels
     if hasattr(config, "feat_strides"):
         config.feat_strides = strides
-    return load_student(model_class(config), student)
+    model = load_student(model_class(config), student)
+    if hasattr(config, "encoder_in_channels") and hasattr(config, "num_queries"):  # RT-DETR and its successors
+        step = math.lcm(student.min_resolution_step, *strides)
+        model.register_forward_pre_hook(partial(_check_places, strides, step), with_kwargs=True)
+    return model
+
+
+def _check_places(strides: list[int], step: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for images whose maps have fewer places than the model has queries, which it chooses there."""
+    images = kwargs.get("pixel_values", args[0] if args else None)
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        return
+
+    def places(height: int, width: int) -> int:
+        return sum((height // stride) * (width // stride) for stride in strides)
+
+    (height, width), queries = images.shape[-2:], model.config.num_queries
+    if places(height, width) < queries:
+        side = next(side for side in count(step, step) if places(side, side) >= queries)
+        raise ValueError(
+            f"pixel_values are {height}x{width} pixels, whose maps have {places(height, width)} places, but "
+            f"num_queries is {queries}: pass images of {side}x{side} pixels or more, or build the model with "
+            f"num_queries={places(height, width)} or fewer."
+        )
 
 
 def _backbone_config(student: Any, strides: list[int], window_size: int | None) -> tuple[Any, list[int]]:
@@ -121,7 +146,9 @@ def mask_rcnn(
         num_classes: classes of objects plus one, for the background.
         image_size: longest side in pixels that images are resized to; they are then padded to a multiple of the
             student's step.
-        window_size: as in the student's forward: side of attention windows in patches, None for its own default.
+        window_size: side of attention windows, in place of the student's `config.window_size`: of a RADIO in patches,
+            with 0 for global attention; of an E-RADIO in places of its map at stride 32, with 0 for windows that
+            follow from the image. None for the student's own.
         out_channels: of the pyramid's maps. Fewer than ViTDet's 256 make pyramid and heads several times faster.
         options: of `torchvision.models.detection.MaskRCNN`, such as `box_detections_per_img`.
 

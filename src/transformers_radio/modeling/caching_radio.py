@@ -25,7 +25,7 @@ class WeightCache:
     def get(self, key: Hashable, weights: Sequence[torch.Tensor], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`compute()`, or what it returned before for this key and these weights."""
         # while compiling nothing can be kept, and in a function transform a result may be a stand-in that ends with it
-        if torch.compiler.is_compiling() or in_function_transform() or any(map(_is_elusive, weights)):
+        if torch.compiler.is_compiling() or in_function_transform() or any(map(is_elusive, weights)):
             return compute()
         # writes in place raise the version; a new tensor has a new address, as long as the old one is held here
         state = tuple((weight._version, weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
@@ -41,8 +41,12 @@ class WeightCache:
     def clear(self):
         self._values, self._state, self._held = {}, (), []
 
+    def __reduce__(self):  # copies and pickles start empty: packed weights can be neither copied nor written
+        return WeightCache, ()
 
-def _is_elusive(weight: torch.Tensor) -> bool:
+
+def is_elusive(weight: torch.Tensor) -> bool:
+    """Whether what is computed from this weight must not be kept."""
     return (
         type(weight) is not nn.Parameter  # a tensor in its place for one call (torch.func.functional_call)
         or (torch.is_grad_enabled() and weight.requires_grad)  # the result carries a graph

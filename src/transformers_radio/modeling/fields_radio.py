@@ -386,8 +386,9 @@ class StagesConfigMixin(BackboneConfigMixin):
         super().validate()  # type: ignore[misc]
         if self.stage_names != self._stages():
             raise ValueError(
-                f"{type(self).__name__}: stage_names is {shown(self.stage_names)}, expected "
-                f"{shown(self._stages())}, which follow from other fields; leave it out."
+                f"{type(self).__name__}: stage_names is {shown(self.stage_names)}, but the other fields (neck, "
+                f"num_hidden_layers, ...) describe {shown(self._stages())}. Leave stage_names out, and pass no field "
+                "to from_pretrained that decides the stages of a saved model."
             )
 
     def _stages(self) -> list[str]:

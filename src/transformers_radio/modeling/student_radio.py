@@ -22,6 +22,7 @@ from .inputs_radio import (
     describe_range_error,
     nearest_multiple,
 )
+from .linear_radio import pack_linears
 
 logger = logging.get_logger(__name__)
 
@@ -227,8 +228,9 @@ class RadioStudentMixin(nn.Module):
     def fuse(self) -> Any:
         """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
 
-        The query, key and value projections become one, layer scales and batch norms join the layer beside them. A
-        fused model cannot be trained or saved: its weights are no longer those that its configuration describes.
+        The query, key and value projections become one, layer scales and batch norms join the layer beside them. In
+        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order. A fused model
+        cannot be trained or saved: its weights are no longer those that its configuration describes.
 
         Raises:
             ValueError: The model is in training mode.
@@ -237,6 +239,7 @@ class RadioStudentMixin(nn.Module):
             raise ValueError("The model is in training mode; call model.eval() before model.fuse().")
         if not self.is_fused:
             self._fuse_parts()
+            pack_linears(self)
             self.is_fused = True
         return self
 
