@@ -29,7 +29,7 @@ long: $(VENV)/installed  ## The quickstart's student after more steps (half an h
 seeds: $(VENV)/installed  ## The quickstart over three seeds (about 25 minutes); long=yes: each as long as `make long`
 	$(BIN)/python benchmarks/quickstart_seeds.py $(if $(long),runs/quickstart-long $(LONG))
 
-ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (half an hour)
+ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (an hour)
 	$(BIN)/python benchmarks/ablations.py
 
 backbones: $(VENV)/installed  ## The paper's backbone study in miniature, over three seeds (an hour and a half)

@@ -24,14 +24,7 @@ from transformers_radio.training import load_recipe
 RECIPE = STUDENTS["eradio"][0]
 OPTIONS: dict[str, list[str]] = {
     "the quickstart's recipe": [],
-    "shift: 0.5": ["shift=0.5"],
-    "mosaics in a quarter of the images at 64 and 96": [
-        "stages.main.groups.low.mosaic=0.25",
-        "stages.main.groups.mid.mosaic=0.25",
-    ],
     "ema_decay: 0.98": ["ema_decay=0.98"],
-    "weight_noise: 0.01": ["student.weight_noise=0.01"],
-    "only heads learn in the first 25 steps": ["stages.main.freeze_trunk_steps=25"],
     "grid: smaller": ["loss.grid=smaller"],
 }
 METRICS = ("Zero-shot", "k-NN", "mIoU", "Masks")

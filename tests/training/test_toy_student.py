@@ -216,7 +216,6 @@ def test_it_starts_from_its_checkpoint_and_grows_a_head(finished, conv_recipe, t
         ),
         (["student.gradient_checkpointing=true"], "student.gradient_checkpointing acts on"),
         (["student.spectral_reparam=true"], "student.spectral_reparam acts on"),
-        (["student.weight_noise=0.1"], "student.weight_noise acts on"),
         (["stages.late.resolution=36"], "multiples of 8 up to 256, the nearest is"),
     ],
 )

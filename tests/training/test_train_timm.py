@@ -172,7 +172,7 @@ def test_batch_norms_in_training_compute_what_timm_s_do(kind):
 
 @pytest.mark.parametrize(
     "option",
-    ["gradient_checkpointing=true", "spectral_reparam=true", "weight_noise=0.1"],
+    ["gradient_checkpointing=true", "spectral_reparam=true"],
 )
 def test_what_training_does_to_blocks(option, make_timm_recipe, tmp_path, finished_convnext):
     train(load_recipe(make_timm_recipe(STRIDE_16), [f"student.{option}"]))
@@ -234,7 +234,7 @@ def test_a_plan_counts_it(make_timm_recipe, capsys):
         (["student.config.image_size=64"], "resnetv2_18 takes images of any size; leave it out"),
         (["student.config.model_args={layer: 3}"], "cannot build resnetv2_18"),
         (["student.config.model_args={pretrained: true}"], "model_args has pretrained; leave it out"),
-        (["student.weight_noise=0.1"], "student.weight_noise acts on the Linears in a student's blocks"),
+        (["student.spectral_reparam=true"], "student.spectral_reparam acts on the Linears in a student's blocks"),
         (["student.config.patch_size=8"], "patch_size is 8, but resnetv2_18"),
         (
             ["student.config.timm_modl=x"],

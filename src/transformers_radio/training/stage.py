@@ -59,7 +59,9 @@ class Stage:
         set_seed(recipe.seed + self.first_step, device_specific=True)
         if run.checkpoint is not None and resumes:
             load_training(run, self.model, self.optimizer.optimizer, self.ema)
-            self.schedule.load_state_dict(state.schedule)
+            # earlier versions had more groups of weights, all with the same rate
+            rates = self.schedule.base_lrs
+            self.schedule.load_state_dict({**state.schedule, "base_lrs": rates, "lr_lambdas": [None] * len(rates)})
 
         self.streams = {group.name: self._open_stream(group, resumes) for group in self.groups}
         self.batches = {name: iter(stream) for name, stream in self.streams.items()}
@@ -150,7 +152,7 @@ class Stage:
         if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler found an overflow
             self.schedule.step()
             if self.ema is not None:
-                self.ema.update()
+                self.ema.update(self.schedule.last_epoch)
         self.distillation.balancing.update(sums.means)
 
     def is_due(self, every_steps: int) -> bool:

@@ -16,15 +16,13 @@ from transformers_radio.modeling import RadioModel, student_class
 from transformers_radio.teachers import Teacher, portable_checkpoint
 from transformers_radio.training.stability.batch_norm import replace_batch_norms
 from transformers_radio.training.stability.spectral import add_spectral_reparam
-from transformers_radio.training.stability.weight_noise import add_weight_noise
 
 from .recipe import Recipe, StudentRecipe, TeacherRecipe
 
 logger = logging.getLogger(__name__)
 
 # What these fields of a recipe's student do, they do to its blocks.
-ON_BLOCKS = ("compile", "gradient_checkpointing", "spectral_reparam", "weight_noise")
-ON_LINEARS = ("spectral_reparam", "weight_noise")
+ON_BLOCKS = ("compile", "gradient_checkpointing", "spectral_reparam")
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,10 @@ def build_student(recipe: Recipe, teachers: dict[str, TeacherShape]) -> RadioMod
             f"student.attn_implementation is {options.attn_implementation}, but students of the type {options.type} "
             "have no attention to choose; leave it out"
         )
-    without_effect = [name for name in ON_LINEARS if getattr(options, name) and student.blocks]
-    if without_effect and not any(isinstance(part, nn.Linear) for block in student.blocks for part in block.modules()):
+    linears = [part for block in student.blocks for part in block.modules() if isinstance(part, nn.Linear)]
+    if options.spectral_reparam and student.blocks and not linears:
         raise ValueError(
-            f"student.{without_effect[0]} acts on the Linears in a student's blocks, and this student has none there; "
+            "student.spectral_reparam acts on the Linears in a student's blocks, and this student has none there; "
             "leave it out"
         )
     without_effect = [name for name in ON_BLOCKS if getattr(options, name) and not student.blocks]
@@ -217,8 +215,6 @@ def stage_student(full: RadioModel, recipe: Recipe, stage_name: str) -> RadioMod
         student.gradient_checkpointing_enable()
     if options.spectral_reparam:
         add_spectral_reparam(student)
-    if options.weight_noise:
-        add_weight_noise(student, options.weight_noise)
     if options.compile:
         if options.spectral_reparam:
             _compile_all(len(student.blocks))

@@ -40,9 +40,9 @@ def trained(steps=6, decay=0.9):
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     ema = EMA(model, decay)
-    for x in batches(steps):
+    for number, x in enumerate(batches(steps), start=1):
         train_step(model, optimizer, x)
-        ema.update()
+        ema.update(number)
     return model, ema
 
 
@@ -56,12 +56,13 @@ def test_the_average_is_that_of_a_numpy_loop():
         state = {name: value.detach().numpy().astype(np.float64) for name, value in model.state_dict().items()}
         return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
-    expected = values()
-    for x in batches(10):
+    seen = []
+    for number, x in enumerate(batches(10), start=1):
         train_step(model, optimizer, x)
-        ema.update()
-        for name, value in values().items():
-            expected[name] = 0.9 * expected[name] + 0.1 * value
+        ema.update(number)
+        seen.append(values())
+    weights = 0.9 ** np.arange(9, -1, -1)  # of the steps, the last one with 1
+    expected = {name: np.average([step[name] for step in seen], axis=0, weights=weights) for name in seen[0]}
     averages = ema.state_dict()
     assert averages.keys() == expected.keys()
     for name, average in averages.items():
@@ -76,11 +77,23 @@ def test_half_precision_weights_are_averaged_in_float32():
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     nn.init.constant_(model.weight, 1.0)
     ema = EMA(model, 0.999)
-    nn.init.constant_(model.weight, 2.0)
-    for _ in range(3):
-        ema.update()
+    for number in range(1, 1001):
+        if number == 998:
+            nn.init.constant_(model.weight, 2.0)
+        ema.update(number)
     # a bfloat16 would stay at 1: the steps are smaller than its spacing
-    assert ema.state_dict()["weight"].item() == pytest.approx(2 - 0.999**3, abs=1e-6)
+    late = (1 - 0.999**3) / (1 - 0.999**1000)
+    assert ema.state_dict()["weight"].item() == pytest.approx(1 + late, abs=1e-5)
+
+
+def test_a_short_average_has_a_batch_norms_statistics_and_not_their_start():
+    """The variance of small activations, from which an average that began at 1 would be far."""
+    model = nn.Sequential(nn.BatchNorm1d(5, momentum=1.0))
+    ema = EMA(model, 0.999)
+    for number, x in enumerate(batches(20), start=1):
+        model(0.01 * x)
+        ema.update(number)
+    assert ema.state_dict()["0.running_var"].max() < 1e-3
 
 
 def test_a_saved_average_goes_on_with_the_same_bits(tmp_path):
@@ -95,10 +108,10 @@ def test_a_saved_average_goes_on_with_the_same_bits(tmp_path):
         with torch.no_grad():
             for parameter in weights.parameters():
                 parameter.mul_(1.1)
-        average.update()
+        average.update(7)
     assert same(resumed.state_dict(), ema.state_dict())
     snapshot = ema.state_dict()
-    ema.update()
+    ema.update(8)
     assert not same(snapshot, ema.state_dict())  # what was returned does not move
 
 
@@ -126,12 +139,12 @@ def sharded_average():
     models = (plain, sharded)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
     emas = [EMA(model, 0.8) for model in models]
-    for step, x in enumerate(batches(6)):
+    for step, x in enumerate(batches(6), start=1):
         for model, optimizer, ema in zip(models, optimizers, emas, strict=True):
             model.train()
             train_step(model, optimizer, x)  # the same batch on both, so the mean gradient is that of one
-            ema.update()
-            if step % 2:
+            ema.update(step)
+            if step % 2 == 0:
                 model.eval()
                 with torch.no_grad():
                     model(x)  # leaves the root's parameters gathered

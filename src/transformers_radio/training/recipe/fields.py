@@ -72,13 +72,6 @@ class StudentRecipe:
             "resolution)."
         },
     )
-    weight_noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "Standard deviation of multiplicative noise on the blocks' Linears while training. 0: none.",
-            "range": "[0, 1)",
-        },
-    )
 
 
 @dataclass
@@ -280,9 +273,6 @@ class StageRecipe:
             "resolution leaves a few images per pass, too few to normalize by.",
             "choices": ("sync", "local", "frozen"),
         },
-    )
-    freeze_trunk_steps: int = field(
-        default=0, metadata={"help": "First steps, in which only the heads learn.", "range": "[0, 100000000)"}
     )
 
     def teacher_names(self, recipe: "Recipe") -> list[str]:

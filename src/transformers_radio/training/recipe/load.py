@@ -52,6 +52,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, trust_code
         loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path} is not a mapping of recipe fields")
+    _drop_removed_fields(loaded)
     for part in [loaded, *map(_parse_override, overrides)]:
         written = OmegaConf.to_container(part, resolve=False)
         check_interpolations(written, ("package",))
@@ -64,6 +65,18 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, trust_code
     except ValueError as error:
         raise ValueError(f"{error}{_meant(str(error), loaded, overrides)}") from error
     return recipe
+
+
+def _drop_removed_fields(loaded: DictConfig) -> None:
+    """Runs of earlier versions have recorded fields that are no more, at values that change nothing."""
+    stages = loaded.get("stages")
+    stages = list(stages.values()) if isinstance(stages, DictConfig) else []
+    for section, name in [
+        (loaded.get("student"), "weight_noise"),
+        *((stage, "freeze_trunk_steps") for stage in stages),
+    ]:
+        if isinstance(section, DictConfig) and section.get(name) == 0:
+            section.pop(name)
 
 
 def _build(path: Path, loaded: DictConfig, overrides: list[str]) -> Recipe:

@@ -115,9 +115,8 @@ def _validate_student(recipe: Recipe) -> None:
 
 
 def _validate_stage(where: str, stage: StageRecipe, teachers: tuple[str, ...]) -> None:
-    for key in ("warmup_steps", "freeze_trunk_steps"):
-        value = getattr(stage, key)
-        _require(value < stage.steps, f"{where}.{key}", value, f"fewer than {where}.steps, which is {stage.steps}")
+    expected = f"fewer than {where}.steps, which is {stage.steps}"
+    _require(stage.warmup_steps < stage.steps, f"{where}.warmup_steps", stage.warmup_steps, expected)
     if not stage.groups:
         _require(stage.resolution > 0, f"{where}.resolution", stage.resolution, "the student's input side in pixels")
         _validate_group(where, stage, teachers)

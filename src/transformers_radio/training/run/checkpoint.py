@@ -189,6 +189,8 @@ def load_training(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optim
     assert checkpoint is not None
     folder = checkpoint / "training_state"
     saved = read_file(folder / "optimizer.pt")
+    for group in saved["param_groups"]:
+        group.pop("trunk", None)  # earlier versions had groups of their own for the trunk's weights
     set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(read_file(folder / "scaler.pt"))

@@ -9,7 +9,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * weight, in float32, for every parameter and batch norm's statistics.
+    """The weighted mean of the weights after each step, in float32, for every parameter and batch norm's statistics.
+
+    A step counts `decay` times as much as the next one. The weights before the first step have no part in it: a batch
+    norm's variance, which starts at 1, would outweigh what training finds for thousands of steps.
 
     Sharded parameters (FSDP2) have averages sharded the same way; all processes then call `state_dict` and
     `load_state_dict` together.
@@ -28,10 +31,11 @@ class EMA:
         self.averages = {name: weight.float().clone() for name, weight in self._weights()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Call after each optimizer step."""
+    def update(self, number: int) -> None:
+        """Call after each optimizer step, with its number from 1."""
+        rate = (1 - self.decay) / (1 - self.decay**number)  # 1 - decay, corrected for the bias of the first steps
         for name, weight in self._weights():
-            _local(self.averages[name]).lerp_(_local(weight).float(), 1 - self.decay)
+            _local(self.averages[name]).lerp_(_local(weight).float(), rate)
 
     def state_dict(self, keep: bool = True) -> dict[str, torch.Tensor]:
         """Parameter's name -> its whole average, on the CPU; empty without `keep`, for processes that need none."""
