@@ -106,9 +106,9 @@ def test_batch_norm_s_statistics_are_averaged_like_the_weights_around_them(finis
     for name, found in exported.items():
         if name.endswith(("running_mean", "running_var")):
             names.append(name)
-            average = torch.full_like(found, name.endswith("running_var"))
-            for step in range(1, STEPS + 1):
-                average = 0.9 * average + 0.1 * training_state(finished, step)[f"student.{name}"]
+            steps = [training_state(finished, step)[f"student.{name}"] for step in range(1, STEPS + 1)]
+            shares = [0.9**age for age in reversed(range(STEPS))]
+            average = sum(share * step for share, step in zip(shares, steps, strict=True)) / sum(shares)
             torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-6)
             assert not torch.equal(found, training_state(finished, STEPS)[f"student.{name}"])
     assert len(names) == 2 * 17
@@ -150,7 +150,10 @@ def test_batch_norm_s_statistics_do_not_depend_on_the_number_of_processes(finish
     assert [process.returncode for process in group] == [0, 0], outputs[0][-5000:]
     expected, found = weights(finished / "student"), weights(tmp_path / "run" / "student")
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        # steps of 1e-3 on gradients that differ in their last bits; variances are up to 10
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=2e-4, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", ["local", "frozen"])
