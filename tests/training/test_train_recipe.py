@@ -129,6 +129,36 @@ def test_a_run_may_have_recorded_fields_that_are_no_more(value, make_recipe, tmp
         assert load_recipe(path) == load_recipe(make_recipe())
 
 
+def test_a_checkpoint_of_an_optimizer_with_more_groups_resumes(make_recipe, tmp_path, monkeypatch):
+    """Earlier versions had the trunk's weights in groups of their own."""
+    build_optimizer = stage.build_optimizer
+
+    def split(model, recipe, of_stage):
+        optimizer = build_optimizer(model, recipe, of_stage)
+        heads = {id(weight) for name, weight in model.named_parameters() if name.startswith("student.adaptors.")}
+        groups = [
+            {
+                "params": [weight for weight in group["params"] if (id(weight) in heads) != trunk],
+                "weight_decay": group["weight_decay"],
+                "trunk": trunk,
+            }
+            for trunk in (True, False)
+            for group in optimizer.param_groups
+        ]
+        same = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "fused")}
+        return torch.optim.AdamW(groups, **same)
+
+    train(load_recipe(make_recipe("whole")))
+    monkeypatch.setattr(stage, "build_optimizer", split)
+    train(load_recipe(make_recipe("cut")))
+    monkeypatch.undo()
+    cut_back(tmp_path / "cut", 6)
+    train(load_recipe(make_recipe("cut")))
+    whole, cut = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "cut"))
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=0, atol=1e-6)
+
+
 def test_the_average_of_the_weights_is_what_is_published(make_recipe, tmp_path):
     """Against a loop over the checkpoints of every step."""
     train(
