@@ -84,7 +84,7 @@ def test_the_fastest_round_counts_and_slow_rows_get_fewer(encoders, monkeypatch)
         return run
 
     monkeypatch.setattr(time, "process_time", lambda: clock[0] * torch.get_num_threads())
-    for name, seconds, rounds in (("quick", 0.2, 12), ("slow", 20.0, 2)):
+    for name, seconds, rounds in (("quick", 0.2, encoders.MOST_ROUNDS), ("slow", 20.0, 2)):
         options = argparse.Namespace(device="cpu", rounds=None, seconds=20, limit=25)
         times = encoders.measure({name: passing(name, seconds)}, options)
         assert times == {name: pytest.approx(1e3 * seconds / min(calls[name], 4))}

@@ -62,6 +62,12 @@ def test_a_run_of_another_student_is_named_before_images_are_drawn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_images_of_the_user_that_are_not_there_are_named_before_images_are_drawn(tmp_path):
+    with pytest.raises(FileNotFoundError, match="photos' does not exist"):
+        run_quickstart(tmp_path, [f"data.path={tmp_path / 'photos'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("size", "image_size", "side"), [("convnext-2m", None, 256), ("swinv2-2m", 64, 64)])
 def test_the_picture_shows_a_student_at_a_side_that_it_takes(size, image_size, side, tmp_path):
     RadioTimmModel(RadioTimmConfig.from_size(size, image_size=image_size)).save_pretrained(tmp_path)

@@ -101,6 +101,7 @@ def _check_run(recipe: Recipe, output: Path) -> None:
     """Names before the images are drawn, which takes a minute, what training would refuse after that."""
     import torch
 
+    from transformers_radio.data import list_files
     from transformers_radio.training.run.folder import recorded_recipe
     from transformers_radio.training.student import TeacherShape, build_student
 
@@ -114,6 +115,8 @@ def _check_run(recipe: Recipe, output: Path) -> None:
     if recipe.student.checkpoint is None:
         with torch.device("meta"):
             build_student(recipe, dict.fromkeys(recipe.teachers, TeacherShape(1, 1, 32, 16)))
+    if str(output / "world") not in str(recipe.data.path):  # the user's own images
+        list_files(recipe.data)
 
 
 def load_encoders(recipe: Recipe, student_dir: Path) -> "list[VisionEncoder]":
