@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. Training knobs are recipe fields (`key=value`), never flags."""
+"""The command line: parses, calls, prints."""
 
 import os
 import sys
@@ -22,9 +22,8 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
-)
+HELP = "One vision encoder in place of several: train, evaluate, convert, export and publish students of AM-RADIO."
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), see the folder recipes/.")]
 TrustCode = Annotated[
@@ -60,7 +59,7 @@ def train(
         bool, typer.Option("--fields", help="Print all fields of a recipe.", is_eager=True, callback=print_fields)
     ] = False,
 ) -> None:
-    """Distil a student. The same command continues a run that was stopped or killed."""
+    """Distill a student. The same command continues a run that was stopped or killed."""
     from transformers_radio.training.__main__ import TRUST_CODE, main
 
     raise typer.Exit(main([str(recipe), *(overrides or []), *([TRUST_CODE] if trust_code else [])]))
@@ -77,7 +76,9 @@ def plan(
         str | None,
         typer.Option(help="Also show time and memory on these: a100-40, a100-80, h100, h200, l40s, rtx4090, ..."),
     ] = None,
-    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
+    utilization: Annotated[
+        float, typer.Option("--utilization", "--utilisation", help="Share of the GPU's peak FLOP/s that is reached.")
+    ] = 0.4,
     trust_code: TrustCode = False,
 ) -> None:
     """Show teachers, dims, resolutions, parameters, FLOPs, memory, samples seen; GPU-hours. Downloads nothing."""
@@ -91,7 +92,7 @@ def plan(
         print_plan,  # torch comes with it: what is mistyped has been named
     )
 
-    print_plan(loaded, processes, gpu, utilisation)
+    print_plan(loaded, processes, gpu, utilization)
 
 
 class EvalCommand(TyperCommand):
@@ -281,7 +282,7 @@ def quickstart(
     ),
     overrides: Overrides = None,
 ) -> None:
-    """Distil a small student from three small teachers, evaluate all four, show the table (about 7 minutes)."""
+    """Distill a small student from three small teachers, evaluate all four, show the table (about 7 minutes)."""
     from transformers_radio.quickstart.run import run_quickstart
 
     if run_quickstart(output, overrides or []) is None:

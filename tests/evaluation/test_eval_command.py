@@ -184,7 +184,7 @@ def test_the_command_prints_and_errors_take_one_line(student, colours, tmp_path,
 @pytest.mark.parametrize("name", ["ade20k", "voc2012"])
 def test_the_segmentation_recipes_are_complete(name):
     config = load_config(SegmentationTaskConfig, None, RECIPES / f"{name}.yaml", [])
-    assert len(config.data.classes) == {"ade20k": 150, "voc2012": 21}[name] and config.data.licence
+    assert len(config.data.classes) == {"ade20k": 150, "voc2012": 21}[name] and config.data.license
     config = load_config(SegmentationTaskConfig, "elsewhere", RECIPES / f"{name}.yaml", ["probe.iterations=80000"])
     assert config.data.path == "elsewhere" and config.probe.iterations == 80000
 

@@ -88,7 +88,7 @@ def test_classification_moved_and_of_earlier_versions(write, place, monkeypatch)
     old = path.read_text()
     assert old != new
     moved = move(place)
-    assert run(moved, "licence=other words", "name=birds")[0].metrics == result.metrics
+    assert run(moved, "license=other words", "name=birds")[0].metrics == result.metrics
     path = moved / "out" / "m" / "knn.birds.json"
     path.write_text(new)
     assert run(moved) == [result]
@@ -133,7 +133,7 @@ def test_segmentation_moved_reworded_and_of_earlier_versions(place, monkeypatch)
     rewrite(path, as_before)
     monkeypatch.setattr(segmentation, "segmentation_probe", never)
     moved = move(place)
-    again = run(moved, "data.licence=other words", "data.source=elsewhere", "probe.num_workers=1")
+    again = run(moved, "data.license=other words", "data.source=elsewhere", "probe.num_workers=1")
     assert again[0].metrics == result.metrics
     with pytest.raises(ValueError, match=r"it differs in probe.seed \(0 there, 1 here\)"):
         run(moved, "probe.seed=1")
@@ -208,7 +208,7 @@ def test_sam_coco_moved_and_reworded(place, sam_file, monkeypatch):
     rewrite(path, as_before)
     monkeypatch.setattr(sam_coco, "evaluate_sam_coco", never)
     moved = move(place)
-    assert run(moved, "licence=other words", "prompts_per_chunk=3")[0].metrics == result.metrics
+    assert run(moved, "license=other words", "prompts_per_chunk=3")[0].metrics == result.metrics
     assert run(moved, f"image_size={result.resolution}")[0].metrics == result.metrics
     with pytest.raises(ValueError, match=r"it differs in best_of_three \(False there, True here\)"):
         run(moved, "best_of_three=true")

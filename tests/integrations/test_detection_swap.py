@@ -85,6 +85,20 @@ def test_images_with_too_few_places_for_the_queries_are_refused(student_kind):
         assert model(torch.rand(1, 3, 32, 64)).logits.shape[1] == 30  # 42 places
 
 
+def test_windows_of_an_eradio_are_those_asked_for():
+    model_class, config = detector_config("rt_detr")
+    student, images = tiny_student("eradio").eval(), torch.rand(1, 3, 128, 128)
+    maps = {}
+    for window_size in (None, 2, 0):
+        inside = student_inside(build_with_backbone(model_class, config, student, window_size=window_size).eval())
+        maps[window_size] = inside(images).features
+    assert student.config.window_size is None
+    assert torch.equal(maps[0], maps[None]) and (maps[2] - maps[0]).norm() > 0.1 * maps[0].norm()
+    student.config.window_size = 2
+    inside = student_inside(build_with_backbone(model_class, config, student).eval())
+    assert torch.equal(inside(images).features, maps[2])
+
+
 def test_what_has_no_backbone_is_named():
     model_class, config = detector_config("rt_detr")
     with pytest.raises(ValueError, match="type radio_timm, which has no backbone class for transformers"):
@@ -93,8 +107,6 @@ def test_what_has_no_backbone_is_named():
         build_with_backbone(model_class, config, tiny_student("eradio"), strides=[16, 32, 64])
     with pytest.raises(ValueError, match="strides is \\[6, 12, 24\\]"):
         build_with_backbone(model_class, config, tiny_student("radio"), strides=[6, 12, 24])
-    with pytest.raises(ValueError, match="window_size is 2, but a student of type eradio"):
-        build_with_backbone(model_class, config, tiny_student("eradio"), window_size=2)
     with pytest.raises(ValueError, match="window_size is 2, but the student has no attention windows"):
         mask_rcnn(tiny_student("radio_timm"), 3, window_size=2)
     for wrong in ({"num_classes": "three"}, {"num_classes": 1}, {"num_classes": 3, "image_size": -5}):

@@ -70,6 +70,22 @@ def test_evaluation_adds_its_results_and_leaves_the_rest_of_the_card(tmp_path):
     assert "82.50" in card.read_text() and "81.50" not in card.read_text()
 
 
+def test_what_an_evaluation_takes_out_of_a_card_is_named(tmp_path, caplog):
+    model = make_student(tmp_path / "student")
+    result(model, "knn", 81.5).write(tmp_path / "eval/knn.json")
+    update_card(tmp_path / "student", [tmp_path / "eval"])
+    result(model, "zero-shot", 12.5).write(tmp_path / "eval/zero-shot.json")
+    update_card(tmp_path / "student", [tmp_path / "eval"])
+    assert not caplog.records  # nothing is gone
+    result(model, "knn", 70.5).write(tmp_path / "trial/knn.json")
+    update_card(tmp_path / "student", [tmp_path / "trial"])
+    [record] = caplog.records
+    assert "2 lines that it showed before are not, such as | knn | Tiny set | 64 | knn | 81.50 |" in record.message
+    main([str(tmp_path / "student"), str(tmp_path / "eval")])  # as the message says
+    card = (tmp_path / "student/README.md").read_text()
+    assert "81.50" in card and "12.50" in card and "70.50" not in card
+
+
 def test_an_evaluation_does_not_fail_for_a_card(tmp_path, caplog):
     make_student(tmp_path / "student")
     (tmp_path / "student/README.md").write_text("---\nlicense: [\n---\n")

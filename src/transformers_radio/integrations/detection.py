@@ -46,8 +46,9 @@ def build_with_backbone(
         student: a RADIO or E-RADIO, or its folder or Hub id. Its adaptors are left out.
         strides: of the maps in pixels. Missing: those that `config` states (`feat_strides`, `feature_strides`), else
             4, 8, 16 and 32.
-        window_size: side of attention windows in patches, as ViTDet has them at 1024 pixels (16 for patches of 16);
-            None for the student's default. Image sides must then be multiples of patch size times window.
+        window_size: side of attention windows, in place of the student's `config.window_size`: of a RADIO in patches
+            (ViTDet has 16 at 1024 pixels), with 0 for global attention, and image sides are then multiples of patch
+            size times window; of an E-RADIO in places of its map at stride 32, with 0 for windows that follow the image.
 
     Raises:
         OSError: there is no such student.
@@ -69,6 +70,9 @@ def build_with_backbone(
         config.encoder_in_channels = channels
     if hasattr(config, "feat_strides"):
         config.feat_strides = strides
+    if window_size is not None:
+        student = copy.copy(student)  # shares its weights
+        student.config = backbone  # has the windows, which `load_student` compares
     model = load_student(model_class(config), student)
     if hasattr(config, "encoder_in_channels") and hasattr(config, "num_queries"):  # RT-DETR and its successors
         step = math.lcm(student.min_resolution_step, *strides)
@@ -98,8 +102,6 @@ def _check_places(strides: list[int], step: int, model: Any, args: tuple[Any, ..
 def _backbone_config(student: Any, strides: list[int], window_size: int | None) -> tuple[Any, list[int]]:
     """The backbone's configuration, and the channels of its maps."""
     kind = student.config.model_type
-    if window_size is not None and kind != "radio":
-        raise ValueError(f"window_size is {window_size}, but a student of type {kind} has no windows to choose.")
     if kind == "radio":
         fields = student.config.to_dict()
         for name in ("model_type", "auto_map", "architectures"):
@@ -115,6 +117,8 @@ def _backbone_config(student: Any, strides: list[int], window_size: int | None) 
             )
         backbone = copy.deepcopy(student.config)
         backbone.adaptors = {}
+        if window_size is not None:
+            backbone.window_size = window_size or None
         backbone.set_output_features_output_indices([_ERADIO_STAGES[stride] for stride in strides], None)
         return backbone, [_eradio_channels(backbone)[stride] for stride in strides]
     raise ValueError(

@@ -26,7 +26,7 @@ from transformers_radio.evaluation.result import Result
 from transformers_radio.modeling import student_class
 from transformers_radio.teachers import digest_weights
 from transformers_radio.training.recipe import load_recipe
-from transformers_radio.training.run.card import CARD, RECIPE, TEACHERS, replace_block, student_card
+from transformers_radio.training.run.card import CARD, RECIPE, TEACHERS, find_block, replace_block, student_card
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +147,32 @@ def update_card(folder: Path, sources: Sequence[Path]) -> None:
         card = read_card(folder)
         results = results_of(folder, sources)
         if results:
+            before = _rows(card)
             add_results(card, results)
             write_text(folder / CARD, str(card))
+            _warn_of_rows_gone(folder, sources, before - _rows(card))
     except (OSError, ValueError) as error:
         logger.warning("%s is not updated: %s", folder / CARD, one_line(error))
+
+
+def _rows(card: ModelCard) -> set[str]:
+    """The lines of the tables in a card's evaluation."""
+    return {line for line in find_block(card.text, "evaluation").splitlines() if line.startswith("| ")}
+
+
+def _warn_of_rows_gone(folder: Path, sources: Sequence[Path], rows: set[str]) -> None:
+    if rows:
+        where = " ".join(map(str, sources))
+        logger.warning(
+            "%s now shows what is in %s; %d lines that it showed before are not, such as %s. To show the results of "
+            "several folders: python -m transformers_radio.publishing.card %s %s OTHER ...",
+            folder / CARD,
+            where,
+            len(rows),
+            min(rows),
+            folder,
+            where,
+        )
 
 
 def _side(resolution: int | list[int] | None) -> str:

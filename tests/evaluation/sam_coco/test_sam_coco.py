@@ -297,5 +297,5 @@ def test_wrong_chunks_are_refused(dataset, sam):
 
 def test_the_recipe_is_a_complete_config():
     config = load_config(SamCocoConfig, None, ROOT / "recipes/evaluation/coco2017.yaml", [])
-    assert config.image_size == 1024 and not config.best_of_three and "CC BY 4.0" in config.licence
+    assert config.image_size == 1024 and not config.best_of_three and "CC BY 4.0" in config.license
     assert config.crowds  # as the paper's 77.18

@@ -176,7 +176,7 @@ def test_the_real_sets_are_wired():
     assert len(voc.data.classes) == 21 and voc.data.classes[15] == "person" and not voc.data.reduce_labels
     assert voc.probe.iterations == 160_000 and (voc.probe.crop_size, voc.probe.stride) == (512, 341)
     for task in (ade, voc):
-        assert task.data.licence and task.data.ignore_index == 255 and set(task.data.splits) == {"train", "validation"}
+        assert task.data.license and task.data.ignore_index == 255 and set(task.data.splits) == {"train", "validation"}
 
 
 @pytest.mark.parametrize(("iterations", "warmup"), [(160_000, 1500), (1501, 1500), (1500, 150), (100, 10), (5, 0)])

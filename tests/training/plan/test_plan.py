@@ -175,7 +175,7 @@ def test_the_plan_refuses_what_training_would_refuse(make_recipe):
     refused("student.checkpoint=somebody/student", match="not on the disk")
     refused("stages.main.teachers=[clip]", match="teachers.sam teaches in no stage")
     refused(match="gpu 'abacus' is unknown; choose one of a100-40", gpu="abacus")
-    refused(match="utilisation is 0", gpu="h100", utilization=0)
+    refused(match="utilization is 0", gpu="h100", utilization=0)
     refused(match="processes is 0", processes=0)
 
 
@@ -242,7 +242,7 @@ def test_the_command_line_shows_clusters(make_recipe, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     options = [GROUPS, "stages.main.groups.high.batch_size=60", "mixed_precision=bf16"]
     options += ["student.config={hidden_size: 5120, num_attention_heads: 40, mlp_ratio: 4.0}"]
-    command = ["plan", str(make_recipe()), "--gpus", "6", "--gpu", "rtx4090", "--utilisation", "0.3"]
+    command = ["plan", str(make_recipe()), "--gpus", "6", "--gpu", "rtx4090", "--utilization", "0.3"]
     result = CliRunner().invoke(app, [*command, *options])
     assert result.exit_code == 0, result.output
     for fact in ("memory on 6 x rtx4090 (24 GB)", "30% of 165 TFLOP/s", "0-3", "4-5", "GPU-hours", "bound by high"):

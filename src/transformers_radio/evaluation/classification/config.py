@@ -63,7 +63,7 @@ class TextConfig:
 class ClassificationConfig(LabeledConfig):
     """Settings that both tasks have; recipes/evaluation/imagenet1k.yaml has those of ImageNet."""
 
-    licence: str = field(default="", metadata={"help": "The data's, for people who read the recipe."})
+    license: str = field(default="", metadata={"help": "The data's, for people who read the recipe."})
     source: str = field(default="", metadata={"help": "Where to get the data."})
     image_size: Any = field(
         default=None,

@@ -18,7 +18,7 @@ class SamCocoConfig:
     )
     split: str = field(default="val2017", metadata={"help": "Folder of images; its annotations are named after it."})
     name: str = field(default="COCO 2017", metadata={"help": "What results call the data."})
-    licence: str = field(default="", metadata={"help": "The data's, for people who read the recipe."})
+    license: str = field(default="", metadata={"help": "The data's, for people who read the recipe."})
     source: str = field(default="", metadata={"help": "Where to get the data."})
     detections: str | None = field(
         default=None,

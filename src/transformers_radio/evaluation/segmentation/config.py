@@ -52,7 +52,7 @@ class SegmentationData:
         default=False, metadata={"help": "Masks number the classes from 1, and 0 means no class."}
     )
     ignore_index: int = field(default=IGNORE_INDEX, metadata={"help": "Value of mask pixels without a class."})
-    licence: str = field(default="", metadata={"help": "The set's, for people who read the recipe."})
+    license: str = field(default="", metadata={"help": "The set's, for people who read the recipe."})
     source: str = field(default="", metadata={"help": "Where to get the set."})
 
 

@@ -35,7 +35,7 @@ def print_plan(recipe: Recipe, processes: int = 1, gpu: str | None = None, utili
         ValueError: recipe, teachers and number of processes do not fit together; an unknown GPU.
     """
     if not 0 < utilization <= 1:
-        raise ValueError(f"utilisation is {utilization}; expected a share above 0 and at most 1")
+        raise ValueError(f"utilization is {utilization}; expected a share above 0 and at most 1")
     if gpu is not None:
         find_gpu(gpu)
     # These GPUs have bfloat16 units; without `gpu`, the plan is for this machine.

@@ -152,6 +152,12 @@ def replace_block(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda match: f"{match[1]}{content}{match[2]}", text, flags=re.DOTALL)
 
 
+def find_block(text: str, name: str) -> str:
+    """What is between the marks of a block; empty without them."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, flags=re.DOTALL)
+    return found[1] if found else ""
+
+
 def describe_data(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Ids of the data sets that are on the Hub, and a line for each source of the recipe, which is portable."""
     sources = recipe.data.named_sources()
