@@ -126,7 +126,9 @@ def draw(curves: dict[str, dict[float, Row]], best: dict[str, float], path: Path
             axes.plot(list(rows), [100 * (row[metric] or 0) / best[metric] for row in rows.values()], "o-", color=BLUE)
             axes.axhline(100, color=GRAY, linewidth=1)
             axes.set_xscale("log")
-            style_axes(axes, "steps" if curve == "steps" else "million parameters", f"{metric}, % of the best teacher")
+            axes.set_xticks(list(rows), [f"{value:.3g}" if curve == "width" else f"{value:,}" for value in rows])
+            axes.minorticks_off()
+            style_axes(axes, "steps" if curve == "steps" else "million parameters", f"{metric}, %")
     save_figure(figure, path)
 
 

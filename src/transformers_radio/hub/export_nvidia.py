@@ -53,7 +53,7 @@ def check_loader(model: Any, loader: str) -> None:
     """
     config = model.config
     if not isinstance(config, RadioConfig):
-        raise ValueError(f"{loader} reads RADIO ViTs only, not a {type(model).__name__}")
+        raise ValueError(f"{loader} reads RADIO ViTs only, and this is {type(model).__name__}")
     variants = {
         "final_norm": "a final norm",
         "mlp_norm": "a norm inside the MLP",
@@ -91,7 +91,7 @@ def write_nvidia(model: Any, folder: Path, serving: bool) -> list[str]:
     """
     config = model.config
     if not isinstance(config, RadioConfig):
-        raise ValueError(f"only a RADIO ViT is written in this layout, not a {type(model).__name__}")
+        raise ValueError(f"only a RADIO ViT is written in this layout, and this is {type(model).__name__}")
     _check_layout(config)
     state = dict(model.state_dict())
     scaled = [name for name in state if name.endswith(".lambda1")]

@@ -64,7 +64,7 @@ def write_timm(model: Any, folder: Path, image_size: int) -> list[str]:
 
 def _check(config: Any, model: Any, image_size: int) -> None:
     if not isinstance(config, RadioConfig):
-        raise ValueError(f"timm's vision transformer cannot be a {type(model).__name__}; only a RADIO ViT")
+        raise ValueError(f"only a RADIO ViT can be timm's vision transformer, and this is {type(model).__name__}")
     variants = {
         "use_swiglu_ffn": "a gated MLP",
         "feature_normalizer": "a feature normalizer",

@@ -48,7 +48,8 @@ def build_with_backbone(
             4, 8, 16 and 32.
         window_size: side of attention windows, in place of the student's `config.window_size`: of a RADIO in patches
             (ViTDet has 16 at 1024 pixels), with 0 for global attention, and image sides are then multiples of patch
-            size times window; of an E-RADIO in places of its map at stride 32, with 0 for windows that follow the image.
+            size times window; of an E-RADIO in places of its map at stride 32, with 0 for windows that follow
+            the image.
 
     Raises:
         OSError: there is no such student.

@@ -311,10 +311,11 @@ class Resolution(Task):
                 f" The bank has no image of {len(missing)} of the classes, which k-NN therefore gets wrong: "
                 f"{', '.join(map(str, names))}{more}."
             )
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
         return (
             f"{len(self.queries.files)} whole images scaled to each size, bicubic; {config.k}-NN in {len(bank.files)} "
             f"images at the same size and at {side}; cosines to {side}, features on the coarser grid.{without} "
-            f"{verdict}" + (f" Left out: {', '.join(left_out)}." if left_out else "")
+            f"{verdict}" + (f" Left out: {reasons}." if reasons else "")
         )
 
 

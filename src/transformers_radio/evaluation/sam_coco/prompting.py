@@ -141,8 +141,8 @@ def feature_width(student: Any, adaptor: str) -> int | None:
     adaptors = student.config.adaptors
     if adaptor not in adaptors:
         raise ValueError(
-            f"The student has no adaptor {adaptor!r}, it has {sorted(adaptors)}: name its adaptor to SAM, or distill a "
-            "student with SAM among its teachers."
+            f"The student has no adaptor {adaptor!r}, it has {sorted(adaptors)}: name its adaptor to SAM, or distill "
+            "a student with SAM among its teachers."
         )
     return adaptors[adaptor]["feature_dim"]
 

@@ -217,7 +217,8 @@ class GroupRecipe:
         default=1.0,
         metadata={
             "help": "Above 1, the student sees its crops in a shape that is drawn for each step: the longer side is "
-            "the resolution, the other one at most so many times shorter. The teachers see squares.",
+            "the resolution, and divided by the other one at most this number. The teachers see squares. Not for "
+            "groups of SAM.",
             "range": "[1, 16]",
         },
     )
