@@ -74,7 +74,7 @@ class Report:
                 print(" | ".join(f"{key} {show(value)}" if key not in ("part", "name", "status") else show(value)
                                  for key, value in row.items()), flush=True)  # fmt: skip
             self.rows.sort(key=lambda row: self.order.index(row["part"]))  # stable: parts may run side by side
-            temporary = self.folder / "gpu.json.tmp"
+            temporary = self.folder / ".gpu.json.transformers_radio.tmp"
             temporary.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1), encoding="utf-8")
             os.replace(temporary, self.folder / "gpu.json")
 

@@ -3,6 +3,7 @@
 The standard library is all that this file imports, so that it costs nothing before torch is loaded.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,15 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+MINE = ".transformers_radio"  # in the names of what is temporary, so that no file of a user has one of them
 MAKE_ROOM = "make room on the disk, or mend it, and run the same command again"
+OTHER_PLACE = "choose a place that can be written to, or make this one so, and run the same command again"
+# Errors of the place, which room on the disk would not mend.
+OF_THE_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
+IN_FOLDER = (f"{MINE}.tmp", f"{MINE}.lock")  # what `new_folder` keeps in a folder that is there
 
 
 def existing(path: Path) -> Path:
@@ -33,11 +42,46 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def writing(path: Path, fix: str = MAKE_ROOM, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns what a full or broken disk raises into one OSError that names the file, the room left, and the fix.
+def check_writable(path: Path, name: str) -> None:
+    """Raises OSError, which calls the path `name`, when nothing can be written at `path`. Changes nothing."""
+    absolute = path.absolute()
+    nearest = next(one for one in (absolute, *absolute.parents) if one.exists() or one.is_symlink())
+    if not nearest.exists():
+        reason = f"is a link to {os.readlink(nearest)}, which is not there"
+    elif not nearest.is_dir():
+        reason = "is not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "may not be written into"
+    else:
+        return
+    raise OSError(f"{name} {path} cannot be written: {nearest} {reason}; choose another {name}")
+
+
+def check_new(folder: Path, name: str, source: str | Path) -> None:
+    """Raises before long work unless `folder` is new or empty and can be written. Changes nothing.
 
     Args:
+        name: what the command calls the folder.
+        source: a folder that is read meanwhile, into which nothing may be written; anything else is no matter here.
+
+    Raises:
+        FileExistsError: there is a file, or a folder with something in it.
+        OSError: nothing can be written there.
+        ValueError: it lies in the source.
+    """
+    if folder.exists() and (not folder.is_dir() or any(path.name not in IN_FOLDER for path in folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; give a new folder, or remove it")
+    check_writable(folder, name)
+    if os.path.isdir(source) and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{name} {folder} lies in {source}, which is read; choose a folder outside of it")
+
+
+@contextmanager
+def writing(path: Path, note: str = "", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns what a full, broken or closed disk raises into one OSError: the file, the reason, the room left, the fix.
+
+    Args:
+        note: what the message says before the fix.
         also: exceptions of the library that writes, besides OSError and RuntimeError (which is PyTorch's).
     """
     try:
@@ -48,9 +92,15 @@ def writing(path: Path, fix: str = MAKE_ROOM, also: tuple[type[Exception], ...] 
         nearest = existing(path.absolute())
         free = shutil.disk_usage(nearest).free
         reason = " ".join(str(error).split())
+        fix = note + (OTHER_PLACE if isinstance(error, OSError) and error.errno in OF_THE_PLACE else MAKE_ROOM)
         raise OSError(
             f"{path} could not be written ({type(error).__name__}: {reason}; {nearest} has {free:,} bytes free): {fix}"
         ) from error
+
+
+def temporary_path(path: Path, unique: bool = False) -> Path:
+    """Where `replace_whole` keeps what is to become `path`: hidden, beside it, and marked as this package's."""
+    return path.with_name(f".{path.name}.{os.getpid()}{MINE}.tmp" if unique else f".{path.name}{MINE}.tmp")
 
 
 @contextmanager
@@ -63,10 +113,10 @@ def replace_whole(path: Path, unique: bool = False) -> Iterator[Path]:
 
     Args:
         unique: the temporary's name holds the process number, for files that several processes may write at once.
-            Otherwise it is NAME.tmp, which the next attempt deletes, so that a kill leaves no garbage for long.
+            Otherwise the next attempt deletes it, so that a kill leaves no garbage for long.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if unique else f"{path.name}.tmp")
+    temporary = temporary_path(path, unique)
     remove(temporary)
     try:
         yield temporary
@@ -112,7 +162,7 @@ def lock_folder(folder: Path, message: str) -> IO[str]:
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing `path` during the block, by a lock on the file .NAME.lock beside it.
+    """Keeps other processes from writing `path` during the block, by a lock on a hidden file beside it.
 
     The folders above `path` are made. The lock goes with the process, however it ends.
 
@@ -120,9 +170,15 @@ def only_writer(path: Path) -> Iterator[None]:
         FileExistsError: another process holds it.
         OSError: nothing can be written there.
     """
-    file = path.with_name(f".{path.name}.lock")
+    with _locked(path.with_name(f".{path.name}{MINE}.lock"), path):
+        yield
+
+
+@contextmanager
+def _locked(file: Path, path: Path) -> Iterator[None]:
+    """Holds the lock `file`, which is made and deleted, for the work on `path`."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a")
     with lock:
         if fcntl is not None:
@@ -137,6 +193,42 @@ def only_writer(path: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # Windows does not delete open files
                 file.unlink()
+
+
+@contextmanager
+def new_folder(folder: Path, name: str, source: str | Path) -> Iterator[Path]:
+    """Yields the path of a temporary folder, to be made, whose content is that of `folder` when the block ends.
+
+    One process at a time. An empty folder that is there is filled, not replaced: it may be a link, another disk, or
+    where the user stands. A kill leaves all of it or nothing, and of a folder that was there at worst some files,
+    without its config.json. If the block raises, nothing stays.
+
+    Args:
+        name, source: as for `check_new`, which is asked first.
+
+    Raises:
+        FileExistsError: the folder has something in it, or another process is writing it.
+        OSError, ValueError: as `check_new`.
+    """
+    check_new(folder, name, source)
+    is_there = folder.is_dir()
+    temporary, lock = (folder / own for own in IN_FOLDER) if is_there else (temporary_path(folder), None)
+    with only_writer(folder) if lock is None else _locked(lock, folder):
+        check_new(folder, name, source)  # another process may have been writing
+        remove(temporary)  # of a process that was killed
+        try:
+            yield temporary
+            check_new(folder, name, source)
+            with writing(folder):
+                if is_there:
+                    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                        os.rename(file, folder / file.name)
+                    temporary.rmdir()
+                else:
+                    os.rename(temporary, folder)
+        except BaseException:
+            remove(temporary)
+            raise
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

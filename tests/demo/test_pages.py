@@ -282,8 +282,10 @@ def test_what_a_space_cannot_have_is_refused(space, student_folder, tmp_path):
     with pytest.raises(ValueError, match="file of this machine"):
         write_space(student_folder, space, {"sam": f"segment_anything:{__file__}"})
     (space / "mine").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="name a new folder"):
+    with pytest.raises(FileExistsError, match="give a new folder"):
         write_space(student_folder, space)
+    with pytest.raises(ValueError, match="--space .*inner lies in .*, which is read"):
+        write_space(student_folder, Path(student_folder) / "inner")
     with pytest.raises(FileNotFoundError, match="takes a student from a folder"):
         write_space("ORG/NAME", tmp_path / "other")
     (Path(student_folder) / "README.md").write_text("---\ntags: [a]\n---\n# A card\n")

@@ -10,7 +10,7 @@ import pytest
 from helpers.watched_run import line, save_checkpoint, write
 from transformers_radio.demo import run_view
 from transformers_radio.demo.run_view import Watcher, curve, loss_terms, open_recipe, progress, read_log
-from transformers_radio.disk import lock_folder
+from transformers_radio.disk import lock_folder, temporary_path
 
 
 def test_half_written_and_damaged_lines_are_left_out(run):
@@ -53,7 +53,7 @@ def test_the_time_left_counts_the_images_to_come(run):
 def test_skipped_images_have_their_reasons_from_the_newest_checkpoint(run):
     save_checkpoint(run, 10, {"truncated": 7})
     save_checkpoint(run, 20, {"truncated": 1, "too small": 5})
-    (run / "checkpoints" / "step-00000030.tmp").mkdir()
+    temporary_path(run / "checkpoints" / "step-00000030").mkdir()
     assert progress(run, open_recipe(run), []).reasons == {"truncated": 2, "too small": 5}
     (run / "checkpoints" / "step-00000020" / "training_state" / "state.json").write_text("{")
     assert progress(run, open_recipe(run), []).reasons == {}

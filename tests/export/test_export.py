@@ -18,6 +18,7 @@ from transformers_radio import (
     RadioTimmModel,
 )
 from transformers_radio.cli import app, main
+from transformers_radio.disk import temporary_path
 from transformers_radio.export import formats, run
 from transformers_radio.export.parity import Parity, check_parity, load_program, measure_parity
 from transformers_radio.export.program import open_student, parity_sizes
@@ -246,14 +247,81 @@ def test_one_process_at_a_time_and_what_a_killed_one_left_goes(folder, tmp_path,
     student = open_student(str(folder), [], None)
     monkeypatch.setattr(run, "write_program", write)
     monkeypatch.setattr(run, "load_program", lambda *_: lambda images: outputs_of(student, images))
-    (tmp_path / "onnx" / "model.onnx.tmp").mkdir(parents=True)
-    (tmp_path / "onnx" / "model.onnx.tmp" / "half").touch()
+    leftover = temporary_path(tmp_path / "onnx" / "model.onnx")
+    for place in (leftover, tmp_path / "onnx" / "model.onnx.tmp"):  # the second is a user's
+        place.mkdir(parents=True)
+        (place / "half").touch()
     path, _ = export_student(str(folder), tmp_path, adaptors=[])
+    (tmp_path / "onnx" / "model.onnx.tmp" / "half").unlink()
+    (tmp_path / "onnx" / "model.onnx.tmp").rmdir()
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx_data"]
     # the weights of an old program do not stay beside a new one that has them inside
     monkeypatch.setattr(run, "write_program", lambda student, path, *_: path.write_text("graph and weights"))
     export_student(str(folder), tmp_path, adaptors=[], overwrite=True)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+
+
+@pytest.fixture
+def instant(folder, monkeypatch):
+    """Exports that write no program, and another student."""
+    student = open_student(str(folder), [], None)
+    monkeypatch.setattr(run, "write_program", lambda student, path, *_: path.write_text("graph"))
+    monkeypatch.setattr(run, "load_program", lambda *_: lambda images: outputs_of(student, images))
+    monkeypatch.setattr(run, "open_student", lambda *_: student)
+
+
+@pytest.fixture
+def other(folder, tmp_path):
+    """A student whose two files differ."""
+    path = tmp_path / "other"
+    path.mkdir()
+    (path / "config.json").write_text((folder / "config.json").read_text().replace("48", "64"))
+    RadioImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
+    return path
+
+
+def contents(output):
+    return {name: (output / name).read_text() for name in run.FILES}
+
+
+def test_the_two_files_are_those_of_the_program_beside_them(folder, other, tmp_path, instant):
+    web = tmp_path / "web"
+    export_student(str(other), web)
+    with pytest.raises(FileExistsError, match="web/onnx/model.onnx belongs to another student, as .*web/config.json"):
+        export_student(str(folder), web, dtype="fp16")
+    assert contents(web) == contents(other) and not (web / "onnx" / "model_fp16.onnx").exists()
+    export_student(str(other), web, dtype="fp16")  # of one student all precisions go together
+    with pytest.raises(FileExistsError, match="model_fp16.onnx belongs to another student"):
+        export_student(str(folder), web, overwrite=True)
+    (web / "onnx" / "model_fp16.onnx").unlink()
+    export_student(str(folder), web, overwrite=True)
+    assert contents(web) == contents(folder) != contents(other)
+
+
+def test_files_of_others_are_replaced_only_when_told_and_never_a_students(folder, other, tmp_path, instant):
+    web = tmp_path / "web"
+    web.mkdir()
+    (web / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"web/config.json is not that of \S+: .* --overwrite to replace it"):
+        export_student(str(folder), web)
+    assert [path.name for path in web.iterdir()] == ["config.json"]
+    export_student(str(folder), web, overwrite=True)
+    assert contents(web) == contents(folder)
+    (other / "model.safetensors").touch()
+    before = contents(other)
+    with pytest.raises(FileExistsError, match="other/model.safetensors belongs to another student"):
+        export_student(str(folder), other, overwrite=True)
+    assert contents(other) == before and not (other / "onnx").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_student_is_opened(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "open_student", lambda *_: pytest.fail("was opened"))
+    (tmp_path / "file").touch()
+    for format in ("onnx", "torch-export"):
+        with pytest.raises(
+            OSError, match=r"^--output \S+ cannot be written: \S+/file is not a folder; choose another"
+        ):
+            export_student(str(folder), tmp_path / "file", format)
 
 
 def test_sizes_of_the_comparison_are_square_portrait_and_landscape(folder):

@@ -230,6 +230,49 @@ def test_the_command_overwrites_nothing_and_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "hub"]
 
 
+def test_a_source_called_like_a_temporary_survives(tmp_path):
+    build_with_adaptors().save_pretrained(tmp_path / "student.tmp")
+    (tmp_path / "theirs.tmp").mkdir()
+    (tmp_path / "theirs.tmp" / "mine.txt").write_text("mine")
+    before = sorted((tmp_path / "student.tmp").iterdir())
+    for name in ("student", "theirs"):
+        assert command(tmp_path / "student.tmp", tmp_path / name, "--for", "nvidia").exit_code == 0
+    assert sorted((tmp_path / "student.tmp").iterdir()) == before
+    assert [path.name for path in (tmp_path / "theirs.tmp").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "student.tmp", "theirs", "theirs.tmp"]
+
+
+def test_the_command_fills_the_folder_it_stands_in_and_one_behind_a_link(tmp_path, monkeypatch):
+    args, stored, *_ = make("radio_v2.5-b", "hub")
+    write_hub(tmp_path / "hub", args, stored, "radio_v2.5-b")
+    for name in ("here", "disk"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.chdir(tmp_path / "here")
+    for place, folder in ((".", "here"), ("../link", "disk")):
+        result = command("../hub", place)
+        assert result.exit_code == 0, result.output
+        assert (
+            RadioModel.from_pretrained(tmp_path / folder) and "tags" in (tmp_path / folder / "README.md").read_text()
+        )
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "here").samefile(".")
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_source_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_radio.hub.folder.load_any", lambda *_: pytest.fail("was read"))
+    (tmp_path / "n").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("gone")
+    for place, message in (
+        ("n/inner", "DST .*inner lies in .*n, which is read"),
+        ("file/sub", "DST .*sub cannot be written: .*file is not a folder"),
+        ("link", "DST .*link cannot be written: .*is a link to gone, which is not there"),
+    ):
+        with pytest.raises((OSError, ValueError), match=message):
+            convert(str(tmp_path / "n"), tmp_path / place, "nvidia")
+    assert not list((tmp_path / "n").iterdir())
+
+
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
     def full(*args, **options):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

@@ -19,6 +19,7 @@ from helpers.published_student import make_student
 from transformers_radio import RadioImageProcessor, RadioModel
 from transformers_radio.cli import app
 from transformers_radio.evaluation.result import Result
+from transformers_radio.export.run import export_student
 from transformers_radio.publishing import publish
 from transformers_radio.publishing.loaders import check_loaders
 from transformers_radio.teachers import digest_weights
@@ -234,6 +235,19 @@ def test_code_that_computes_something_else_is_refused(student):
     model_code.write_text(changed)
     with pytest.raises(ValueError, match="summary of another loader differs"):
         check_loaders(folder)
+
+
+def test_code_beside_an_exported_program_is_compared_as_well(student, without_loaders):
+    pytest.importorskip("transformers.exporters")
+    folder, _ = student
+    export_student(str(folder), folder, "torch-export", adaptors=[])
+    code = folder / "torch-export" / "configuration_radio.py"
+    files = publish.prepare(folder, REPO).files
+    assert {"torch-export/model.pt2", "torch-export/configuration_radio.py"} <= files.keys()
+    code.write_text(code.read_text() + "# changed\n")
+    refused(folder, "torch-export/configuration_radio.py in .* is not this version's code")
+    code.rename(code.with_name("more.py"))
+    refused(folder, "torch-export/more.py in .* is not this version's code")
 
 
 # ---------------------------------------------------------------- interruptions

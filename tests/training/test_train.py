@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from transformers_radio.cli import app
+from transformers_radio.disk import temporary_path
 from transformers_radio.modeling import RadioModel
 from transformers_radio.teachers import digest_weights
 from transformers_radio.training import load_recipe, stage, train
@@ -129,7 +130,9 @@ def test_a_users_files_with_the_names_of_a_runs_are_not_touched(make_recipe, tmp
 
 
 def test_overwriting_deletes_what_the_run_wrote_and_only_after_all_checks(finished, make_recipe):
-    (finished / "notes.txt").write_text("mine")
+    mine = [finished / name for name in ("notes.txt", "student.tmp", "metrics.jsonl.tmp")]
+    for path in mine:
+        path.write_text("mine")
     recipe = make_recipe("undisturbed")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     for overrides, message in (
@@ -142,7 +145,7 @@ def test_overwriting_deletes_what_the_run_wrote_and_only_after_all_checks(finish
             train(load_recipe(recipe, ["overwrite=true", *overrides]))
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     assert train(load_recipe(recipe, ["overwrite=true", "stages.main.steps=4"])).step == 4
-    assert (finished / "notes.txt").read_text() == "mine"
+    assert [path.read_text() for path in mine] == ["mine"] * 3
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-00000003", "step-00000004"]
 
 
@@ -150,7 +153,9 @@ def test_overwriting_deletes_what_the_run_wrote_and_only_after_all_checks(finish
 def test_an_overwrite_that_is_killed_while_it_deletes_can_be_started_again(
     deletion, finished, make_recipe, monkeypatch
 ):
-    (finished / "notes.txt").write_text("mine")
+    mine = [finished / name for name in ("notes.txt", "student.tmp", "metrics.jsonl.tmp")]
+    for path in mine:
+        path.write_text("mine")
     recipe = make_recipe("undisturbed")
     rmtree, calls = shutil.rmtree, []
 
@@ -168,7 +173,7 @@ def test_an_overwrite_that_is_killed_while_it_deletes_can_be_started_again(
     assert not student.exists() or (student / "model.safetensors").exists()
     assert train(load_recipe(recipe, ["overwrite=true", "stages.main.steps=4"])).step == 4
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
-    assert (finished / "notes.txt").read_text() == "mine" and not (finished / "student.tmp").exists()
+    assert (finished / "notes.txt").read_text() == "mine" and not temporary_path(finished / "student").exists()
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(make_recipe, monkeypatch, capsys):
@@ -196,7 +201,7 @@ def test_a_library_that_is_missing_is_one_line(make_recipe, monkeypatch):
 def test_a_start_that_failed_or_was_killed_early_does_not_block_the_next(make_recipe, tmp_path):
     recipe = make_recipe()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.yaml.tmp").write_text("half a rec")
+    temporary_path(tmp_path / "run" / "run.yaml").write_text("half a rec")
     with pytest.raises(ValueError, match="make it a multiple of 3"):
         train(load_recipe(recipe, ["stages.main.micro_batch_size=3"]))
     assert train(load_recipe(recipe, ["stages.main.steps=4"])).step == 4

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers import forked
+from transformers_radio.disk import temporary_path
 from transformers_radio.modeling import RadioModel
 from transformers_radio.training import load_recipe, stage, train
 from transformers_radio.training.distill import build_distillation
@@ -229,10 +230,10 @@ def test_a_finished_run_that_was_killed_before_it_published_publishes(make_recip
     run = tmp_path / "run"
     published = {path.name: path.read_bytes() for path in (run / "student").iterdir()}
     shutil.rmtree(run / "student")
-    (run / "student.tmp").mkdir()
+    temporary_path(run / "student").mkdir()
     assert train(recipe).step == 12
     assert {path.name: path.read_bytes() for path in (run / "student").iterdir()} == published
-    assert not (run / "student.tmp").exists() and "training_state" not in published
+    assert not temporary_path(run / "student").exists() and "training_state" not in published
 
 
 def test_a_later_stage_that_cannot_share_out_the_lanes_is_refused_at_once(make_recipe, tmp_path):

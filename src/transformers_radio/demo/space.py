@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import SpaceCardData
 
 from transformers_radio import __version__
-from transformers_radio.disk import replace_whole
+from transformers_radio.disk import check_new, new_folder
 from transformers_radio.evaluation.models.specs import ModelSpec
 from transformers_radio.publishing.card import read_card
 from transformers_radio.publishing.publish import student_files
@@ -54,12 +54,12 @@ def write_space(student: str, folder: Path, teachers: Mapping[str, str] | None =
     Raises:
         FileExistsError: the folder holds something.
         FileNotFoundError: there is no student, or its folder lacks a file.
-        ValueError: the card has no license, or a teacher is a file of this machine.
+        OSError: the folder cannot be written.
+        ValueError: the card has no license, a teacher is a file of this machine, or the folder lies in the student's.
     """
     spec = ModelSpec.parse(student)
     source = Path(spec.checkpoint)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: name a new folder for the Space.")
+    check_new(folder, "--space", source)
     if not source.is_dir():
         raise FileNotFoundError(f"There is no folder {source}: a Space takes a student from a folder of this machine.")
     for adaptor, teacher in (teachers or {}).items():
@@ -81,7 +81,7 @@ def write_space(student: str, folder: Path, teachers: Mapping[str, str] | None =
         tags=["transformers_radio", "feature-extraction"],
         **more,
     )
-    with replace_whole(folder) as temporary:
+    with new_folder(folder, "--space", source) as temporary:
         for name, content in files.items():
             target = temporary / "student" / name
             target.parent.mkdir(parents=True, exist_ok=True)

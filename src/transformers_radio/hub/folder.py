@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from transformers_radio.disk import only_writer, replace_whole, write_text, writing
+from transformers_radio.disk import new_folder, write_text, writing
 from transformers_radio.modeling import RadioImageProcessor
 
 from .convert import load_any, load_nvidia_checkpoint
@@ -30,6 +30,8 @@ def convert(
 ) -> list[str]:
     """Writes the checkpoint at `source` into the new folder in the layout of `target`, whole or not at all.
 
+    A folder that is there must be empty, and is filled; a link to one is followed.
+
     Args:
         source: anything `load_nvidia_checkpoint` opens; for an export also a folder of this package.
         target: "radio", this package's own layout; "native", transformers' own class; "nvidia", the Hub layout of the
@@ -43,21 +45,20 @@ def convert(
 
     Raises:
         FileExistsError: the folder has something in it.
-        OSError, ValueError: the source cannot be read, or the target cannot hold it; both name the reason.
+        OSError: the source cannot be read, or the folder cannot be written.
+        ValueError: the source cannot be read, the target cannot hold it, or the folder lies in the source.
     """
     if target not in TARGETS:
         raise ValueError(f"--for is {target!r}, expected one of {', '.join(TARGETS)}")
     if image_size is not None and target != "timm":
         raise ValueError(f"--image-size is for --for timm; {target} checkpoints take any size, so leave it out")
-    _check_new(folder)
-    with only_writer(folder):  # before the source is read, which takes long
-        _check_new(folder)
+    with new_folder(folder, "DST", source) as temporary:  # before the source is read, which takes long
         if target == "radio":
             model = load_nvidia_checkpoint(source, adaptor_names, version)
         else:
             model = load_any(source, adaptor_names, version)
         write = _writer(model, target, image_size)
-        with writing(folder, also=(SafetensorError,)), replace_whole(folder) as temporary:
+        with writing(folder, also=(SafetensorError,)):
             temporary.mkdir()
             lines = write(model, temporary)
             write_text(temporary / "README.md", _card(model, source, target))
@@ -75,11 +76,6 @@ def _writer(model: Any, target: str, image_size: int | None) -> Callable[[Any, P
     if target in SERVING:
         check_loader(model, target)
     return partial(write_nvidia, serving=target in SERVING)
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; give a new folder, or remove it")
 
 
 def _write_own(model: Any, folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from transformers_radio.disk import temporary_path
 from transformers_radio.training import cache, load_recipe, train
 from transformers_radio.training.phi_s import statistics
 from transformers_radio.training.plan.tables import print_plan
@@ -101,7 +102,7 @@ STATISTICS = ["statistics/clip.safetensors", "statistics/sam.safetensors"]
         *[(damaged(f"{LAST}/manifest.json", text), "is damaged") for text in (b"[]", b"null", b"{}", b'{"a": 1}')],
         (lambda run: (run / LAST).rename(run / "checkpoints/step-00000005"), "it holds step 4, not that of its name"),
         (lambda run: (run / "checkpoints/step-00000006").write_text("no folder"), "step-00000006 is damaged"),
-        (lambda run: (run / f"{LAST}.tmp").write_text("no folder"), None),
+        (lambda run: temporary_path(run / LAST).write_text("no folder"), None),
         *[
             (damaged(STATISTICS[0], how), "clip.safetensors is damaged or missing")
             for how in ("cut", "empty", "zeros")

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from transformers_radio.disk import check_writable
 from transformers_radio.training.checks import check_disk, settings_without_effect
 from transformers_radio.training.groups import Group
 from transformers_radio.training.recipe import Recipe, StageRecipe
-from transformers_radio.training.run.folder import check_writable
 
 from .cost import Load, StageTime, stage_loads, stage_time, uneven_shares
 from .count import Plan, make_plan

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from transformers_radio.data import merge_states
-from transformers_radio.disk import differences, remove, writing
+from transformers_radio.disk import differences, remove, temporary_path, writing
 from transformers_radio.teachers import portable_checkpoint
 from transformers_radio.teachers.checkpoints import read_file
 from transformers_radio.training.phi_s.rotation import PhiS
@@ -47,7 +47,7 @@ from .state import Run
 TEACHERS = "teacher_manifest.json"
 
 
-FIX = "the last good one is kept; make room on the disk and run the same command again"
+KEPT = "the last good one is kept; "
 
 
 def save_checkpoint(
@@ -71,7 +71,7 @@ def save_checkpoint(
     """
     accelerator, state = run.accelerator, run.state
     path = checkpoint_folder(run.output_dir, state.step)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     folder = temporary / "training_state"
     state.streams |= _merge_positions(streams)
     state.processes = accelerator.num_processes
@@ -82,7 +82,7 @@ def save_checkpoint(
     averages = None if ema is None else ema.state_dict(keep=accelerator.is_main_process)
     error = None
     try:
-        with writing(path, FIX, also=(SafetensorError,)):
+        with writing(path, KEPT, also=(SafetensorError,)):
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(_random_state(accelerator), folder / f"random_{accelerator.process_index}.pt")
             if accelerator.is_main_process:
@@ -116,14 +116,14 @@ def _finish(temporary: Path, path: Path, errors: list[str], keep: int) -> None:
     try:
         if errors:
             raise OSError(errors[0])
-        with writing(path, FIX):
+        with writing(path, KEPT):
             _write_manifest(temporary)
             os.replace(temporary, path)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in find_checkpoints(path.parent.parent)[:-keep]:
-        doomed = old.with_name(old.name + ".tmp")  # so that a kill half-way leaves no broken checkpoint
+        doomed = temporary_path(old)  # so that a kill half-way leaves no broken checkpoint
         os.replace(old, doomed)
         remove(doomed)
 

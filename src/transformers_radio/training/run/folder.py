@@ -19,7 +19,15 @@ from typing import IO
 from safetensors import SafetensorError, safe_open
 
 from transformers_radio.data import one_line
-from transformers_radio.disk import differences, existing, lock_folder, remove, replace_whole, writing
+from transformers_radio.disk import (
+    check_writable,
+    differences,
+    lock_folder,
+    remove,
+    replace_whole,
+    temporary_path,
+    writing,
+)
 from transformers_radio.training.recipe import Recipe, load_recipe, recipe_to_dict, save_recipe
 
 logger = logging.getLogger(__name__)
@@ -29,10 +37,13 @@ MANIFEST = "manifest.json"  # size and checksum of each file of a checkpoint
 STATE = "training_state/state.json"
 NEEDED = {STATE, "training_state/model.safetensors", "training_state/optimizer.pt", "config.json"}
 # What a start leaves before RUN_FILE, which says that the files in WRITTEN belong to a run.
-BEFORE_RUN = (".lock", f"{RUN_FILE}.tmp")
+BEFORE_RUN = (".lock", temporary_path(Path(RUN_FILE)).name)
 # What a new run deletes of the one before, in this order: a finished run counts as finished until its student is gone.
 # Nothing else in output_dir is ever deleted.
-WRITTEN = ("metrics.jsonl", "metrics.jsonl.tmp", "checkpoints", "statistics", "tracker", "student.tmp", "student")
+WRITTEN = (
+    *("metrics.jsonl", temporary_path(Path("metrics.jsonl")).name, "checkpoints", "statistics", "tracker"),
+    *(temporary_path(Path("student")).name, "student"),
+)
 MAX_LISTED = 10  # files or fields that a message names
 # What may differ between two starts of one run: none of it changes which images the student sees or, but for rounding,
 # what it learns. The data's position remembers its lanes, the images in a pass and a fingerprint of the source, and
@@ -53,7 +64,7 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints, oldest first; unfinished (`.tmp`) and damaged ones do not count."""
+    """Checkpoints, oldest first; unfinished (hidden) and damaged ones do not count."""
     return sorted(
         path for path in (output_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)
     )
@@ -225,14 +236,6 @@ def recorded_recipe(recipe: Recipe) -> Recipe | None:
         ) from error
 
 
-def check_writable(folder: Path, field: str) -> None:
-    """Raises OSError when a folder cannot be made or written into. Changes nothing."""
-    nearest = existing(folder.absolute())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "may not be written into" if nearest.is_dir() else "is not a folder"
-        raise OSError(f"{field} {folder} cannot be written: {nearest} {reason}; choose another {field}")
-
-
 def open_run(recipe: Recipe, resume_from: Path | None) -> IO[str]:
     """Takes the folder for this process, once everything has been checked; without `resume_from` the run starts over.
 
@@ -258,9 +261,9 @@ def _prepare_folder(recipe: Recipe, output_dir: Path, resume_from: Path | None) 
         for name in WRITTEN:
             path = output_dir / name
             if name == "student" and path.is_dir():  # half of it must not count as a finished run
-                path = path.rename(output_dir / "student.tmp")
+                path = path.rename(temporary_path(path))
             remove(path)
-    for leftover in (output_dir / "checkpoints").glob("*.tmp"):
+    for leftover in (output_dir / "checkpoints").glob(temporary_path(Path("step-*")).name):
         remove(leftover)
     for newer in find_checkpoints(output_dir):
         if resume_from is not None and newer > resume_from:  # damaged, and in the way of the one to be written again
