@@ -1,7 +1,9 @@
 """Exported students: other runtimes and saved programs against the student itself, at shapes that were not traced."""
 
 import json
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import torch._dynamo.testing
@@ -296,6 +298,17 @@ def test_the_two_files_are_those_of_the_program_beside_them(folder, other, tmp_p
     (web / "onnx" / "model_fp16.onnx").unlink()
     export_student(str(folder), web, overwrite=True)
     assert contents(web) == contents(folder) != contents(other)
+
+
+def test_a_hub_id_has_the_two_files_too(other, tmp_path, instant, monkeypatch):
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(other, repository / "snapshots" / "a1")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    export_student("someone/tiny", tmp_path / "web")
+    assert contents(tmp_path / "web") == contents(other)
 
 
 def test_files_of_others_are_replaced_only_when_told_and_never_a_students(folder, other, tmp_path, instant):
