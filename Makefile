@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 TEST_PROCESSES ?= 2
+STUDENT := $(if $(student),student=$(student))
 LONG := stages.main.steps=3600 stages.main.warmup_steps=200
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
@@ -21,13 +22,14 @@ $(VENV)/installed: setup.py pyproject.toml
 	touch $@
 
 quickstart: $(VENV)/installed  ## Train a student (student=eradio, vit or convnext), evaluate it, show the table
-	$(BIN)/transformers-radio quickstart $(if $(student),student=$(student))
+	$(BIN)/transformers-radio quickstart $(STUDENT)
 
 long: $(VENV)/installed  ## The quickstart's student after more steps (half an hour), in runs/quickstart/long
-	$(BIN)/transformers-radio quickstart output_dir=runs/quickstart/long $(LONG)
+	$(BIN)/transformers-radio quickstart output_dir=runs/quickstart/long$(if $(student),-$(student)) $(STUDENT) $(LONG)
 
 seeds: $(VENV)/installed  ## The quickstart over three seeds (about 25 minutes); long=yes: each as long as `make long`
-	$(BIN)/python benchmarks/quickstart_seeds.py $(if $(long),runs/quickstart-long $(LONG))
+	$(BIN)/python benchmarks/quickstart_seeds.py runs/quickstart-$(if $(filter yes,$(long)),long,seeds)$(if $(student),-$(student)) \
+		$(STUDENT) $(if $(filter yes,$(long)),$(LONG))
 
 ablations: $(VENV)/installed  ## The paper's Tables 3 to 5 in miniature, over three seeds (an hour)
 	$(BIN)/python benchmarks/ablations.py

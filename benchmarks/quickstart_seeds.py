@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
+from transformers_radio.data import USER_ERRORS, one_line
 from transformers_radio.evaluation.report.table import Row, Table
 from transformers_radio.quickstart.run import run_quickstart
 
@@ -49,4 +50,10 @@ def main(output: Path, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     folders = [argument for argument in sys.argv[1:] if "=" not in argument]
-    main(Path(folders[0] if folders else "runs/quickstart-seeds"), [word for word in sys.argv[1:] if "=" in word])
+    fields = [argument for argument in sys.argv[1:] if "=" in argument]
+    if len(folders) > 1 or any(field.startswith(("seed=", "output_dir=")) for field in fields):
+        raise SystemExit(f"error: expected one folder, and fields other than seed and output_dir, not {sys.argv[1:]}")
+    try:
+        main(Path(folders[0] if folders else "runs/quickstart-seeds"), fields)
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {one_line(error)}") from error

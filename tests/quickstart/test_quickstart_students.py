@@ -62,6 +62,23 @@ def test_a_run_of_another_student_is_named_before_images_are_drawn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_what_training_would_refuse_is_named_before_images_are_drawn(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.txt").touch()
+    for override, message in (
+        ("stages.main.groups.low.micro_batch_size=7", "does not split into 1 processes x micro_batch_size 7"),
+        ("stages.main.groups.low.resolution=100", "takes multiples of 32 up to 128"),
+        (f"teachers.clip.checkpoint={tmp_path}/none", "none is not on the disk"),
+        (f"student.checkpoint={tmp_path}/none", "none is not on the disk"),
+        (f"output_dir={tmp_path}/file", "file is a file"),
+        (f"output_dir={tmp_path}/photos", "is not empty and holds no run: it has mine.txt"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            run_quickstart(tmp_path / "quickstart", [override])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "photos"]
+
+
 def test_images_of_the_user_that_are_not_there_are_named_before_images_are_drawn(tmp_path):
     with pytest.raises(FileNotFoundError, match="photos' does not exist"):
         run_quickstart(tmp_path, [f"data.path={tmp_path / 'photos'}"])

@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transformers_radio.disk import lock_folder
 from transformers_radio.quickstart.scenes import PHOTOGRAPHS, draw_scene
 from transformers_radio.quickstart.world import CLASS_NAMES, make_world, read_split
 
@@ -133,6 +135,18 @@ def test_bad_arguments_are_named_before_any_file_is_touched(arguments, message, 
     with pytest.raises(ValueError, match=message):
         make_world(tmp_path / "world", **arguments)
     assert not (tmp_path / "world").exists()
+
+
+def test_a_second_process_leaves_the_first_alone(world, tmp_path):
+    shutil.copytree(world.directory, tmp_path / "world")
+    (tmp_path / "world" / "world.json").unlink()  # as while they are drawn
+    before = _files(tmp_path / "world")
+    with (
+        lock_folder(tmp_path / "world", "taken"),
+        pytest.raises(FileExistsError, match="another process draws scenes"),
+    ):
+        make_world(tmp_path / "world", **COUNTS)
+    assert _files(tmp_path / "world") == before
 
 
 def test_an_unknown_split_is_named(world):

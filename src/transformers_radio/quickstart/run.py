@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers_radio.disk import write_text
 from transformers_radio.training import Recipe, load_recipe
 
-from .world import make_world
+from .world import INDEX_FILE, make_world
 
 if TYPE_CHECKING:  # torch comes with it
     from transformers_radio.evaluation import Table
@@ -102,8 +102,8 @@ def _check_run(recipe: Recipe, output: Path) -> None:
     import torch
 
     from transformers_radio.data import list_files
-    from transformers_radio.training.run.folder import recorded_recipe
-    from transformers_radio.training.student import TeacherShape, build_student
+    from transformers_radio.training.plan.count import check_recipe
+    from transformers_radio.training.run.folder import find_run, recorded_recipe
 
     before = recorded_recipe(recipe)
     if before is not None and before.student.type != recipe.student.type and not recipe.overwrite:
@@ -112,9 +112,10 @@ def _check_run(recipe: Recipe, output: Path) -> None:
             f"type {recipe.student.type}: move that folder away, give another --output than {output}, or set "
             "overwrite=true to delete the run"
         )
-    if recipe.student.checkpoint is None:
-        with torch.device("meta"):
-            build_student(recipe, dict.fromkeys(recipe.teachers, TeacherShape(1, 1, 32, 16)))
+    if (output / "world" / INDEX_FILE).exists():
+        return
+    settled, *_ = check_recipe(recipe, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    find_run(settled)
     if str(output / "world") not in str(recipe.data.path):  # the user's own images
         list_files(recipe.data)
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from transformers_radio.disk import replace_whole
+from transformers_radio.disk import lock_folder, replace_whole
 
 from .scenes import CLASS_NAMES, MATERIALS, PHOTOGRAPHS, SHAPES, Scene, draw_scene
 
@@ -122,6 +122,7 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
     Raises:
         ValueError: a count, the seed or the number of workers is too small.
         FileNotFoundError: a photograph is not installed.
+        OSError: another process draws scenes there.
     """
     counts = {"train": train, "validation": validation}
     for split, count in counts.items():
@@ -142,23 +143,31 @@ def make_world(directory: Path, train: int = 8000, validation: int = 1600, seed:
     if _is_whole(directory, spec):
         return world
 
-    directory.mkdir(parents=True, exist_ok=True)
+    with lock_folder(directory, f"another process draws scenes in {directory}: wait for it, or choose another folder"):
+        if not _is_whole(directory, spec):  # another process may just have finished
+            _draw(world, spec, workers)
+    return world
+
+
+def _draw(world: World, spec: dict[str, Any], workers: int) -> None:
+    """Draws all scenes, in place of what is there of them."""
+    directory = world.directory
     own = [INDEX_FILE, *(f"{split}-{SHARD_NUMBER}.tar" for split in SHARDS)]
     for pattern in [*own, *(f".{name}.*.tmp" for name in own)]:
         for leftover in directory.glob(pattern):
             leftover.unlink()
-    shards = [shard for split, count in counts.items() for shard in _split_shards(directory, split, count, seed)]
+    counts = spec["counts"]
+    shards = [shard for split, count in counts.items() for shard in _split_shards(directory, split, count, world.seed)]
     sizes = {}
     with (
         multiprocessing.get_context("spawn").Pool(workers) as pool,
-        tqdm(total=train + validation, desc="drawing scenes", unit="scene") as progress,
+        tqdm(total=sum(counts.values()), desc="drawing scenes", unit="scene") as progress,
     ):
         for name, size, scenes in pool.imap_unordered(_write_shard, shards):
             sizes[name] = size
             progress.update(scenes)
     with replace_whole(directory / INDEX_FILE, unique=True) as temporary:  # as the shards
         temporary.write_text(json.dumps({**spec, "bytes": dict(sorted(sizes.items()))}, indent=2), encoding="utf-8")
-    return world
 
 
 def read_split(directory: Path, split: str, columns: Sequence[str] | None = None) -> "IterableDataset":

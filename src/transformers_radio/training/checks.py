@@ -1,5 +1,6 @@
 """Whatever can fail is tried before the first step: batch sizes, data, disk, shapes of every teacher and head."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def check_resolutions(student: RadioModel, groups: dict[str, list[Group]]) -> No
                 )
             step = student.min_resolution_step
             if group.max_aspect_ratio > 1 and len(group.input_sizes(step)) == 1:
-                fix = f"at least {side / (side - step):.4g}" if side > step else "1, or raise the resolution"
+                # rounded up, so that the number itself is enough
+                least = math.ceil(1000 * side / (side - step)) / 1000 if side > step else None
+                fix = f"at least {least:g}" if least else "1"
                 raise ValueError(
                     f"{group.where}.max_aspect_ratio is {group.max_aspect_ratio:g}, which leaves squares alone: the "
                     f"student's sides are multiples of {step} pixels, and the longer one has {side}; set it to {fix}"

@@ -42,8 +42,25 @@ class Plan:
 def make_plan(recipe: Recipe, processes: int, device: torch.device) -> Plan:
     """Checks a recipe as training does before its first step, and counts one step of every group.
 
+    Args and errors as in `check_recipe`.
+    """
+    recipe, groups, teachers, student = check_recipe(recipe, processes, device)
+    teacher_costs = {name: _cost_of_teacher(name, teacher) for name, teacher in teachers.items()}
+    outputs = {name: cost.output for name, cost in teacher_costs.items()}
+    steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
+    return Plan(recipe, processes, groups, teachers, student, teacher_costs, steps)
+
+
+def check_recipe(
+    recipe: Recipe, processes: int, device: torch.device
+) -> tuple[Recipe, dict[str, list[Group]], dict[str, Teacher], RadioModel]:
+    """Checks a recipe as training does before its first step, but for its images and the folders of its run.
+
     Args:
         device: what `auto` precisions are resolved for; nothing is computed on it.
+
+    Returns:
+        The recipe with its paths and precisions settled, and groups, teachers and student as in `Plan`.
 
     Raises:
         ValueError: recipe, teachers and number of processes do not fit together.
@@ -63,10 +80,7 @@ def make_plan(recipe: Recipe, processes: int, device: torch.device) -> Plan:
     teachers = {name: describe_teacher(name, spec) for name, spec in recipe.teachers.items()}
     student = describe_student(recipe, teachers)
     check_layout(recipe, student, teachers, groups)
-    teacher_costs = {name: _cost_of_teacher(name, teacher) for name, teacher in teachers.items()}
-    outputs = {name: cost.output for name, cost in teacher_costs.items()}
-    steps = {stage: run_stage(recipe, stage, of_stage, student, outputs) for stage, of_stage in groups.items()}
-    return Plan(recipe, processes, groups, teachers, student, teacher_costs, steps)
+    return recipe, groups, teachers, student
 
 
 def describe_teacher(name: str, spec: TeacherRecipe) -> Teacher:

@@ -156,6 +156,8 @@ def find_run(recipe: Recipe) -> tuple[bool, Path | None]:
         OSError: the folder cannot be written.
     """
     output_dir = Path(recipe.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise NotADirectoryError(f"output_dir {output_dir} is a file; choose another output_dir")
     checkpoints = find_checkpoints(output_dir)
     finished = (output_dir / "student").exists()
     if output_dir.exists() and not (output_dir / RUN_FILE).exists():
