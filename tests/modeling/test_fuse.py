@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from transformers_radio import RadioConfig, RadioModel, RadioTimmConfig, RadioTimmModel
+from helpers.small_students import small_student
+from transformers_radio import RadioConfig, RadioForImageClassification, RadioModel, RadioTimmConfig, RadioTimmModel
 from transformers_radio.evaluation.speed.cost import count_flops, peak_memory
 
 ADAPTORS = {"clip": {"summary_dim": 12, "feature_dim": 12, "hidden_dim": 16, "summary_token": 0}}
@@ -19,17 +21,17 @@ def vit(**fields):
     return randomize(RadioModel(config))
 
 
-def timm_student(size):
-    return randomize(RadioTimmModel(RadioTimmConfig.from_size(size, adaptors=ADAPTORS)))
+def timm_student(size, scale=0.1):
+    return randomize(RadioTimmModel(RadioTimmConfig.from_size(size, adaptors=ADAPTORS)), scale)
 
 
-def randomize(model):
+def randomize(model, scale=0.1):
     """Away from zeros and ones, with which much would be equal by chance; statistics stay positive."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
             if weight.is_floating_point() and not name.startswith("input_conditioner"):
-                weight += 0.1 * torch.rand(weight.shape, generator=generator)
+                weight += scale * torch.rand(weight.shape, generator=generator)
     return model.eval()
 
 
@@ -69,12 +71,109 @@ def test_a_fused_network_of_timm_gives_the_same(size):
     model = timm_student(size)
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     fused = copy.deepcopy(model).fuse()
+    assert not any(part.training for part in fused.modules())
     ours, expected = fused(images), model(images)
     scale = expected.features.abs().max()
     close(ours.features / scale, expected.features / scale)
     close(ours.summary / scale, expected.summary / scale)
     norms = [sum(isinstance(part, nn.BatchNorm2d) for part in one.modules()) for one in (fused, model)]
     assert norms[0] < norms[1] or norms == [0, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("size", "scale"), [("fastvit-2m", 0.05), ("repvit-2m", 0.02)])  # no overflow in float16
+def test_a_network_of_timm_is_fused_in_its_dtype(size, scale, dtype):
+    torch.manual_seed(0)
+    model = timm_student(size, scale)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    expected = model(images).features
+    cast = model.to(dtype)
+    plain = cast(images.to(dtype)).features
+    fused = cast.fuse()
+    ours = fused(images.to(dtype)).features
+    assert ours.dtype == dtype and {weight.dtype for weight in fused.network.parameters()} == {dtype}
+    error, rounding = ((one - expected).abs().max() / expected.abs().max() for one in (ours, plain))
+    # fusing rounds each weight once more; FastViT's kernels, added up in half precision, are three times as far off
+    assert error < 2 * rounding + 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make", [vit, lambda: vit(use_swiglu_ffn=True), lambda: small_student("eradio"), lambda: timm_student("repvit-2m")]
+)
+def test_fuse_leaves_models_alone_that_share_the_weights(make):
+    model = make()
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    before = model(images)
+    part = model.with_adaptors(["clip"])
+    shared = [weight.data_ptr() for weight in part.parameters()]
+    assert not {*shared} - {weight.data_ptr() for weight in model.parameters()}
+    scale = before.features.abs().max()
+    close(part.fuse()(images).features / scale, before.features / scale)
+    after = model(images)
+    assert torch.equal(after.features, before.features) and torch.equal(after.summary, before.summary)
+
+
+def test_a_student_that_was_fused_in_inference_mode_passes_gradients_to_images():
+    model, images = vit(), torch.rand(1, 3, 64, 64, requires_grad=True)
+    with torch.inference_mode():
+        model.fuse()
+    model(images).features.sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_a_head_above_a_fused_student_stays_in_evaluation_mode():
+    config = RadioConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_img_size=96, num_labels=3)
+    head = RadioForImageClassification(config).eval()
+    head.model.fuse()
+    with pytest.raises(ValueError, match="load it again to train it"):
+        head.train()
+    assert not [name for name, part in head.named_modules() if part.training]
+
+
+def test_adapters_are_merged_before_fusing():
+    peft = pytest.importorskip("peft")
+    model, images = vit(), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    targets = r".*encoder\.layer\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])"
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        expected = lora(images).features
+        with lora.disable_adapter():
+            assert (lora(images).features - expected).abs().max() > 0.1
+    names = list(lora.state_dict())
+    with pytest.raises(ValueError, match=r"layer.0.attention.q_proj has adapters .* merge_and_unload"):
+        lora.base_model.model.fuse()
+    assert list(lora.state_dict()) == names
+    with torch.no_grad():
+        close(lora.merge_and_unload().fuse()(images).features, expected)
+
+
+def test_parametrized_weights_are_refused():
+    model = vit()
+    nn.utils.parametrizations.orthogonal(model.encoder.layer[1].mlp.fc1)
+    with pytest.raises(ValueError, match=r"layer.1.mlp.fc1 has adapters or parametrizations"):
+        model.fuse()
+    assert not model.is_fused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("make", "name", "dtype"),
+    [
+        (vit, "embeddings.position_embedding", torch.float32),
+        (lambda: small_student("eradio"), "stages.2.0.attention.position_bias.fc2.weight", torch.float32),
+        (lambda: packed_model()[1], "encoder.layer.0.mlp.fc1.weight", torch.bfloat16),
+    ],
+)
+def test_after_edits_through_data_eval_computes_anew(make, name, dtype):
+    model, images = make(), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = model(images).features
+    model.get_parameter(name).data.mul_(-3)  # as PEFT merges, which raises no version
+    changed = model.eval()(images).features
+    assert not torch.equal(changed, before)
+    assert torch.equal(copy.deepcopy(model)(images).features, changed)  # copies start without what was computed
 
 
 @pytest.mark.parametrize("make", [vit, lambda: timm_student("repvit-2m")])
@@ -161,6 +260,59 @@ def test_packed_weights_stay_out_of_gradients_exports_functions_and_counts():
     assert flops[0] == flops[1] and peak_memory(fused, images) > 0
     for other in (output, program.module()(images).features, mapped):
         torch.testing.assert_close(other, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("trainable", ["weight", "bias"])
+def test_a_packed_linear_gives_its_weights_gradients(trainable):
+    _, fused = packed_model()
+    linear = fused.requires_grad_(False).encoder.layer[0].mlp.fc1
+    getattr(linear, trainable).requires_grad_()
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    linear(rows).sum().backward()
+    # the gradient of a sum: of the bias 1 per row, of the weight the sum of the rows
+    expected = torch.full((64,), 5.0) if trainable == "bias" else rows.float().sum(0).expand(64, -1)
+    torch.testing.assert_close(getattr(linear, trainable).grad.float(), expected, rtol=0.02, atol=0.02)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert calls(lambda: linear(rows))[1] == 1
+
+
+def test_forward_mode_derivatives_pass_through_packed_linears():
+    _, fused = packed_model()
+    linear = fused.requires_grad_(False).encoder.layer[0].mlp.fc1
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(linear(forward_ad.make_dual(rows, 2 * rows))).tangent
+        assert calls(lambda: linear(rows))[1] == 1
+    expected = nn.functional.linear(2 * rows.float(), linear.weight.float())  # the product is linear
+    torch.testing.assert_close(tangent.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_a_cast_makes_ordinary_linears_of_packed_ones_and_fuse_packs_again():
+    _, fused = packed_model()
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = fused(images.bfloat16()).features
+    fused.float()
+    linears = [part for part in fused.modules() if isinstance(part, nn.Linear)]
+    assert {type(part) for part in linears} == {nn.Linear}
+    quantized = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8)
+    assert sum("quantized" in type(part).__module__ for part in quantized.modules()) >= len(linears)
+    with torch.no_grad():
+        ours, count = calls(lambda: fused.bfloat16().fuse()(images.bfloat16()).features)
+    assert count == len(linears) and torch.equal(ours, expected)
+
+
+def test_packed_linears_can_be_cast_below_the_hooks_of_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    _, fused = packed_model()
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for part in fused.modules():
+        accelerate.hooks.add_hook_to_module(part, accelerate.hooks.ModelHook())
+    with torch.no_grad():
+        expected = fused(images.bfloat16()).features
+        ours = fused.float()(images).features
+    torch.testing.assert_close(ours, expected.float(), rtol=0.05, atol=0.05)
 
 
 def test_fuse_leaves_linears_alone_that_gain_nothing():

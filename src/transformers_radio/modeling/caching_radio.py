@@ -14,7 +14,7 @@ class WeightCache:
     """What a module computes from its weights in evaluation, by key.
 
     It notices writes in place (optimizer steps, loading), other tensors in the place of the weights, moves and casts.
-    What it cannot notice are writes through `.data`: the module clears the cache when its mode changes.
+    What it cannot notice are writes through `.data`: the module clears the cache in `train` and `eval`.
     """
 
     def __init__(self):

@@ -242,12 +242,13 @@ class ERadioNeck(nn.Module):
                 continue
             if self.kind == "depthwise":
                 self.depthwise[index] = nn.utils.fusion.fuse_conv_bn_eval(self.depthwise[index], norm)
-            else:  # a 1x1 convolution behind the norm: its weights take the scale, its bias the shift
+            else:  # a 1x1 convolution behind the norm takes scale and shift, in new weights: others may share the old
                 conv = self.convs[index]
                 scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # (C,)
                 shift = norm.bias - norm.running_mean * scale
-                conv.bias += conv.weight.flatten(1) @ shift  # (out, C) @ (C,)
-                conv.weight *= scale[:, None, None]
+                bias = conv.bias + conv.weight.flatten(1) @ shift  # (out, C) @ (C,)
+                conv.bias = nn.Parameter(bias, conv.bias.requires_grad)
+                conv.weight = nn.Parameter(conv.weight * scale[:, None, None], conv.weight.requires_grad)
             self.norms[index] = nn.Identity()
 
 

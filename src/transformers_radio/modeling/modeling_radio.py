@@ -348,8 +348,9 @@ class RadioLayer(GradientCheckpointingLayer):
             return
         last = self.mlp.down_proj if isinstance(self.mlp, RadioSwiGLUFFN) else self.mlp.fc2
         for scale, linear in ((self.layer_scale1, self.attention.o_proj), (self.layer_scale2, last)):
-            linear.weight *= scale.lambda1[:, None]  # a row per output
-            linear.bias *= scale.lambda1
+            # new weights, as other models may share the old ones; a row per output
+            linear.weight = nn.Parameter(linear.weight * scale.lambda1[:, None], linear.weight.requires_grad)
+            linear.bias = nn.Parameter(linear.bias * scale.lambda1, linear.bias.requires_grad)
         self.layer_scale1 = self.layer_scale2 = nn.Identity()
 
     def forward(

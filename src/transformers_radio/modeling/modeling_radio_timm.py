@@ -291,7 +291,11 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
         return [block for group in found for block in getattr(group, "blocks", [group])]
 
     def _fuse_parts(self):
+        dtype = next(self.network.parameters()).dtype
+        if dtype.itemsize < 4:
+            self.network.float()  # sums of kernels lose digits in half precision
         _import_timm().utils.reparameterize_model(self.network, inplace=True)  # what timm has for some networks
+        self.network.to(dtype)  # also of timm's new layers, which are in float32
 
     def no_weight_decay(self) -> set[str]:
         """What timm's own training leaves out, such as position biases."""

@@ -22,7 +22,7 @@ from .inputs_radio import (
     describe_range_error,
     nearest_multiple,
 )
-from .linear_radio import pack_linears
+from .linear_radio import check_merged, pack_linears
 
 logger = logging.get_logger(__name__)
 
@@ -224,23 +224,27 @@ class RadioStudentMixin(nn.Module):
         # reading values makes an accelerator wait, so there only the first batch is looked at
         self._range_checked = error is not None or pixel_values.device.type != "cpu"
 
+    @torch.inference_mode(False)  # weights that are made in inference mode could not be part of a pass with gradients
     @torch.no_grad()
     def fuse(self) -> Any:
         """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
 
         The query, key and value projections become one, layer scales and batch norms join the layer beside them. In
-        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order. A fused model
-        cannot be trained or saved: its weights are no longer those that its configuration describes.
+        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order; a cast drops it,
+        and a second call makes it anew. A fused model cannot be trained or saved: its weights are no longer those that
+        its configuration describes. Models that share weights with it stay as they are.
 
         Raises:
-            ValueError: The model is in training mode.
+            ValueError: The model is in training mode, or has PEFT adapters or parametrizations that are not merged.
         """
         if self.training:
             raise ValueError("The model is in training mode; call model.eval() before model.fuse().")
         if not self.is_fused:
+            check_merged(self)
             self._fuse_parts()
-            pack_linears(self)
             self.is_fused = True
+            self.eval()  # also the new layers
+        pack_linears(self)
         return self
 
     def _fuse_parts(self):

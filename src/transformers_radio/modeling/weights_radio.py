@@ -67,9 +67,19 @@ class CheckedLoadingMixin:
         Raises:
             ValueError: A student in it is fused, and its weights are not those that its configuration describes.
         """
-        if any(getattr(part, "is_fused", False) for part in self.modules()):
+        if _is_fused(self):
             raise ValueError("This model is fused; save it before model.fuse(), and fuse it again once it is loaded.")
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True):
+        """As in torch.
+
+        Raises:
+            ValueError: A student in it is fused; every part stays in evaluation mode.
+        """
+        if mode and _is_fused(self):
+            raise ValueError("The model is fused, for inference; load it again to train it.")
+        return super().train(mode)  # type: ignore[misc]
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -83,6 +93,10 @@ class CheckedLoadingMixin:
             model.name_or_path or "SOURCE",
         )
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def _is_fused(model: Any) -> bool:
+    return any(getattr(part, "is_fused", False) for part in model.modules())
 
 
 def _check_found(
