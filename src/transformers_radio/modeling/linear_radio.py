@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 
 from .caching_radio import WeightCache, is_elusive
 from .inputs_radio import can_read_values
@@ -15,8 +13,7 @@ class RadioPackedLinear(nn.Linear):
     """As `nn.Linear`, but oneDNN reorders the weight once instead of in every call.
 
     The reordered weight is kept beside the weight itself, which moves, casts and copies of the model need. With
-    gradients, forward-mode derivatives and while compiling the layer computes as the ordinary one; a cast to another
-    dtype or a move to another device makes it one.
+    derivatives and while compiling the layer computes as the ordinary one; a cast or a move to a device makes it one.
     """
 
     _cache: WeightCache
@@ -34,7 +31,7 @@ class RadioPackedLinear(nn.Linear):
             and _has_units_for(input)
             and _has_units_for(self.weight)
             and not is_elusive(self.weight)
-            and not any(_is_differentiated(tensor) for tensor in (input, self.weight, self.bias) if tensor is not None)
+            and not any(_has_derivative(tensor) for tensor in (input, self.weight, self.bias) if tensor is not None)
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._len_torch_dispatch_stack()  # what counts FLOPs or bytes knows the ordinary product
         )
@@ -42,10 +39,9 @@ class RadioPackedLinear(nn.Linear):
     def _apply(self, fn, recurse=True):
         self._cache.clear()
         super()._apply(fn, recurse)
-        # not if parametrized, or hooked by accelerate, which holds on to the method
-        is_plain = type(self) is RadioPackedLinear and "forward" not in vars(self)
+        is_plain = type(self) is RadioPackedLinear and "forward" not in vars(self)  # hooks of accelerate hold a method
         if is_plain and not _has_units_for(self.weight):
-            self.__class__ = nn.Linear  # what quantizes Linears looks for this very class
+            self.__class__ = nn.Linear  # which quantization looks for
             del self._cache
         return self
 
@@ -55,14 +51,9 @@ class RadioPackedLinear(nn.Linear):
 
 
 def check_merged(model: nn.Module):
-    """Raises unless the weights of all layers are what the layers compute with: `fuse` reads nothing else."""
     for name, part in model.named_modules():
-        # the first is the mark of PEFT's layers
-        if hasattr(part, "get_base_layer") or parametrize.is_parametrized(part):
-            raise ValueError(
-                f"{name} has adapters or parametrizations: merge them (PEFT's merge_and_unload(), torch's "
-                "remove_parametrizations) before model.fuse()."
-            )
+        if hasattr(part, "get_base_layer") or nn.utils.parametrize.is_parametrized(part):  # the first marks PEFT's
+            raise ValueError(f"{name} has adapters or parametrizations; merge_and_unload() them before.")
 
 
 def pack_linears(model: nn.Module):
@@ -77,9 +68,9 @@ def pack_linears(model: nn.Module):
             linear.__class__, linear._cache = RadioPackedLinear, WeightCache()  # hooks stay
 
 
-def _is_differentiated(tensor: torch.Tensor) -> bool:
-    """Whether a product with it has a gradient or a forward-mode derivative, which packed weights know nothing of."""
-    return (torch.is_grad_enabled() and tensor.requires_grad) or forward_ad.unpack_dual(tensor).tangent is not None
+def _has_derivative(tensor: torch.Tensor) -> bool:
+    tangent = torch.autograd.forward_ad.unpack_dual(tensor).tangent
+    return tangent is not None or (torch.is_grad_enabled() and tensor.requires_grad)
 
 
 def _has_units_for(tensor: torch.Tensor) -> bool:

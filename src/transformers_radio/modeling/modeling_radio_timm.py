@@ -293,9 +293,9 @@ class RadioTimmModel(RadioStudentMixin, RadioTimmPreTrainedModel):
     def _fuse_parts(self):
         dtype = next(self.network.parameters()).dtype
         if dtype.itemsize < 4:
-            self.network.float()  # sums of kernels lose digits in half precision
+            self.network.float()  # sums of kernels lose digits
         _import_timm().utils.reparameterize_model(self.network, inplace=True)  # what timm has for some networks
-        self.network.to(dtype)  # also of timm's new layers, which are in float32
+        self.network.to(dtype)  # timm's new layers are in float32
 
     def no_weight_decay(self) -> set[str]:
         """What timm's own training leaves out, such as position biases."""

@@ -224,18 +224,17 @@ class RadioStudentMixin(nn.Module):
         # reading values makes an accelerator wait, so there only the first batch is looked at
         self._range_checked = error is not None or pixel_values.device.type != "cpu"
 
-    @torch.inference_mode(False)  # weights that are made in inference mode could not be part of a pass with gradients
+    @torch.inference_mode(False)  # whose tensors know no gradients
     @torch.no_grad()
     def fuse(self) -> Any:
         """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
 
         The query, key and value projections become one, layer scales and batch norms join the layer beside them. In
-        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order; a cast drops it,
-        and a second call makes it anew. A fused model cannot be trained or saved: its weights are no longer those that
-        its configuration describes. Models that share weights with it stay as they are.
+        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order; call again after
+        a cast. A fused model can be neither trained nor saved: its configuration no longer describes its weights.
 
         Raises:
-            ValueError: The model is in training mode, or has PEFT adapters or parametrizations that are not merged.
+            ValueError: The model is in training mode, or has PEFT adapters or parametrizations.
         """
         if self.training:
             raise ValueError("The model is in training mode; call model.eval() before model.fuse().")

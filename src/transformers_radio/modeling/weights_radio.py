@@ -72,12 +72,7 @@ class CheckedLoadingMixin:
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True):
-        """As in torch.
-
-        Raises:
-            ValueError: A student in it is fused; every part stays in evaluation mode.
-        """
-        if mode and _is_fused(self):
+        if mode and _is_fused(self):  # before any part has switched
             raise ValueError("The model is fused, for inference; load it again to train it.")
         return super().train(mode)  # type: ignore[misc]
 
