@@ -282,7 +282,7 @@ def quickstart(
     ),
     overrides: Overrides = None,
 ) -> None:
-    """Distill a small student from three small teachers, evaluate all four, show the table (about 7 minutes)."""
+    """Distill a small student from three small teachers, evaluate all four, show the table (about 8 minutes)."""
     from transformers_radio.quickstart.run import run_quickstart
 
     if run_quickstart(output, overrides or []) is None:
