@@ -53,7 +53,7 @@ class RadioPackedLinear(nn.Linear):
 def check_merged(model: nn.Module):
     for name, part in model.named_modules():
         if hasattr(part, "get_base_layer") or nn.utils.parametrize.is_parametrized(part):  # the first marks PEFT's
-            raise ValueError(f"{name} has adapters or parametrizations; merge_and_unload() them before.")
+            raise ValueError(f"{name} has adapters or parametrizations: merge_and_unload() them before fuse().")
 
 
 def pack_linears(model: nn.Module):
