@@ -28,3 +28,10 @@ def tiny_student(kind, adaptors=ADAPTORS):
         small = {"dims": [8, 8, 16, 24], "depths": [1, 1, 1, 1]}
         model = RadioTimmModel(RadioTimmConfig(timm_model="convnext_atto", model_args=small, adaptors=adaptors))
     return model.eval()
+
+
+def one_size_student(adaptors=ADAPTORS):
+    """A network of timm that is built for images of 32 x 32 pixels."""
+    args = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    config = RadioTimmConfig(timm_model="vit_tiny_patch16_224", model_args=args, image_size=32, adaptors=adaptors)
+    return RadioTimmModel(config).eval()

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from helpers.tiny_students import tiny_student
+from helpers.tiny_students import one_size_student, tiny_student
+from transformers_radio import RadioConfig, RadioModel
 from transformers_radio.integrations import build_with_backbone, mask_rcnn
 
 SMALL = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 8, "decoder_layers": 2, "num_denoising": 4}
@@ -99,6 +100,32 @@ def test_windows_of_an_eradio_are_those_asked_for():
     assert torch.equal(inside(images).features, maps[2])
 
 
+def test_windows_asked_for_hold_in_training_too():
+    """A student that was trained with random windows would go on drawing them."""
+    config = RadioConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_img_size=128, train_window_sizes=[2]
+    )
+    student = RadioModel(config).eval()
+    model_class, config = detector_config("rt_detr")
+    for window_size in (4, 0):
+        built = build_with_backbone(model_class, config, student, window_size=window_size)
+        rcnn = mask_rcnn(student, 3, image_size=256, window_size=window_size, out_channels=16)
+        for inside in (student_inside(built.train()), rcnn.train().backbone.student):
+            drawn = [inside._windows(None, 256, 256) for _ in range(8)]
+            assert [windows.size if windows else 0 for windows in drawn] == [window_size] * 8
+    assert student.config.train_window_sizes == [2]
+
+
+@pytest.mark.parametrize("kind", ["radio", "eradio"])
+def test_a_frozen_student_stays_as_it_is_while_mask_rcnn_trains(kind):
+    model = mask_rcnn(tiny_student(kind), 3, image_size=64, out_channels=16)
+    images = torch.rand(2, 3, 64, 64)
+    model.backbone.student.requires_grad_(False)
+    expected = model.eval().backbone.student(images).features
+    assert torch.equal(model.train().backbone.student(images).features, expected)
+    assert model.backbone.training and torch.equal(model.eval().backbone.student(images).features, expected)
+
+
 def test_what_has_no_backbone_is_named():
     model_class, config = detector_config("rt_detr")
     with pytest.raises(ValueError, match="type radio_timm, which has no backbone class for transformers"):
@@ -109,6 +136,8 @@ def test_what_has_no_backbone_is_named():
         build_with_backbone(model_class, config, tiny_student("radio"), strides=[6, 12, 24])
     with pytest.raises(ValueError, match="window_size is 2, but the student has no attention windows"):
         mask_rcnn(tiny_student("radio_timm"), 3, window_size=2)
+    with pytest.raises(ValueError, match="image_size is 32, which is padded to 64, .* images of 32 pixels alone"):
+        mask_rcnn(one_size_student(), 3, image_size=32)
     for wrong in ({"num_classes": "three"}, {"num_classes": 1}, {"num_classes": 3, "image_size": -5}):
         with pytest.raises(ValueError, match="is .*, expected a whole number from [12] on"):
             mask_rcnn(tiny_student("radio"), **wrong)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from helpers.tiny_llava import tiny_tokenizer
-from helpers.tiny_students import tiny_student
+from helpers.tiny_students import one_size_student, tiny_student
 from transformers_radio.integrations import llava_processor, llava_vision_tower, swap_vision_tower
 from transformers_radio.modeling import RadioModel, RadioVisionTower
 
@@ -185,6 +185,8 @@ def test_what_cannot_be_swapped_is_named():
         llava_processor(llava, processor)
     with pytest.raises(ValueError, match="image_size is 100; the student takes multiples of 16"):
         swap_vision_tower(llava, tiny_student("radio"), 100)
+    with pytest.raises(ValueError, match="image_size is 64; the student takes multiples of 32, such as 32"):
+        swap_vision_tower(llava, one_size_student(), 64)
     with pytest.raises((OSError, ValueError), match="no/such/folder"):
         swap_vision_tower(llava, "no/such/folder")
     llava_next = swap_vision_tower(tiny_llava("next")[0], tiny_student("radio"), SIDE)

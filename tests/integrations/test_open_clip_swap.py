@@ -100,6 +100,18 @@ def test_every_kind_of_student(kind):
     assert not any(one.requires_grad for one in student.parameters())
 
 
+@pytest.mark.parametrize("kind", ["radio", "eradio"])
+def test_a_locked_student_stays_as_it_is_while_the_text_tower_trains(kind):
+    model, _, _ = as_open_clip(tiny_student(kind, {"clip": {**ENTRY, "teacher": f"open_clip:{CLIP}"}}), image_size=64)
+    pixels = torch.rand(2, 3, 64, 64)
+    model.visual.requires_grad_(False)
+    expected = model.encode_image(pixels)
+    model.visual.requires_grad_(True)
+    model.train().lock_image_tower()  # in this order, and in the other
+    assert torch.equal(model.encode_image(pixels), expected)
+    assert torch.equal(model.train().encode_image(pixels), expected) and model.training
+
+
 def test_another_text_tower_by_its_name():
     student = tiny_student("radio", {"siglip2-g": ENTRY, "dino": ENTRY})
     with pytest.raises(ValueError, match="the adaptor 'siglip2-g' is '', which open_clip does not run"):

@@ -12,7 +12,7 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 import transformers_radio
 from helpers.echo_student import EchoStudent, echo_of_sam
 from helpers.tiny_sam import NECK, PATCH, SIDE, SIZES, WIDTH, as_batch, make_student, picture, some_boxes, write_sam
-from helpers.tiny_students import tiny_student
+from helpers.tiny_students import one_size_student, tiny_student
 from transformers_radio.evaluation.sam_coco.prompting import StudentEncoder, predict_masks
 from transformers_radio.integrations import swap_sam_encoder
 from transformers_radio.teachers import load_sam
@@ -94,6 +94,37 @@ def test_gradients_reach_a_swapped_student(sam):
     swapped = swap_sam_encoder(sam, make_student())
     swapped.image_encoder(torch.randn(1, 3, SIDE, SIDE)).sum().backward()
     assert swapped.image_encoder.encoder.student.embeddings.patch_projection.weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["radio", "eradio"])
+def test_a_frozen_student_stays_as_it_is_while_the_decoder_trains(sam, kind):
+    entry = {"sam": {"summary_dim": None, "feature_dim": WIDTH, "hidden_dim": 16}}
+    swapped = swap_sam_encoder(sam, tiny_student(kind, entry))
+    images = torch.rand(2, 3, SIDE, SIDE)
+    swapped.image_encoder.requires_grad_(False)
+    expected = swapped.eval().image_encoder(images)
+    assert torch.equal(swapped.train().image_encoder(images), expected)
+    assert torch.equal(swapped.eval().image_encoder(images), expected)  # no statistics have moved
+    swapped.image_encoder.requires_grad_(True)
+    assert swapped.train().image_encoder.encoder.student.training
+
+
+def test_windows_of_an_eradio_are_those_asked_for(sam):
+    entry = {"sam": {"summary_dim": None, "feature_dim": WIDTH, "hidden_dim": 16}}
+    student, images = tiny_student("eradio", entry), torch.rand(1, 3, 4 * SIDE, 4 * SIDE)
+    maps = {}
+    for window_size in (None, 0, 2):
+        swapped = swap_sam_encoder(copy.deepcopy(sam), student, image_size=4 * SIDE, window_size=window_size)
+        maps[window_size] = swapped.image_encoder.encoder.maps(images)
+    assert student.config.window_size is None
+    assert torch.equal(maps[0], maps[None])
+    student.config.window_size = 2
+    features = student(images).adaptors["sam"].features.transpose(1, 2).unflatten(2, (16, 16))
+    expected = torch.nn.functional.interpolate(features, (SIDE // PATCH,) * 2, mode="bilinear")
+    torch.testing.assert_close(maps[2], expected)
+    assert (maps[2] - maps[0]).norm() > 1e-4 * maps[0].norm()
+    with pytest.raises(ValueError, match="window_size is 300"):
+        swap_sam_encoder(sam, student, window_size=300)
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
@@ -230,6 +261,8 @@ def test_what_cannot_be_swapped_is_named(sam):
         swap_sam_encoder(sam, make_student(feature_dim=20))
     with pytest.raises(ValueError, match="image_size is 60, but the student takes multiples of 8"):
         swap_sam_encoder(sam, student, image_size=60)
+    with pytest.raises(ValueError, match="image_size is 64, which the student does not take: use 32"):
+        swap_sam_encoder(sam, one_size_student({"sam": {"summary_dim": None, "feature_dim": WIDTH, "hidden_dim": 16}}))
     with pytest.raises(ValueError, match="width 48, but this SAM3's backbone has 40"):
         model = tiny_sam3_tracker()
         model.vision_encoder.config.backbone_config.hidden_size = 40

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_radio import ERadioConfig, RadioPyramidConfig, load_student  # this registers their backbones too
 from transformers_radio.modeling.errors_radio import shown
+from transformers_radio.modeling.parts_radio import rest_if_frozen
 from transformers_radio.modeling.pyramid_radio import RadioSimplePyramid
 
 from .students import open_student
@@ -107,8 +108,9 @@ def _backbone_config(student: Any, strides: list[int], window_size: int | None) 
         fields = student.config.to_dict()
         for name in ("model_type", "auto_map", "architectures"):
             fields.pop(name, None)
-        window_size = student.config.window_size if window_size is None else window_size
-        backbone = RadioPyramidConfig(**{**fields, "adaptors": {}, "strides": strides, "window_size": window_size})
+        if window_size is not None:  # also in training, in place of random ones
+            fields |= {"window_size": window_size, "train_window_sizes": None}
+        backbone = RadioPyramidConfig(**{**fields, "adaptors": {}, "strides": strides})
         return backbone, [backbone.pyramid_size] * len(strides)
     if kind == "eradio":
         missing = [stride for stride in strides if stride not in _ERADIO_STAGES]
@@ -159,13 +161,19 @@ def mask_rcnn(
 
     Raises:
         OSError: there is no such student.
-        ValueError: a stride that is not a power of two, windows that the student does not have, or a number below its
-            smallest.
+        ValueError: a stride that is not a power of two, windows or an image size that the student does not have, or a
+            number below its smallest.
     """
     for name, value, least in (("num_classes", num_classes, 2), ("image_size", image_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {shown(value)}, expected a whole number from {least} on.")
     backbone = StudentPyramid(open_student(student), out_channels, window_size)
+    side = -(-image_size // backbone.step) * backbone.step
+    if backbone.student.get_nearest_supported_resolution(side, side) != (side, side):
+        raise ValueError(
+            f"image_size is {image_size}, which is padded to {side}, but the student is built for images of "
+            f"{backbone.student.min_resolution_step} pixels alone: use another student."
+        )
     # from 32 pixels on at stride 4, as torchvision's own, in proportion to the image
     sizes = tuple((max(8, round(image_size / 1024 * side)),) for side in (32, 64, 128, 256, 512))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -200,9 +208,16 @@ class StudentPyramid(nn.Module):
         self.student = copy.deepcopy(student.with_adaptors([])).train(training)
         if window_size is not None:
             self.student.config.window_size = window_size or None
+            if hasattr(self.student.config, "train_window_sizes"):
+                self.student.config.train_window_sizes = None
         self.pyramid = RadioSimplePyramid(student.feature_dim, student.patch_size, _MASK_RCNN_STRIDES, out_channels)
         self.out_channels = out_channels
         self.step = math.lcm(self.student.min_resolution_step, 64)
+
+    def train(self, mode: bool = True) -> "StudentPyramid":
+        super().train(mode)
+        rest_if_frozen(self.student)
+        return self
 
     def forward(self, images: torch.Tensor) -> "OrderedDict[str, torch.Tensor]":
         """Images (B, 3, H, W) in [0, 1] -> maps (B, out_channels, H / stride, W / stride) at strides 4 to 64."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from transformers_radio.evaluation.models.encoder import language_adaptor
 from transformers_radio.modeling.errors_radio import naming_checkpoint
+from transformers_radio.modeling.parts_radio import rest_if_frozen
 from transformers_radio.teachers.base import require
 from transformers_radio.teachers.checkpoints import resolve_checkpoint
 from transformers_radio.teachers.open_clip import load_open_clip, load_tokenizer
@@ -104,13 +105,18 @@ class StudentVisual(nn.Module):
         self.image_mean, self.image_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the student normalizes
         self.preprocess_cfg = {"size": self.image_size, "mean": self.image_mean, "std": self.image_std}
 
+    def train(self, mode: bool = True) -> "StudentVisual":
+        super().train(mode)
+        rest_if_frozen(self.student)
+        return self
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] -> embeddings (B, D) in their dtype, not L2-normalized."""
         output = self.student(images.to(self.student.dtype), adaptors=[self.adaptor])
         return output.adaptors[self.adaptor].summary.to(images.dtype)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freezes the student, as open_clip's `lock_image_tower` asks for.
+        """Freezes the student, as open_clip's `lock_image_tower` asks for; it stays in eval mode in any case.
 
         Raises:
             ValueError: for `unlocked_groups`, which only open_clip's own towers have.
@@ -118,8 +124,7 @@ class StudentVisual(nn.Module):
         if unlocked_groups:
             raise ValueError(f"unlocked_groups is {unlocked_groups}, but a student is frozen as a whole: pass 0.")
         self.requires_grad_(False)
-        if freeze_bn_stats:
-            self.student.eval()
+        self.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:

@@ -51,7 +51,8 @@ def swap_sam_encoder(
             in that frame, and the processor of a `SamModel` needs `size={"longest_edge": image_size}` and
             `pad_size={"height": image_size, "width": image_size}`. SAM3: images keep the size of SAM3 and are resized
             for the student; when missing, so that its grid is that of SAM3 (1152 for patches of 16).
-        window_size: as in the student's forward: None for its own default, 0 for global attention.
+        window_size: side of attention windows; None for the student's own. Of a RADIO in patches, 0 for global
+            attention; of an E-RADIO in places of its map at stride 32, 0 for windows that follow from the image.
 
     Returns:
         `sam`.

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from .inputs_radio import check_layers
@@ -23,8 +24,7 @@ class RadioInnerModel(RadioPreTrainedModel):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.model.eval()
+        rest_if_frozen(self.model)
         return self
 
 
@@ -72,6 +72,15 @@ class RadioPart(RadioInnerModel):
                 f"Load them with transformers_radio.load_student(model, {folder!r})."
             )
         self.built_with = None
+
+
+def rest_if_frozen(student: nn.Module):
+    """Puts a student that is frozen as a whole into eval mode, for `train` of a model that it is a part of.
+
+    In training mode its features would vary with position crops and windows, and statistics of batch norms would move.
+    """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        student.eval()
 
 
 def weight_state(model: Any) -> tuple[int, int] | None:

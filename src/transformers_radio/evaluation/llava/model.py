@@ -113,8 +113,8 @@ def load_llava(
 def check_image_size(student: RadioModel, image_size: int) -> None:
     """ValueError unless the student takes images with this longest side."""
     step = student.min_resolution_step
-    if image_size < step or image_size % step:
-        nearest = max(1, round(image_size / step)) * step
+    nearest, _ = student.get_nearest_supported_resolution(image_size, image_size)
+    if image_size != nearest:
         raise ValueError(f"image_size is {image_size}; the student takes multiples of {step}, such as {nearest}.")
 
 

@@ -279,7 +279,7 @@ def load_encoder(
         if window_size is not None:
             if not hasattr(student.config, "window_size"):
                 raise ValueError(f"{name} has no attention windows: leave window_size out.")
-            student.config.window_size = window_size  # its step and what `choices` says follow
+            student.config.window_size = window_size or None  # its step and what `choices` says follow
         adaptor = language_adaptor(student.config.adaptors, adaptor, name)
         return VisionStudent(spec, student, image_size, adaptor).to(device)
     if adaptor is not None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from transformers_radio.modeling.parts_radio import rest_if_frozen
+
 Encoder = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,7 +47,8 @@ class AdaptorMaps(nn.Module):
         adaptor: its name.
         grid: rows and columns of the maps; features on another grid are interpolated bilinearly.
         image_size: side of the student's square input in pixels.
-        window_size: as in the student's forward: None for its own default, 0 for global attention.
+        window_size: None for the student's own. Of a RADIO as in its forward, 0 for global attention; of an E-RADIO as
+            `config.window_size`, 0 for windows that follow from the image.
 
     Raises:
         ValueError: windows that the student does not have, or an image_size that it (with them) does not take.
@@ -57,24 +60,38 @@ class AdaptorMaps(nn.Module):
         super().__init__()
         if window_size is not None and not hasattr(student.config, "window_size"):
             raise ValueError("The student has no attention windows: leave window_size out.")
-        step = student.min_resolution_step if window_size is None else student.patch_size * max(window_size, 1)
+        step, options = student.min_resolution_step, {}
+        if window_size is not None and student.config.model_type == "eradio":  # whose forward has no such option
+            student = student.with_adaptors(list(student.adaptors))  # the same weights, a configuration of its own
+            student.config.window_size = window_size or None
+            student.config.validate()
+        elif window_size is not None:
+            step, options = student.patch_size * max(window_size, 1), {"window_size": window_size}
         if image_size < step or image_size % step:
             windows = f" with window_size {window_size}" if window_size else ""
             raise ValueError(
                 f"image_size is {image_size}, but the student{windows} takes multiples of {step}: use "
                 f"{max(1, round(image_size / step)) * step}, or another window_size (0 for global attention)."
             )
+        nearest = student.get_nearest_supported_resolution(image_size, image_size)
+        if not options and nearest != (image_size, image_size):  # a network that is built for one size
+            raise ValueError(f"image_size is {image_size}, which the student does not take: use {nearest[0]}.")
         self.student = student
         self.adaptor = adaptor
         self.grid = grid
         self.image_size = image_size
         self.window_size = window_size
+        self.options = options
+
+    def train(self, mode: bool = True) -> "AdaptorMaps":
+        super().train(mode)
+        rest_if_frozen(self.student)
+        return self
 
     def maps(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1] (B, 3, image_size, image_size) -> (B, feature_dim, *grid), float32; gradients flow."""
-        options = {} if self.window_size is None else {"window_size": self.window_size}
         pixel_values = pixel_values.to(self.student.dtype)
-        output = self.student(pixel_values, adaptors=[self.adaptor], **options).adaptors[self.adaptor]
+        output = self.student(pixel_values, adaptors=[self.adaptor], **self.options).adaptors[self.adaptor]
         maps = output.features.transpose(1, 2).unflatten(2, output.grid)  # (B, h*w, C) -> (B, C, h*w) -> (B, C, h, w)
         if maps.shape[2:] != self.grid:
             maps = F.interpolate(maps, size=self.grid, mode="bilinear", align_corners=False)
@@ -94,7 +111,7 @@ class StudentEncoder(AdaptorMaps):
         sam: the whole SAM whose image encoder was the adaptor's teacher, float32.
         adaptor: its name.
         image_size: side of the student's square input in pixels; None for SAM's own (1024).
-        window_size: as in the student's forward: None for its own default, 0 for global attention.
+        window_size: as in [`AdaptorMaps`].
 
     Raises:
         ValueError: no such adaptor, an adaptor without features, or features of another width than this SAM's; an
