@@ -150,7 +150,7 @@ def test_what_has_no_backbone_is_named():
 @pytest.mark.parametrize("kind", ["radio", "eradio", "radio_timm"])
 def test_mask_rcnn_on_every_kind_of_student(kind):
     torch.manual_seed(0)
-    student = tiny_student(kind)
+    student = tiny_student(kind).to(torch.bfloat16)  # the copy is float32, like pyramid and heads
     model = mask_rcnn(student, num_classes=3, image_size=128, box_detections_per_img=5)
     images = [torch.rand(3, 100, 120), torch.rand(3, 90, 60)]
     maps = model.backbone(torch.rand(1, 3, 128, 192))

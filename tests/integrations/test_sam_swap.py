@@ -255,6 +255,9 @@ def test_what_cannot_be_swapped_is_named(sam):
         swap_sam_encoder(object.__new__(transformers.SamHQModel), student)
     with pytest.raises(ValueError, match="expected a segment_anything Sam"):
         swap_sam_encoder(torch.nn.Linear(2, 2), student)
+    for one in (copy.deepcopy(sam), transformers_sam()):
+        with pytest.raises(ValueError, match="This SAM has a student as encoder: load it again"):
+            swap_sam_encoder(swap_sam_encoder(one, student), student)
     with pytest.raises(ValueError, match="no adaptor 'clip', it has \\['sam'\\]"):
         swap_sam_encoder(sam, student, "clip")
     with pytest.raises(ValueError, match="features of width 20"):

@@ -38,7 +38,9 @@ def build_with_backbone(
 
     transformers builds a model with a `backbone_config` from random weights; here the student's are copied into it. A
     RADIO student gets ViTDet's simple pyramid, whose weights are new like those of the heads; an E-RADIO has maps at
-    these strides by itself. Save and load as any model of transformers.
+    these strides by itself. Save and load as any model of transformers, once a name of this package was imported. An
+    RT-DETR or D-FINE refuses images with fewer places than it has queries; reopened, it fails on them in torch instead
+    ("selected index k out of range").
 
     Args:
         model_class: such as `RTDetrForObjectDetection`, `DFineForObjectDetection`, `UperNetForSemanticSegmentation`
@@ -146,7 +148,7 @@ def mask_rcnn(
     """torchvision's Mask R-CNN on a student, as in ViTDet: a simple pyramid at strides 4 to 32, and 64 for proposals.
 
     Images are in [0, 1], as torchvision takes them; the student normalizes. Everything is trainable, the student
-    included, which is a copy without adaptors; pyramid and heads are new.
+    included, which is a float32 copy without adaptors; pyramid and heads are new.
 
     Args:
         student: a student of any type whose stride is a power of two, or its folder or Hub id.
@@ -205,7 +207,7 @@ class StudentPyramid(nn.Module):
         if window_size is not None and not hasattr(student.config, "window_size"):
             raise ValueError(f"window_size is {window_size}, but the student has no attention windows: leave it out.")
         training = student.training
-        self.student = copy.deepcopy(student.with_adaptors([])).train(training)
+        self.student = copy.deepcopy(student.with_adaptors([])).float().train(training)
         if window_size is not None:
             self.student.config.window_size = window_size or None
             if hasattr(self.student.config, "train_window_sizes"):

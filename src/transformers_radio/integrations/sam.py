@@ -75,6 +75,8 @@ def _swap_for(sam: Any) -> Any:
     for prefix, reason in _REFUSED.items():
         if name.startswith(prefix):
             raise ValueError(f"A {name} {reason}; use a SAM or SAM3.")
+    if isinstance(getattr(sam, "image_encoder", getattr(sam, "vision_encoder", None)), OriginalSamEncoder):
+        raise ValueError("This SAM has a student as encoder: load it again, and swap the other student into that one.")
     if isinstance(sam, SamModel):
         return _swap_transformers
     if isinstance(sam, (Sam3Model, Sam3TrackerModel)):
