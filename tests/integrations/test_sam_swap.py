@@ -244,6 +244,35 @@ def test_sam3_with_its_own_features():
         torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=1e-4)
 
 
+def test_the_whole_sam3_with_its_own_features():
+    torch.manual_seed(0)
+    small = {"hidden_size": NECK, "num_attention_heads": 4}
+    layer = {**small, "num_layers": 1, "intermediate_size": 32}
+    text = {**small, "vocab_size": 99, "intermediate_size": 32, "projection_dim": NECK, "num_hidden_layers": 1}
+    config = transformers.Sam3Config(
+        vision_config=sam3_vision(),
+        text_config={**text, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2},
+        geometry_encoder_config=layer,
+        detr_encoder_config=layer,
+        detr_decoder_config={**layer, "num_queries": 5},
+        mask_decoder_config={**small, "num_upsampling_stages": 2},
+    )
+    model = transformers.Sam3Model(config).eval()
+    backbone = copy.deepcopy(model.vision_encoder.backbone)
+    inputs = {"pixel_values": (torch.rand(2, 3, 56, 56) - 0.5) / 0.5, "input_ids": torch.randint(3, 99, (2, 8))}
+
+    def encode(images):
+        return None, backbone((images - 0.5) / 0.5).last_hidden_state, (4, 4)
+
+    with torch.no_grad():
+        expected = model(**inputs)
+        other = model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
+        found = swap_sam_encoder(model, EchoStudent("sam3", 14, encode, WIDTH))(**inputs)
+    scale = (other.pred_masks - expected.pred_masks).abs().max()
+    assert scale > 0 and (found.pred_masks - expected.pred_masks).abs().max() < 1e-3 * scale
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=1e-4)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
