@@ -20,7 +20,8 @@ def made():
 
 def in_hub_layout(stored):
     names = {"base_model.": "radio_model.model.", "input_conditioner.": "radio_model.input_conditioner."}
-    return {
+    # the loader registers it for every model; nothing reads it here
+    return {"radio_model.summary_idxs": torch.tensor([0, 1])} | {
         new + key.removeprefix(old): value
         for key, value in stored.items()
         for old, new in names.items()

@@ -105,7 +105,9 @@ def small(**fields):
 def test_layer_scale_is_folded_for_vllm(tmp_path):
     model = small()
     model.save_pretrained(tmp_path / "ours")
+    source = (tmp_path / "ours/model.safetensors").read_bytes()
     lines = convert(str(tmp_path / "ours"), tmp_path / "vllm", "vllm")
+    assert (tmp_path / "ours/model.safetensors").read_bytes() == source  # weights are scaled in place, in memory
     assert "LayerScale is folded into attn.proj and mlp.fc2" in lines
     state = load_file(tmp_path / "vllm/model.safetensors")
     assert all(key.startswith("radio_model.") for key in state)

@@ -83,7 +83,8 @@ def _convert(released: Released, adaptor_names: Sequence[str] | None, version: s
         )
     config = make_config({**fields, "converted_from": _origin(released, version)}, eradio)
     model_targets = eradio_targets if eradio else vit_targets
-    state = _read(weights, lambda name: _targets(name, model_targets, prefixes))
+    unread = ("summary_idxs",) if eradio else ()  # its summary is the mean of the features
+    state = _read(weights, lambda name: [] if name in unread else _targets(name, model_targets, prefixes))
     return _assemble(ERadioModel if eradio else RadioModel, config, state, weights)
 
 

@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 TORCH_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 AVERAGED, TRAINED = "state_dict_ema", "state_dict"
 # parts beside the backbone, as a trainer may average the backbone alone
-_PARTS = ("input_conditioner.", "_heads.", "_feature_projections.", "_feature_normalizer.")
-_PARTS += ("_intermediate_feature_normalizer.",)
+_PARTS = ["input_conditioner.", "_heads.", "_feature_projections.", "_feature_normalizer."]
+_PARTS += ["_intermediate_feature_normalizer."]
 # all that a pickle may hold besides tensors and Python's own containers
 PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath]
 # A mapped file is mapped anew when this share of it was read, and at least so many bytes: pages that were read stay in
@@ -49,7 +49,8 @@ class SafetensorsFiles(Tensors):
     """One or more safetensors files; each is opened per tensor, so that what was read does not stay mapped."""
 
     def __init__(self, files: list[Path]):
-        self.shapes, self.dtypes, self._file = {}, {}, {}
+        self.shapes, self.dtypes = {}, {}
+        self._file: dict[str, Path] = {}
         for file in files:
             with naming_checkpoint(file), safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
