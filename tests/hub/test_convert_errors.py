@@ -5,6 +5,8 @@ import json
 import logging
 import pickle
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -301,6 +303,18 @@ def test_pickles_are_not_run(tmp_path):
     (tmp_path / "b.pth.tar").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="b.pth.tar is not read"):
         load_nvidia_checkpoint(tmp_path / "b.pth.tar")
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_every_python_are_plain(tmp_path, monkeypatch, module):
+    """`pathlib._local` is where Python 3.13 has its classes."""
+    path_class = type("PosixPath", (), {"__module__": module, "__reduce__": lambda self: (path_class, ("/data", "x"))})
+    args, stored, *_ = make(PLAIN)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, types.SimpleNamespace(PosixPath=path_class))
+        file = write_pth(tmp_path / "a.pth.tar", {**args, "data_dir": path_class()}, stored)
+    assert module.encode() in file.read_bytes()
+    assert list(load_nvidia_checkpoint(file, ["clip"]).adaptors) == ["clip"]
 
 
 def test_damaged_and_foreign_files(tmp_path):

@@ -26,7 +26,12 @@ AVERAGED, TRAINED = "state_dict_ema", "state_dict"
 _PARTS = ["input_conditioner.", "_heads.", "_feature_projections.", "_feature_normalizer."]
 _PARTS += ["_intermediate_feature_normalizer."]
 # all that a pickle may hold besides tensors and Python's own containers
-PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath]
+PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace]
+PLAIN_TYPES += [
+    (path, f"{module}.{path.__name__}")  # Python 3.13 writes another module than all others
+    for path in (pathlib.PosixPath, pathlib.PurePosixPath)
+    for module in ("pathlib", "pathlib._local")
+]
 # A mapped file is mapped anew when this share of it was read, and at least so many bytes: pages that were read stay in
 # memory as long as the file is mapped.
 _REOPEN_SHARE, _REOPEN_BYTES = 16, 16 << 20
