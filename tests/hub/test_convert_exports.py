@@ -234,6 +234,26 @@ def test_windows_survive_transformers_own_class(tmp_path):
     assert load_nvidia_checkpoint(tmp_path / "any", version="radio_v2.1").config.window_num_windowed == 5
 
 
+def test_buffers_count_more_than_the_configuration(tmp_path):
+    """As in both classes, which compute with the buffers of a file."""
+    model = build(summary_idxs=[2])
+    model.input_conditioner.norm_mean.fill_(0.25)
+    model.save_pretrained(tmp_path / "ours")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(images)
+    for target in ("nvidia", "timm", "native"):
+        convert(str(tmp_path / "ours"), tmp_path / target, target, image_size=64 if target == "timm" else None)
+    written = {target: json.loads((tmp_path / target / "config.json").read_text()) for target in ("nvidia", "timm")}
+    assert written["nvidia"]["norm_mean"] == written["timm"]["pretrained_cfg"]["mean"] == [0.25, 0.25, 0.25]
+    config = tmp_path / "native/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "summary_idxs": [0, 1]}))
+    for again in (load_nvidia_checkpoint(tmp_path / "nvidia"), load_nvidia_checkpoint(tmp_path / "native")):
+        assert again.config.summary_idxs == [2]
+        with torch.no_grad():
+            assert torch.equal(again(images).summary, wanted.summary)
+
+
 def test_the_gated_mlp_is_natives(tmp_path):
     native = scramble(transformers.RadioModel(transformers.RadioConfig(**TINY, use_swiglu_ffn=True)).eval())
     native.save_pretrained(tmp_path / "native")

@@ -18,7 +18,7 @@ from transformers_radio.modeling.errors_radio import naming_checkpoint, shown
 from .native import native_config, native_targets
 from .nvidia_checkpoint import Released, open_release
 from .nvidia_config import check_hub_fields, eradio_config, is_eradio, make_config, vit_config
-from .nvidia_heads import check_versions, choose, read_adaptors, read_teachers
+from .nvidia_heads import check_versions, choose, read_adaptors, read_teachers, whole
 from .nvidia_keys import Target, Weights, eradio_targets, head_target, vit_targets
 from .releases import find_release, version_in
 
@@ -96,6 +96,10 @@ def _from_native(released: Released, adaptor_names: Sequence[str] | None, versio
     config = native_config(released.config, find_release(version))
     config.converted_from = _origin(released, version)
     weights = Weights(native_targets(released.tensors), eps=1e-6)
+    if "summary_idxs" in weights.shapes:  # which that class goes by, whatever its configuration says
+        config.summary_idxs = [
+            whole(index, "summary_idxs") for index in weights.read("summary_idxs").flatten().tolist()
+        ]
     state = _read(weights, lambda name: _targets(name, vit_targets, {}))
     return _assemble(RadioModel, config, state, weights)
 

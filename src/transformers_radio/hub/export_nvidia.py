@@ -114,7 +114,7 @@ def write_nvidia(model: Any, folder: Path, serving: bool) -> list[str]:
         left_out += ["the normalizer of intermediate features"] if config.intermediate_normalizer else []
         state = {n: t for n, t in state.items() if not n.startswith(("adaptors.", "intermediate_normalizer."))}
     save_file(_renamed(state, model), folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _config(config, str(model.dtype).removeprefix("torch."), serving))
+    write_json(folder / "config.json", _config(model, serving))
     if not serving and _own_windows(config):
         left_out.append(_own_windows(config))
     lines = [f"left out, as the loader has no place for it: {', '.join(left_out)}"] if left_out else []
@@ -195,7 +195,13 @@ def _known_name(config: Any) -> str | None:
     return next((name for name, known in _NAMED.items() if known == size and config.patch_size == 16), None)
 
 
-def _config(config: Any, dtype: str, serving: bool) -> dict[str, Any]:
+def statistics(model: Any) -> dict[str, list[float]]:
+    """Mean and std of the input, as the model applies them; the configuration may have been given others since."""
+    return {name: getattr(model.input_conditioner, name).flatten().tolist() for name in ("norm_mean", "norm_std")}
+
+
+def _config(model: Any, serving: bool) -> dict[str, Any]:
+    config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     tokens = config.num_cls_tokens
     adaptors = {} if serving else config.adaptors
     args: dict[str, Any] = {
@@ -231,8 +237,7 @@ def _config(config: Any, dtype: str, serving: bool) -> dict[str, Any]:
             "embed_dim": config.hidden_size,
             "rot_per_layer": config.intermediate_normalizer == "per_layer",
         },
-        "norm_mean": config.norm_mean,
-        "norm_std": config.norm_std,
+        **statistics(model),
         "converted_from": config.converted_from,
         "torch_dtype": dtype,
     }

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers_radio.disk import write_json
 from transformers_radio.modeling import RadioConfig
 
-from .export_nvidia import use_up
+from .export_nvidia import statistics, use_up
 
 _ARCHITECTURE = "vit_base_patch16_224"  # every size below goes over its defaults
 _NAMES = [
@@ -60,7 +60,7 @@ def write_timm(model: Any, folder: Path, image_size: int) -> list[str]:
         tensors[place] = state[name].contiguous()
     tensors |= _embeddings(model, image_size)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _config(config, image_size, scaled))
+    write_json(folder / "config.json", _config(model, image_size, scaled))
     left_out = [f"adaptor {name}" for name in config.adaptors]
     left_out += ["the normalizer of intermediate features"] if config.intermediate_normalizer else []
     lines = [f"for {image_size} x {image_size} pixels; normalize with mean and std of pretrained_cfg"]
@@ -105,7 +105,8 @@ def _embeddings(model: Any, image_size: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _config(config: Any, image_size: int, scaled: bool) -> dict[str, Any]:
+def _config(model: Any, image_size: int, scaled: bool) -> dict[str, Any]:
+    config, values = model.config, statistics(model)
     model_args = {
         "img_size": image_size,
         "patch_size": config.patch_size,
@@ -134,8 +135,8 @@ def _config(config: Any, image_size: int, scaled: bool) -> dict[str, Any]:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
-            "mean": config.norm_mean,
-            "std": config.norm_std,
+            "mean": values["norm_mean"],
+            "std": values["norm_std"],
             "num_classes": 0,
             "classifier": "head",
             "first_conv": "patch_embed.proj",
