@@ -223,7 +223,10 @@ def test_spectral_versions_and_eps(tmp_path):
         sigma = stored[f"{name}.0._u"] @ weight @ stored[f"{name}.0._v"]
         scale = torch.nn.functional.softplus(stored[f"{name}.0.scale"]) + 0.05
         torch.testing.assert_close(model.encoder.layer[0].mlp.fc1.weight.data, weight * scale / (sigma + eps))
-    stored[f"{name}.0._sn_version"] = torch.tensor(3)
+    version = stored.pop(f"{name}.0._sn_version")
+    with pytest.raises(ValueError, match="mlp.fc1.*_sn_version is missing, which"):
+        load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored))
+    stored[f"{name}.0._sn_version"] = version + 1
     with pytest.raises(ValueError, match="_sn_version is 3"):
         load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored))
 
