@@ -230,8 +230,9 @@ class RadioStudentMixin(nn.Module):
         """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
 
         The query, key and value projections become one, layer scales and batch norms join the layer beside them. On a
-        CPU with AVX-512, large Linears also keep a second copy of their weights, in the processor's order; copies of the
-        model do not. It can be neither trained nor saved: its configuration no longer describes its weights.
+        CPU with AVX-512, large Linears also keep a second copy of their weights, in the processor's order; copies of
+        the model do not. A fused model can be neither trained nor saved: its configuration no longer describes its
+        weights.
 
         Raises:
             ValueError: The model is in training mode, or has PEFT adapters or parametrizations.
