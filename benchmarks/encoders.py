@@ -1,17 +1,17 @@
 """`RadioModel` beside the encoders that people use today, of equal shape: milliseconds per batch on this machine.
 
-    python benchmarks/encoders.py --main      # the table of docs/models.md, in about 25 minutes on 2 idle cores
+    python benchmarks/encoders.py --main      # the table of docs/models.md, in about 30 minutes on 2 idle cores
     python benchmarks/encoders.py --sizes b l h --dtypes float32 bfloat16            # every forward pass: hours
     python benchmarks/encoders.py --sizes b l h --dtypes float32 bfloat16 --backward
     python benchmarks/encoders.py --windows   # windows against global attention at 512 to 2048
 
 The others: transformers' own RADIO, timm's ViT, transformers' DINOv2 with registers. Weights are random, which changes
-no time. All run in turn in one process, round after round, and each number is the fastest of its rounds: other
-programs can only make a round slower. Slow rows get fewer rounds, and one with an encoder that takes longer than
---limit for one pass is left out. On a CPU the clock counts processor time divided by the threads.
+no time. All run in turn in one process, round after round: milliseconds are medians, and a ratio is the median of the
+ratios within rounds, in which the machine is equally busy. Slow rows get fewer rounds, and one with an encoder that
+takes longer than --limit for one pass is left out. On a CPU the clock counts processor time divided by the threads.
 A row is kept in --output as soon as it is measured: the same command continues where it was stopped. bfloat16 is left
 out where the processor has no units for it.
-`share of peak`: FLOPs of the pass in the time of the fastest `RadioModel`, over those of a product of two square
+`share of peak`: FLOPs of the pass in the time of the faster `RadioModel`, over those of a product of two square
 matrices, which runs in turn with the encoders. FLOPs are those of products, convolutions and attention.
 """
 
@@ -20,9 +20,11 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the commands do
 
@@ -39,10 +41,11 @@ from transformers_radio.training.plan.dry_run import FUSED_ATTENTION
 
 SIZES = {"b": "vit-b-16", "l": "vit-l-16", "h": "vit-h-16"}
 OURS, FUSED = "RadioModel", "RadioModel.fuse()"
+OWN = (OURS, FUSED)
 OTHERS = ("transformers' RADIO", "timm's ViT", "DINOv2 with registers")
 PEAK = "peak"  # the product of square matrices
 PEAK_SIDE = 2048
-MOST_ROUNDS = 40
+FEWEST_ROUNDS, MOST_ROUNDS = 8, 40
 REGISTERS = 4
 # --main: what, size, side, batch sizes; in float32 and bfloat16
 FORWARD, BACKWARD = "forward", "forward+backward"
@@ -113,8 +116,8 @@ def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def measure(
     runs: dict[str, Callable[[], object]], options: argparse.Namespace, seconds: float = 0.1
-) -> dict[str, float]:
-    """Name -> milliseconds, the fastest of rounds in turn, each of them at least `seconds` long.
+) -> dict[str, list[float]]:
+    """Name -> milliseconds in each of the rounds, in which the `runs` take turns, each for at least `seconds`.
 
     Raises:
         TooSlow: one pass takes longer than `options.limit`.
@@ -134,18 +137,24 @@ def measure(
             count += 1
         return (now() - started) / count
 
-    times = {}
-    for name, run in runs.items():  # the first round warms up
-        times[name] = one(run, 0)
-        if times[name] > options.limit:
-            raise TooSlow(times[name])
-    long = sum(max(time, seconds) for time in times.values())
+    first = {}
+    for name, run in runs.items():  # which also warms up
+        first[name] = one(run, 0)
+        if first[name] > options.limit:
+            raise TooSlow(first[name])
+    long = sum(max(time, seconds) for time in first.values())
     order = list(runs)
-    for _ in range(options.rounds or min(max(int(options.seconds / long), 2), MOST_ROUNDS)):
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds or min(max(int(options.seconds / long), FEWEST_ROUNDS), MOST_ROUNDS)):
         for name in order:
-            times[name] = min(times[name], one(runs[name], seconds))
+            times[name].append(1e3 * one(runs[name], seconds))
         order = order[1:] + order[:1]  # none runs always behind the same one, which leaves its weights in the caches
-    return {name: 1e3 * time for name, time in times.items()}
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, other: str) -> float:
+    """How many times as long as `other` it takes: the median over rounds."""
+    return statistics.median(one / two for one, two in zip(times[name], times[other], strict=True))
 
 
 def forward_of(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
@@ -188,14 +197,14 @@ class Rows:
 
     def __init__(self, path: Path, device: str):
         self.path = path
-        self.rows: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
         self.left_out: list[str] = []
         where = (device, processor(), torch.get_num_threads(), torch.__version__, transformers.__version__)
         self.where = " ".join(map(str, where))
 
-    def get(self, name: str, limit: float, measured: Callable[[], dict[str, float]]) -> dict[str, float] | None:
+    def get(self, name: str, limit: float, measured: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """What was kept or is measured now; None, and a line in `left_out`, for a row with a pass above the limit."""
-        key = f"{name} on {self.where}"
+        key = f"rounds of {name} on {self.where}"
         row = self.rows.get(key)
         if row is None or row.get("too slow", limit) < limit:
             try:
@@ -223,23 +232,25 @@ def compare(options: argparse.Namespace, rows: Rows, what: str, size: str, side:
     """Prints one row: milliseconds of each encoder, ours over the fastest other, share of the peak."""
     device, dtype, backward = torch.device(options.device), getattr(torch, name), what == BACKWARD
 
-    def measured() -> dict[str, float]:
+    def measured() -> dict[str, Any]:
         models = build(size, side, backward, dtype, device)
         images = torch.rand(batch, 3, side, side, device=device, dtype=dtype)
         make = step_of if backward else forward_of
         runs = {PEAK: peak_of(images), **{key: make(model, images) for key, model in models.items()}}
         times = measure(runs, options)
-        return {**times, "GFLOPs": flops_of(models[OURS], images, backward) / 1e9}
+        return {"times": times, "GFLOPs": flops_of(models[OURS], images, backward) / 1e9}
 
     row = rows.get(f"{what} {size} {side} {batch} {name}", options.limit, measured)
     if row is None:
         return
-    others = min(row[key] for key in OTHERS)
-    cells = [f"{row[key]:.1f}" if key in row else "–" for key in (OURS, FUSED, *OTHERS)]
-    cells += [f"{row[key] / others:.2f}" if key in row else "–" for key in (OURS, FUSED)]
-    best = min(row[key] for key in (OURS, FUSED) if key in row)
-    share = (row["GFLOPs"] / best) / (2e-9 * PEAK_SIDE**3 / row[PEAK])
-    print(f"| {what} | {size.upper()} | {side} | {batch} | {name} | {' | '.join(cells)} | {share:.0%} |", flush=True)
+    times = row["times"]
+    cells = [f"{statistics.median(times[key]):.1f}" if key in times else "–" for key in (OURS, FUSED, *OTHERS)]
+    # the ratio to the fastest of them is the largest
+    cells += [f"{max(ratio(times, key, other) for other in OTHERS):.2f}" if key in times else "–" for key in OWN]
+    peak = 2e-9 * PEAK_SIDE**3  # billions
+    share = row["GFLOPs"] / peak / min(ratio(times, key, PEAK) for key in OWN if key in times)
+    rounds = len(times[OURS])
+    print(f"| {what} | {size.upper()} | {side} | {batch} | {name} | {' | '.join(cells)} | {share:.0%} | {rounds} |")
 
 
 def compare_windows(options: argparse.Namespace, rows: Rows) -> None:
@@ -254,13 +265,14 @@ def compare_windows(options: argparse.Namespace, rows: Rows) -> None:
         def run(window_size: int | None, images: torch.Tensor = images) -> object:
             return model(images, window_size=window_size)
 
-        def measured(run: Callable[[int | None], object] = run) -> dict[str, float]:
-            return measure({"global": lambda: run(None), "windows": lambda: run(16)}, options)
+        def measured(run: Callable[[int | None], object] = run) -> dict[str, Any]:
+            return {"times": measure({"global": lambda: run(None), "windows": lambda: run(16)}, options)}
 
         row = rows.get(f"windows {side}", options.limit, measured)
         if row is not None:
-            everywhere, windows = row["global"], row["windows"]
-            print(f"| {side} | {everywhere:.0f} | {windows:.0f} | {everywhere / windows:.2f} |", flush=True)
+            everywhere, windows = (statistics.median(row["times"][name]) for name in ("global", "windows"))
+            gain = ratio(row["times"], "global", "windows")
+            print(f"| {side} | {everywhere:.0f} | {windows:.0f} | {gain:.2f} |", flush=True)
 
 
 def rows_to_measure(options: argparse.Namespace) -> list[tuple[str, str, int, int, str]]:
@@ -291,7 +303,7 @@ def main() -> None:
     parser.add_argument("--windows", action="store_true", help="windows against global attention instead")
     parser.add_argument("--main", action="store_true", help="B at 224, 432 and 1024, L and H at 224, B backward")
     parser.add_argument(
-        "--rounds", type=int, help=f"in each row, after a pass each; unless given, 2 to {MOST_ROUNDS} by --seconds"
+        "--rounds", type=int, help=f"in each row; unless given, {FEWEST_ROUNDS} to {MOST_ROUNDS} by --seconds"
     )
     parser.add_argument("--seconds", type=float, default=60, help="about so long for the rounds of one row")
     parser.add_argument("--limit", type=float, default=25, help="leave rows out in which one pass takes more seconds")
@@ -299,13 +311,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     rows = Rows(options.output, options.device)
-    rounds = options.rounds or f"2 to {MOST_ROUNDS}"
-    print(f"{processor()}, {torch.get_num_threads()} threads, {options.device}, fastest of {rounds} rounds, ms\n")
+    rounds = options.rounds or f"{FEWEST_ROUNDS} to {MOST_ROUNDS}"
+    print(f"{processor()}, {torch.get_num_threads()} threads, {options.device}, medians of {rounds} rounds, ms\n")
     if options.windows:
         compare_windows(options, rows)
     else:
         header = ["Pass", "Size", "Side", "Batch", "dtype", OURS, FUSED, *OTHERS]
-        header += ["ours / fastest other", "fused / fastest other", "share of peak"]
+        header += ["ours / fastest other", "fused / fastest other", "share of peak", "rounds"]
         wanted = rows_to_measure(options)
         print("| " + " | ".join(header) + " |\n|" + "---|" * 5 + "---:|" * (len(header) - 5))
         for row in wanted:

@@ -25,7 +25,7 @@ from transformers_radio import RadioImageProcessor, RadioModel
 
 # The backbone's attention and MLPs by their whole names. Short names (fc1) and "all-linear" match the adaptors' MLPs
 # too, which then lose the space of their teachers.
-TARGETS = r".*encoder\.layer\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])"
+TARGETS = r".*encoder\.layer\.\d+\.(attention\.[qkvo]_proj|mlp\.(fc[12]|\w+_proj))"
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -38,7 +38,8 @@ def test_rows_are_kept_and_their_ratios_follow_from_the_times(encoders, monkeypa
         for one in runs.values():
             one()  # every encoder takes these images, forward or backward
         taken.append(list(runs))
-        return {name: 9.0 + number for number, name in enumerate(runs)}
+        # the machine is three times as slow in the second round, which changes no ratio
+        return {name: [9.0 + number, 3 * (9.0 + number), 9.0 + number] for number, name in enumerate(runs)}
 
     monkeypatch.setattr(encoders, "measure", measure)
     monkeypatch.setattr(encoders, "PEAK_SIDE", 64)
@@ -52,7 +53,7 @@ def test_rows_are_kept_and_their_ratios_follow_from_the_times(encoders, monkeypa
     # the product 9, ours 10, native 11, timm 12, DINOv2 13, fused 14
     assert first[0][5:12] == ["10.0", "14.0", "11.0", "12.0", "13.0", "0.91", "1.27"]
     assert first[2][5:12] == ["10.0", "–", "11.0", "12.0", "13.0", "0.91", "–"]
-    shares = [float(row[-1].removesuffix("%")) for row in first]
+    shares = [float(row[-2].removesuffix("%")) for row in first]
     # vit-ti-16, with 4 patches and 5 other tokens; two FLOPs per multiply-add, attention among them
     products = 4 * 768 * 192 + 12 * 9 * (12 * 192**2 + 2 * 9 * 192)
     assert shares[0] == pytest.approx(100 * (2 * products / 10) / (2 * 64**3 / 9), abs=0.51)
@@ -73,22 +74,28 @@ def test_a_slow_row_is_left_out_with_a_line(encoders, monkeypatch, tmp_path, cap
     assert run(encoders, monkeypatch, capsys, *words, "0") == (rows, left_out)
 
 
-def test_the_fastest_round_counts_and_slow_rows_get_fewer(encoders, monkeypatch):
+def test_the_ratio_is_that_to_the_fastest_of_the_others(encoders):
+    times = {encoders.OURS: [2.0, 4.0, 90.0], **{name: [4.0, 8.0, 9.0] for name in encoders.OTHERS}}
+    times["timm's ViT"] = [1.0, 2.0, 30.0]
+    assert encoders.ratio(times, encoders.OURS, "timm's ViT") == 2  # of 2, 2, 3: in the same round
+    assert encoders.ratio(times, encoders.OURS, "transformers' RADIO") == 0.5
+
+
+def test_every_round_is_kept_and_slow_rows_get_fewer(encoders, monkeypatch):
     clock, calls = [0.0], {"quick": 0, "slow": 0}
 
     def passing(name, seconds):
         def run():
             calls[name] += 1
-            clock[0] += seconds / min(calls[name], 4)  # the first passes take longer
+            clock[0] += seconds * calls[name]
 
         return run
 
     monkeypatch.setattr(time, "process_time", lambda: clock[0] * torch.get_num_threads())
-    for name, seconds, rounds in (("quick", 0.2, encoders.MOST_ROUNDS), ("slow", 20.0, 2)):
+    for name, seconds, rounds in (("quick", 0.2, encoders.MOST_ROUNDS), ("slow", 20.0, encoders.FEWEST_ROUNDS)):
         options = argparse.Namespace(device="cpu", rounds=None, seconds=20, limit=25)
         times = encoders.measure({name: passing(name, seconds)}, options)
-        assert times == {name: pytest.approx(1e3 * seconds / min(calls[name], 4))}
-        assert calls[name] >= 1 + rounds
-    assert calls["slow"] == 3
+        # the first pass warms up
+        assert times == {name: pytest.approx([1e3 * seconds * (2 + number) for number in range(rounds)])}
     with pytest.raises(encoders.TooSlow):
         encoders.measure({"slow": passing("slow", 500.0)}, options)

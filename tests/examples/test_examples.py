@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 
 from helpers.striped_images import NAMES, SIDE, save_student, write_classes, write_regions
-from transformers_radio import RadioForImageClassification, RadioImageProcessor, RadioModel
+from transformers_radio import RadioConfig, RadioForImageClassification, RadioImageProcessor, RadioModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -106,3 +106,12 @@ def test_short_names_and_all_linear_wrap_the_adaptors_too(student):
     found = wrapped_by(student, example("finetune_lora").TARGETS)
     assert found == {name for name in linear if name.startswith("encoder.layer.")}
     assert len(found) == 2 * 6
+
+
+def test_the_expression_matches_gated_mlps(tmp_path):
+    """Of RADIOv2.5-g, and not the norm inside of the plain MLP, which LoRA could not wrap."""
+    fields = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_size=8, max_img_size=64)
+    for index, (variant, count) in enumerate((({"use_swiglu_ffn": True}, 2 * 7), ({"mlp_norm": True}, 2 * 6))):
+        RadioModel(RadioConfig(**fields, **variant)).save_pretrained(tmp_path / str(index))
+        found = wrapped_by(tmp_path / str(index), example("finetune_lora").TARGETS)
+        assert len(found) == count and all(name.startswith("encoder.layer.") for name in found)

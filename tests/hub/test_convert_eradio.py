@@ -10,6 +10,8 @@ from transformers_radio import ERadioModel
 from transformers_radio.hub.convert import load_nvidia_checkpoint
 from transformers_radio.hub.folder import convert
 
+TABLE = "base_model.levels.2.blocks.0.attention_blocks.0.attn.pos_emb_funct.relative_bias"
+
 
 @pytest.fixture(scope="module")
 def made():
@@ -18,7 +20,8 @@ def made():
 
 def in_hub_layout(stored):
     names = {"base_model.": "radio_model.model.", "input_conditioner.": "radio_model.input_conditioner."}
-    return {
+    # the loader registers it for every model; nothing reads it here
+    return {"radio_model.summary_idxs": torch.tensor([0, 1])} | {
         new + key.removeprefix(old): value
         for key, value in stored.items()
         for old, new in names.items()
@@ -65,6 +68,8 @@ def test_a_norm_that_would_be_lost_and_other_tensors_are_refused(tmp_path, made)
         ({}, {"model_norm": True}, "args.model_norm"),
         ({}, {"model": "vit_base_patch16_224"}, "E-RADIO"),
         ({"_feature_normalizer.mean": torch.ones(64)}, {}, "feature normalizer"),
+        ({TABLE: torch.ones(1, 2, 64, 64)}, {}, r"windows of \[4, 8\] places"),
+        ({"base_model.patch_embed.conv_down.0.bn.running_var": torch.full((6,), torch.nan)}, {}, "var holds NaN"),
     ):
         path = write_pth(tmp_path / "e-radio_v2.pth.tar", {**args, **value}, {**stored, **extra})
         with pytest.raises(ValueError, match=named):

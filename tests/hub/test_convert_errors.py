@@ -2,14 +2,28 @@
 
 import argparse
 import json
+import logging
 import pickle
 import re
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.nvidia_files import CLIP, LAYOUTS, WIDTH, make, reparametrize, write_hub, write_pth
+from helpers.nvidia_files import (
+    CLIP,
+    LAYOUTS,
+    WIDTH,
+    Randoms,
+    arguments,
+    backbone,
+    make,
+    reparametrize,
+    write_hub,
+    write_pth,
+)
 from transformers_radio import ERadioModel, RadioConfig, RadioModel
 from transformers_radio.hub.convert import load_nvidia_checkpoint
 
@@ -39,6 +53,7 @@ def changed(tmp_path, state=(), args=(), drop=(), name=PLAIN):
         ({"base_model.patch_generator.pos_embed": torch.ones(1, 35, WIDTH)}, "position table"),
         ({"base_model.blocks.1.attn.qkv.weight": torch.ones(95, WIDTH)}, "qkv"),
         ({"base_model.blocks.1.mlp.fc2.weight": torch.full((WIDTH, 4 * WIDTH), torch.nan)}, "NaN"),
+        ({"_feature_normalizer.mean": torch.full((32,), torch.nan), "_feature_normalizer.tx": torch.eye(32)}, "NaN"),
         ({"input_conditioner.norm_std": torch.zeros(3, 1, 1)}, "norm_std"),
         ({"base_model.blocks.0.mlp.fc1.parametrizations.weight.0.scale": torch.ones(1, 1)}, "original is missing"),
         ({"base_model.merge.weight": torch.ones(3)}, "C-RADIOv4-H"),
@@ -58,6 +73,10 @@ def test_tensors_without_a_place_are_named(tmp_path, state, named):
     [
         ({"model_kwargs": {"num_heads": 4, "qk_norm": True}}, "model_kwargs.qk_norm"),
         ({"model_kwargs": {"num_heads": 5}}, "num_heads is 5"),
+        ({"model_kwargs": {"num_heads": 4, "init_values": 0.1}}, "init_values is 0.1, but the file has no LayerScale"),
+        ({"model": "vit_base_patch16_224_mlpnorm"}, "mlpnorm', but the file has no MLP norm"),
+        ({"mlp_version": "v3"}, "args.mlp_version is 'v3', expected one of v1, v2, attn"),
+        ({"spatial_mlp_version": "v3"}, "args.spatial_mlp_version is 'v3'"),
         ({"model_kwargs": {"num_heads": 4, "depth": 12}}, "depth is 12"),
         ({"model_kwargs": {"num_heads": 4, "patch_size": 14}}, "14"),
         ({"model_kwargs": {}}, "num_heads"),
@@ -142,11 +161,55 @@ def test_summary_idxs_come_from_the_buffer_or_are_rebuilt(tmp_path):
 
 def test_the_average_is_preferred_and_a_file_without_conditioner_has_clips(tmp_path):
     args, stored, *_ = make(PLAIN)
-    ema = {k: v * 2 for k, v in stored.items() if not k.startswith("input_conditioner.")}
+    stored = {k: v for k, v in stored.items() if not k.startswith("input_conditioner.")}
+    ema = {k: v * 2 for k, v in stored.items()}
     model = load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored, ema))
     key = "base_model.patch_generator.pos_embed"
     assert torch.equal(model.embeddings.position_embedding, 2 * stored[key])
+    assert torch.equal(model.adaptors["clip"].summary_head.fc1.weight, 2 * stored["_heads.clip.fc1.weight"])
     assert model.config.norm_mean == RadioConfig().norm_mean
+
+
+def test_parts_that_the_average_lacks_come_from_the_trained_weights(tmp_path):
+    args, stored, *_ = make("radio_v2.5-h-norm")
+    ema = {k.replace("base_model.", "module.base_model."): v * 2 for k, v in stored.items() if k[0] == "b"}
+    model = load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored, ema))
+    assert torch.equal(model.embeddings.position_embedding, 2 * stored["base_model.patch_generator.pos_embed"])
+    assert list(model.adaptors) == ["clip", "siglip", "dino_v2", "sam"]
+    assert torch.equal(model.adaptors["clip"].summary_head.fc1.weight, stored["_heads.clip.fc1.weight"])
+    assert torch.equal(model.feature_normalizer.tx, stored["_feature_normalizer.tx"])
+    assert torch.equal(model.input_conditioner.norm_mean, stored["input_conditioner.norm_mean"])
+
+
+def test_the_configs_statistics_count_where_the_file_has_none(tmp_path):
+    args, stored, *_ = make(PLAIN, "hub")
+    bare = {k: v for k, v in stored.items() if "conditioner" not in k}
+    found = {"norm_mean": [0.5, 0.4, 0.3], "norm_std": [0.2, 0.2, 0.1]}
+    model = load_nvidia_checkpoint(write_hub(tmp_path / "a", args, bare, PLAIN, **found))
+    assert model.config.norm_mean == found["norm_mean"] and model.config.norm_std == found["norm_std"]
+    torch.testing.assert_close(model.input_conditioner.norm_mean.flatten(), torch.tensor(found["norm_mean"]))
+    for wrong, named in (([0.5, 0.4, 0.3], "but the file has"), ("x", "norm_mean is 'x', expected a number")):
+        with pytest.raises(ValueError, match=named):
+            load_nvidia_checkpoint(write_hub(tmp_path / "b", args, stored, PLAIN, norm_mean=wrong))
+
+
+def test_heads_by_the_width_are_said(tmp_path, monkeypatch):
+    state = {f"base_model.{k}": v for k, v in backbone(LAYOUTS[PLAIN], Randoms(), 192, 1).items()}
+    said, logger = [], logging.getLogger("transformers_radio.hub.nvidia_config")
+    monkeypatch.setattr(logger, "warning", lambda *words: said.append(words))
+    for name in ("vit_tiny_patch16_224", "my_vit"):
+        args = {**arguments(LAYOUTS[PLAIN], 192), "model": name, "model_kwargs": {}}
+        assert load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, state)).config.num_attention_heads == 3
+        assert bool(said) == (name == "my_vit")
+    assert said[0][1:] == ("my_vit", 3, 192)
+
+
+def test_a_tensor_in_two_files_is_an_error(tmp_path):
+    args, stored, *_ = make(PLAIN, "hub")
+    folder = write_hub(tmp_path / "hub", args, stored, PLAIN)
+    save_file({"radio_model.model.patch_generator.pos_embed": torch.zeros(1, 36, WIDTH)}, folder / "other.safetensors")
+    with pytest.raises(ValueError, match="pos_embed is in model.safetensors and in other.safetensors"):
+        load_nvidia_checkpoint(folder)
 
 
 def test_spectral_versions_and_eps(tmp_path):
@@ -160,7 +223,10 @@ def test_spectral_versions_and_eps(tmp_path):
         sigma = stored[f"{name}.0._u"] @ weight @ stored[f"{name}.0._v"]
         scale = torch.nn.functional.softplus(stored[f"{name}.0.scale"]) + 0.05
         torch.testing.assert_close(model.encoder.layer[0].mlp.fc1.weight.data, weight * scale / (sigma + eps))
-    stored[f"{name}.0._sn_version"] = torch.tensor(3)
+    version = stored.pop(f"{name}.0._sn_version")
+    with pytest.raises(ValueError, match="mlp.fc1.*_sn_version is missing, which"):
+        load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored))
+    stored[f"{name}.0._sn_version"] = version + 1
     with pytest.raises(ValueError, match="_sn_version is 3"):
         load_nvidia_checkpoint(write_pth(tmp_path / "a.pth.tar", args, stored))
 
@@ -240,6 +306,18 @@ def test_pickles_are_not_run(tmp_path):
     (tmp_path / "b.pth.tar").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="b.pth.tar is not read"):
         load_nvidia_checkpoint(tmp_path / "b.pth.tar")
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_every_python_are_plain(tmp_path, monkeypatch, module):
+    """`pathlib._local` is where Python 3.13 has its classes."""
+    path_class = type("PosixPath", (), {"__module__": module, "__reduce__": lambda self: (path_class, ("/data", "x"))})
+    args, stored, *_ = make(PLAIN)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, types.SimpleNamespace(PosixPath=path_class))
+        file = write_pth(tmp_path / "a.pth.tar", {**args, "data_dir": path_class()}, stored)
+    assert module.encode() in file.read_bytes()
+    assert list(load_nvidia_checkpoint(file, ["clip"]).adaptors) == ["clip"]
 
 
 def test_damaged_and_foreign_files(tmp_path):

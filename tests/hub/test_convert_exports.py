@@ -70,6 +70,29 @@ def test_nvidias_names_hold_the_same_function(tmp_path):
     assert state["radio_model.summary_idxs"].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh'"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05"),
+        ({"window_num_global": 2, "window_size": 2}, "window_num_global=2"),
+        ({"window_num_global": 2, "train_window_sizes": [2]}, "window_num_global=2"),
+        # of v2.1, whose blocks NVIDIA's loader chooses itself
+        ({"converted_from": {"version": "radio_v2.1"}, "window_size": 2}, "window_num_windowed=None"),
+    ],
+)
+def test_what_nvidias_layout_has_no_field_for_is_refused(tmp_path, fields, named):
+    build(**fields).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=named):
+        convert(str(tmp_path / "ours"), tmp_path / "theirs", "nvidia")
+
+
+def test_windows_that_are_not_in_use_are_reported(tmp_path):
+    build(window_num_global=2).save_pretrained(tmp_path / "ours")
+    lines = convert(str(tmp_path / "ours"), tmp_path / "theirs", "nvidia")
+    assert lines[1] == "left out, as the loader has no place for it: window_num_global=2"
+
+
 SMALL = dict(num_hidden_layers=12, hidden_size=384, num_attention_heads=6, mlp_ratio=4.0, max_img_size=64)
 
 
@@ -82,7 +105,9 @@ def small(**fields):
 def test_layer_scale_is_folded_for_vllm(tmp_path):
     model = small()
     model.save_pretrained(tmp_path / "ours")
+    source = (tmp_path / "ours/model.safetensors").read_bytes()
     lines = convert(str(tmp_path / "ours"), tmp_path / "vllm", "vllm")
+    assert (tmp_path / "ours/model.safetensors").read_bytes() == source  # weights are scaled in place, in memory
     assert "LayerScale is folded into attn.proj and mlp.fc2" in lines
     state = load_file(tmp_path / "vllm/model.safetensors")
     assert all(key.startswith("radio_model.") for key in state)
@@ -113,6 +138,8 @@ def test_layer_scale_is_folded_for_vllm(tmp_path):
         ({"summary_type": "mean"}, "vllm", "summary_type"),
         ({"num_hidden_layers": 3}, "vllm", "vit_small_patch16_224"),
         ({"patch_size": 8}, "vllm", "vit_small_patch16_224"),
+        ({"num_channels": 4, "norm_mean": [0.5], "norm_std": [0.5]}, "vllm", "num_channels"),
+        ({"summary_idxs": [1, 0]}, "vllm", r"order .\[1, 0\]"),
         ({}, "sglang", "SGLang takes one"),
     ],
 )
@@ -185,6 +212,46 @@ def test_native_files_go_both_ways(tmp_path):
         assert any(key.startswith("radio_model.") for key in names) == original
         again = load_nvidia_checkpoint(folder)
         same_outputs(again, model.with_adaptors([]), images)
+
+
+def test_windows_survive_transformers_own_class(tmp_path):
+    """It has none, and keeps the fields; a file that it wrote itself says its release by its name."""
+    args, stored, *_ = make("radio_v2.1")
+    first = load_nvidia_checkpoint(write_pth(tmp_path / "radio_v2.1.pth.tar", args, stored), [])
+    first.save_pretrained(tmp_path / "ours")
+    build(window_num_global=2, window_prefix="average").save_pretrained(tmp_path / "mine")
+    for name, wanted in (("ours", (4, 5, "bypass")), ("mine", (2, None, "average"))):
+        convert(str(tmp_path / name), tmp_path / f"{name}-native", "native")
+        native = transformers.AutoModel.from_pretrained(tmp_path / f"{name}-native")
+        native.save_pretrained(tmp_path / f"{name}-again")
+        for folder in ("native", "again"):
+            config = load_nvidia_checkpoint(tmp_path / f"{name}-{folder}").config
+            assert (config.window_num_global, config.window_num_windowed, config.window_prefix) == wanted
+    fresh = transformers.RadioModel(transformers.RadioConfig(**TINY))
+    fresh.save_pretrained(tmp_path / "radio_v2.5-g")
+    fresh.save_pretrained(tmp_path / "any")
+    assert load_nvidia_checkpoint(tmp_path / "radio_v2.5-g").config.window_num_global == 8
+    assert load_nvidia_checkpoint(tmp_path / "any", version="radio_v2.1").config.window_num_windowed == 5
+
+
+def test_buffers_count_more_than_the_configuration(tmp_path):
+    """As in both classes, which compute with the buffers of a file."""
+    model = build(summary_idxs=[2])
+    model.input_conditioner.norm_mean.fill_(0.25)
+    model.save_pretrained(tmp_path / "ours")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(images)
+    for target in ("nvidia", "timm", "native"):
+        convert(str(tmp_path / "ours"), tmp_path / target, target, image_size=64 if target == "timm" else None)
+    written = {target: json.loads((tmp_path / target / "config.json").read_text()) for target in ("nvidia", "timm")}
+    assert written["nvidia"]["norm_mean"] == written["timm"]["pretrained_cfg"]["mean"] == [0.25, 0.25, 0.25]
+    config = tmp_path / "native/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "summary_idxs": [0, 1]}))
+    for again in (load_nvidia_checkpoint(tmp_path / "nvidia"), load_nvidia_checkpoint(tmp_path / "native")):
+        assert again.config.summary_idxs == [2]
+        with torch.no_grad():
+            assert torch.equal(again(images).summary, wanted.summary)
 
 
 def test_the_gated_mlp_is_natives(tmp_path):

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from helpers.small_students import small_student
 from transformers_radio import RadioConfig, RadioForImageClassification, RadioModel, RadioTimmConfig, RadioTimmModel
 from transformers_radio.evaluation.speed.cost import count_flops, peak_memory
+from transformers_radio.modeling import linear_radio
 
 ADAPTORS = {"clip": {"summary_dim": 12, "feature_dim": 12, "hidden_dim": 16, "summary_token": 0}}
 
@@ -191,10 +192,15 @@ def test_a_fused_model_is_for_inference(make, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def packed_model():
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this processor has no units for bfloat16, so nothing is packed")
-    model = vit().bfloat16()
+@pytest.fixture(autouse=True)
+def pack_small_linears(monkeypatch):
+    monkeypatch.setattr(linear_radio, "_LEAST_ELEMENTS", 1)
+
+
+def packed_model(dtype=torch.bfloat16):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor gains nothing from packed weights")
+    model = vit().to(dtype)
     return model, copy.deepcopy(model).fuse()
 
 
@@ -205,9 +211,10 @@ def calls(run):
     return result, sum(event.count for event in profile.key_averages() if "linear_pointwise" in event.key)
 
 
-def test_a_fused_student_in_bfloat16_packs_its_weights_for_the_cpu():
-    model, fused = packed_model()
-    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_a_fused_student_packs_its_weights_for_the_cpu(dtype, tolerance):
+    model, fused = packed_model(dtype)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.inference_mode():
         ours, count = calls(lambda: fused(images))
         expected = model.float()(images.float())
@@ -215,20 +222,21 @@ def test_a_fused_student_in_bfloat16_packs_its_weights_for_the_cpu():
     assert count == linears > 3 * 4  # four in each block, the patches' and the heads'
     for name in ("features", "summary"):
         error = (ours[name].float() - expected[name]).abs().max() / expected[name].abs().max()
-        assert error < 0.02  # the weights are rounded to bfloat16 in both
+        assert error < tolerance  # the weights are rounded in both
     # what a product gives does not depend on the order of the weight in memory
     linear = fused.encoder.layer[0].mlp.fc1
-    rows = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    rows = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
     with torch.no_grad():
         close(
             linear(rows).float(),
-            nn.functional.linear(rows.float(), linear.weight.float(), linear.bias.float()).bfloat16().float(),
+            nn.functional.linear(rows.float(), linear.weight.float(), linear.bias.float()).to(dtype).float(),
         )
 
 
-def test_packed_weights_follow_the_weights():
-    _, fused = packed_model()
-    images = torch.rand(1, 3, 64, 64).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_weights_follow_the_weights(dtype):
+    _, fused = packed_model(dtype)
+    images = torch.rand(1, 3, 64, 64).to(dtype)
     linear = fused.encoder.layer[0].mlp.fc1
     with torch.no_grad():
         before = fused(images).features
@@ -236,10 +244,10 @@ def test_packed_weights_follow_the_weights():
         linear.bias.zero_()
         changed = fused(images).features
         assert not torch.equal(changed, before)
-        assert torch.equal(copy.deepcopy(fused)(images).features, changed)  # a copy after a forward pass
+        assert torch.equal(copy.deepcopy(fused).fuse()(images).features, changed)  # a copy after a forward pass
         assert torch.equal(pickle.loads(pickle.dumps(fused))(images).features, changed)
-        (_, count), single = calls(lambda: fused.float()(images.float())), fused(images.float()).features
-    assert count == 0 and single.dtype == torch.float32
+        (_, count), double = calls(lambda: fused.double()(images.double())), fused(images.double()).features
+    assert count == 0 and double.dtype == torch.float64
 
 
 def test_packed_weights_stay_out_of_gradients_exports_functions_and_counts():
@@ -293,14 +301,30 @@ def test_a_cast_makes_ordinary_linears_of_packed_ones_and_fuse_packs_again():
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = fused(images.bfloat16()).features
-    fused.float()
+    fused.double()
     linears = [part for part in fused.modules() if isinstance(part, nn.Linear)]
     assert {type(part) for part in linears} == {nn.Linear}
-    quantized = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8)
-    assert sum("quantized" in type(part).__module__ for part in quantized.modules()) >= len(linears)
     with torch.no_grad():
         ours, count = calls(lambda: fused.bfloat16().fuse()(images.bfloat16()).features)
-    assert count == len(linears) and torch.equal(ours, expected)
+        assert count == len(linears) and torch.equal(ours, expected)
+        # between dtypes that are packed, the order follows
+        single, count = calls(lambda: fused.float()(images).features)
+    assert count == len(linears)
+    torch.testing.assert_close(single, expected.float(), rtol=0.05, atol=0.05)
+
+
+def test_a_packed_model_is_quantized_whole():
+    """torch.ao takes layers whose class is nn.Linear, and says nothing of those that it leaves out."""
+    model, fused = packed_model(torch.float32)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    quantized = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8)
+    linears = sum(isinstance(part, nn.Linear) for part in fused.modules())
+    assert sum("quantized" in type(part).__module__ for part in quantized.modules()) >= linears
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(images).features, model(images).features, rtol=0.1, atol=0.1)
+        assert calls(lambda: fused(images))[1] == linears  # the model itself stays packed
+    with pytest.raises(ValueError, match=r"copy.deepcopy\(model\)"):
+        torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
 def test_packed_linears_can_be_cast_below_the_hooks_of_accelerate():
@@ -315,6 +339,13 @@ def test_packed_linears_can_be_cast_below_the_hooks_of_accelerate():
     torch.testing.assert_close(ours, expected.float(), rtol=0.05, atol=0.05)
 
 
-def test_fuse_leaves_linears_alone_that_gain_nothing():
-    model = vit().fuse()
-    assert {type(part) for part in model.modules() if isinstance(part, nn.Linear)} == {nn.Linear}
+def test_fuse_leaves_linears_alone_that_gain_nothing(monkeypatch):
+    plain = {nn.Linear}
+    assert {type(part) for part in vit().double().fuse().modules() if isinstance(part, nn.Linear)} == plain
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        assert {type(part) for part in vit().fuse().modules() if isinstance(part, nn.Linear)} == plain
+    monkeypatch.setattr(linear_radio, "_LEAST_ELEMENTS", 32 * 64)
+    _, fused = packed_model(torch.float32)
+    assert type(fused.encoder.layer[0].mlp.fc1) is linear_radio.RadioPackedLinear  # 32 x 64
+    assert type(fused.encoder.layer[0].attention.o_proj) is nn.Linear  # 32 x 32

@@ -18,7 +18,7 @@ from transformers_radio.modeling.errors_radio import naming_checkpoint, shown
 from .native import native_config, native_targets
 from .nvidia_checkpoint import Released, open_release
 from .nvidia_config import check_hub_fields, eradio_config, is_eradio, make_config, vit_config
-from .nvidia_heads import choose, read_adaptors, read_teachers
+from .nvidia_heads import check_versions, choose, read_adaptors, read_teachers, whole
 from .nvidia_keys import Target, Weights, eradio_targets, head_target, vit_targets
 from .releases import find_release, version_in
 
@@ -67,6 +67,8 @@ def _convert(released: Released, adaptor_names: Sequence[str] | None, version: s
     wanted = released.config.get("adaptor_names") if adaptor_names is None else adaptor_names
     chosen = choose(adaptors, wanted.split(",") if isinstance(wanted, str) and wanted else wanted or adaptor_names)
     adaptors = {name: adaptors[name] for name in chosen}
+    if adaptors:
+        check_versions(args)
     prefixes = {ours: new for ours, new in prefixes.items() if new.split(".")[1] in chosen}
     eradio = is_eradio(args, weights)
     if eradio:
@@ -81,7 +83,8 @@ def _convert(released: Released, adaptor_names: Sequence[str] | None, version: s
         )
     config = make_config({**fields, "converted_from": _origin(released, version)}, eradio)
     model_targets = eradio_targets if eradio else vit_targets
-    state = _read(weights, lambda name: _targets(name, model_targets, prefixes))
+    unread = ("summary_idxs",) if eradio else ()  # its summary is the mean of the features
+    state = _read(weights, lambda name: [] if name in unread else _targets(name, model_targets, prefixes))
     return _assemble(ERadioModel if eradio else RadioModel, config, state, weights)
 
 
@@ -89,10 +92,14 @@ def _from_native(released: Released, adaptor_names: Sequence[str] | None, versio
     """A file of transformers' own class: its config says it all, the names are NVIDIA's or its own."""
     if adaptor_names:
         choose({}, adaptor_names)
-    config = native_config(released.config)
-    version = version or version_in(released.name)
+    version = version or _earlier_version(released.config) or version_in(released.name)
+    config = native_config(released.config, find_release(version))
     config.converted_from = _origin(released, version)
     weights = Weights(native_targets(released.tensors), eps=1e-6)
+    if "summary_idxs" in weights.shapes:  # which that class goes by, whatever its configuration says
+        config.summary_idxs = [
+            whole(index, "summary_idxs") for index in weights.read("summary_idxs").flatten().tolist()
+        ]
     state = _read(weights, lambda name: _targets(name, vit_targets, {}))
     return _assemble(RadioModel, config, state, weights)
 
@@ -105,6 +112,13 @@ def _spectral_eps(args: dict[str, Any]) -> float:
             raise ValueError(f"args.spectral_reparam.eps is {shown(eps)}, expected a number")
         return float(eps)
     return 1e-6
+
+
+def _earlier_version(config: dict[str, Any]) -> str | None:
+    """Of a release that was converted before."""
+    earlier = config.get("converted_from")
+    version = earlier.get("version") if isinstance(earlier, dict) else None
+    return version if isinstance(version, str) else None
 
 
 def _origin(released: Released, version: str | None) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def _assemble(model_class: Any, config: Any, state: dict[str, torch.Tensor], wei
         if name in state:
             continue
         if name.endswith(".lambda1") and not has_scale:
-            state[name] = torch.ones(meta.shape, dtype=dtype)
+            state[name] = torch.full(meta.shape, config.layerscale_value, dtype=dtype)
         elif name == "summary_idxs":
             state[name] = torch.tensor(config.summary_idxs)
         elif name.startswith("input_conditioner."):
@@ -215,8 +229,8 @@ def _common_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.stack(torch.aminmax(parameter)).isfinite().all():  # one pass, and no copy
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.stack(torch.aminmax(tensor)).isfinite().all():  # one pass, no copy
             raise ValueError(f"what becomes {name} holds NaN or infinite values: the file is damaged")
 
 

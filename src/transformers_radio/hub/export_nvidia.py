@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from transformers_radio.disk import write_json
 from transformers_radio.modeling import RadioConfig
 
+from .releases import find_release
+
 # width, depth, heads, MLP ratio of the networks that the loaders know by name
 _NAMED = {
     "vit_small_patch16_224": (384, 12, 6, 4.0),
@@ -65,6 +67,10 @@ def check_loader(model: Any, loader: str) -> None:
     reasons = [f"it has {words} ({name})" for name, words in variants.items() if getattr(config, name)]
     if config.summary_type != "cls":
         reasons.append("its summary is the mean of the features (summary_type)")
+    if config.num_channels != 3:
+        reasons.append(f"its images have {config.num_channels} channels (num_channels)")
+    if config.summary_type == "cls" and config.summary_idxs != sorted(set(config.summary_idxs)):
+        reasons.append(f"its summary has CLS tokens in another order ({config.summary_idxs})")
     if not config.qkv_bias:
         reasons.append("attention has no bias (qkv_bias)")
     if _known_name(config) is None:
@@ -79,6 +85,8 @@ def check_loader(model: Any, loader: str) -> None:
 
 def write_nvidia(model: Any, folder: Path, serving: bool) -> list[str]:
     """Writes config.json with `args`, and model.safetensors with names below `radio_model.`.
+
+    Weights of the model that are joined or scaled are used up, so that memory does not hold them twice.
 
     Args:
         serving: for a serving loader: LayerScale is folded into `attn.proj` and `mlp.fc2`, and heads are left out.
@@ -105,8 +113,10 @@ def write_nvidia(model: Any, folder: Path, serving: bool) -> list[str]:
         left_out = [f"adaptor {name}" for name in config.adaptors]
         left_out += ["the normalizer of intermediate features"] if config.intermediate_normalizer else []
         state = {n: t for n, t in state.items() if not n.startswith(("adaptors.", "intermediate_normalizer."))}
-    save_file(_renamed(state), folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _config(config, str(model.dtype).removeprefix("torch."), serving))
+    save_file(_renamed(state, model), folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", _config(model, serving))
+    if not serving and _own_windows(config):
+        left_out.append(_own_windows(config))
     lines = [f"left out, as the loader has no place for it: {', '.join(left_out)}"] if left_out else []
     return lines + (["LayerScale is folded into attn.proj and mlp.fc2"] if serving and is_scaled else [])
 
@@ -114,14 +124,25 @@ def write_nvidia(model: Any, folder: Path, serving: bool) -> list[str]:
 def _check_layout(config: Any) -> None:
     if config.summary_type != "cls":
         raise ValueError("summary_type is 'mean'; NVIDIA's layout has CLS tokens only")
-    default = config.window_num_global == 4 and config.window_num_windowed is None
-    if config.window_size and not default and find_version(config) is None:
+    if (config.window_size or config.train_window_sizes) and _own_windows(config):
         raise ValueError(
-            "window_num_global or window_num_windowed differ from the defaults, which NVIDIA's loader chooses by the "
-            "version, and this student has none"
+            f"{_own_windows(config)} differs from what NVIDIA's loader chooses by the version, which is "
+            f"{find_version(config)!r}"
+        )
+    if config.hidden_act != "gelu" or config.layer_norm_eps != 1e-6:
+        raise ValueError(
+            f"hidden_act is {config.hidden_act!r}, layer_norm_eps {config.layer_norm_eps}; NVIDIA's layout has 'gelu' "
+            "and 1e-6 only"
         )
     if config.window_prefix != "bypass":
         raise ValueError("window_prefix is 'average'; in NVIDIA's loader prefix tokens skip windows")
+
+
+def _own_windows(config: Any) -> str:
+    """The first field of windows that is not the one of the student's release, as NAME=VALUE; empty if all are."""
+    release = find_release(find_version(config))
+    windows = {"window_num_global": 4, "window_num_windowed": None, **((release.windows or {}) if release else {})}
+    return next((f"{k}={getattr(config, k)}" for k, value in windows.items() if getattr(config, k) != value), "")
 
 
 def find_version(config: Any) -> str | None:
@@ -130,22 +151,31 @@ def find_version(config: Any) -> str | None:
 
 
 def _fold_layer_scale(state: dict[str, torch.Tensor], config: Any) -> None:
-    """`lambda * (W x + b)` is `(lambda * W) x + lambda * b`; in float32, in place of the entries."""
+    """`lambda * (W x + b)` is `(lambda * W) x + lambda * b`; computed in float32, in place."""
     last = "mlp.down_proj" if config.use_swiglu_ffn else "mlp.fc2"
     for index in range(config.num_hidden_layers):
         for scale, linear in (("layer_scale1", "attention.o_proj"), ("layer_scale2", last)):
             layer = f"encoder.layer.{index}"
             factor = state[f"{layer}.{scale}.lambda1"].float()
             for name, by in ((f"{layer}.{linear}.weight", factor[:, None]), (f"{layer}.{linear}.bias", factor)):
-                state[name] = (state[name].float() * by).to(state[name].dtype)
+                state[name].copy_(state[name].float() * by)
 
 
-def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def use_up(model: Any, state: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    """Weights of a model as one, along the first axis; they are taken out of `state` and of the model."""
+    joined = torch.cat([state.pop(name) for name in names])
+    for name in names:
+        model.get_parameter(name).data = joined.new_empty(0)
+    return joined
+
+
+def _renamed(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     new: dict[str, torch.Tensor] = {}
     joined = tuple(f".{name}." for parts, _ in _JOINED.values() for name in parts[1:])
-    for name, tensor in state.items():
+    for name in list(state):
         if any(part in name for part in joined):
-            continue  # behind the first of its parts
+            continue  # with the first of its parts
+        tensor = state[name]
         place = next(
             (found.expand(to) for pattern, to in _NAMES if (found := re.fullmatch(pattern, name)) is not None), None
         )
@@ -153,7 +183,7 @@ def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             found = re.fullmatch(pattern, name)
             if found is not None:
                 place = found.expand(to)
-                tensor = torch.cat([state[name.replace(parts[0], part)] for part in parts])
+                tensor = use_up(model, state, [name.replace(parts[0], part) for part in parts])
         if place is None:
             raise ValueError(f"{name} has no place in NVIDIA's layout")
         new[f"radio_model.{place}"] = tensor.contiguous()
@@ -165,7 +195,13 @@ def _known_name(config: Any) -> str | None:
     return next((name for name, known in _NAMED.items() if known == size and config.patch_size == 16), None)
 
 
-def _config(config: Any, dtype: str, serving: bool) -> dict[str, Any]:
+def statistics(model: Any) -> dict[str, list[float]]:
+    """Mean and std of the input, as the model applies them; the configuration may have been given others since."""
+    return {name: getattr(model.input_conditioner, name).flatten().tolist() for name in ("norm_mean", "norm_std")}
+
+
+def _config(model: Any, serving: bool) -> dict[str, Any]:
+    config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     tokens = config.num_cls_tokens
     adaptors = {} if serving else config.adaptors
     args: dict[str, Any] = {
@@ -201,8 +237,7 @@ def _config(config: Any, dtype: str, serving: bool) -> dict[str, Any]:
             "embed_dim": config.hidden_size,
             "rot_per_layer": config.intermediate_normalizer == "per_layer",
         },
-        "norm_mean": config.norm_mean,
-        "norm_std": config.norm_std,
+        **statistics(model),
         "converted_from": config.converted_from,
         "torch_dtype": dtype,
     }

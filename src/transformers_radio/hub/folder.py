@@ -57,12 +57,12 @@ def convert(
             model = load_nvidia_checkpoint(source, adaptor_names, version)
         else:
             model = load_any(source, adaptor_names, version)
-        write = _writer(model, target, image_size)
+        write, millions = _writer(model, target, image_size), _count(model)
         with writing(folder, also=(SafetensorError,)):
             temporary.mkdir()
             lines = write(model, temporary)
             write_text(temporary / "README.md", _card(model, source, target))
-    return [f"{folder}: {type(model).__name__}, {_count(model):.1f} M parameters, for {target}", *lines]
+    return [f"{folder}: {type(model).__name__}, {millions:.1f} M parameters, for {target}", *lines]
 
 
 def _writer(model: Any, target: str, image_size: int | None) -> Callable[[Any, Path], list[str]]:

@@ -12,6 +12,7 @@ from transformers_radio.modeling import RadioConfig
 from transformers_radio.modeling.errors_radio import shown
 
 from .nvidia_checkpoint import Tensors
+from .releases import Release
 
 # transformers' own names -> NVIDIA's, for the names that are not alike
 _TO_NVIDIA = [
@@ -21,11 +22,13 @@ _TO_NVIDIA = [
     (r"encoder\.layer\.", "blocks."),
 ]
 _LEFT_OUT = ("adaptors.", "intermediate_normalizer.")
-_OWN = {"preferred_resolution", "version", "auto_map", "torch_dtype", "_name_or_path", "converted_from"}
+# what the class does not know and keeps; windows are this package's, which a way there and back must not lose
+_WINDOWS = {"window_num_global": 4, "window_num_windowed": None, "window_prefix": "bypass"}
+_OWN = {"preferred_resolution", "version", "auto_map", "torch_dtype", "_name_or_path", "converted_from", *_WINDOWS}
 
 
-def native_config(written: dict[str, Any]) -> Any:
-    """The [`RadioConfig`] of a native config.json.
+def native_config(written: dict[str, Any], release: Release | None) -> Any:
+    """The [`RadioConfig`] of a native config.json; `release` says what that class has no field for.
 
     Raises:
         ValueError: another type of model, a checkpoint of this package, or a field that nothing here honors.
@@ -50,8 +53,9 @@ def native_config(written: dict[str, Any]) -> Any:
     if fields.get("preferred_resolution") is None:
         fields.pop("preferred_resolution", None)
         patch, largest = fields.get("patch_size", 16), fields.get("max_img_size", 2048)
-        fields["preferred_resolution"] = max(min(512, largest) // patch, 1) * patch  # the size of C-RADIOv4
-    return RadioConfig.from_dict(fields)
+        best = release.preferred if release else 512  # the size of C-RADIOv4
+        fields["preferred_resolution"] = max(min(best, largest) // patch, 1) * patch
+    return RadioConfig.from_dict({**((release.windows or {}) if release else {}), **fields})
 
 
 class _Renamed(Tensors):
@@ -96,6 +100,9 @@ def write_native(model: Any, folder: Path) -> list[str]:
     written = NativeRadioConfig(**{name: getattr(config, name) for name in _native_fields()})
     written.architectures, written.dtype = ["RadioModel"], model.dtype
     written.preferred_resolution, written.converted_from = config.preferred_resolution, config.converted_from
+    for name, default in _WINDOWS.items():
+        if getattr(config, name) != default:
+            setattr(written, name, getattr(config, name))
     written.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     left_out = [f"adaptor {name}" for name in config.adaptors]

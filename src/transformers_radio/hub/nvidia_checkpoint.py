@@ -14,13 +14,24 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
+from transformers.utils import logging
 
 from transformers_radio.modeling.errors_radio import check_source, naming_checkpoint, one_line, shown
 
+logger = logging.get_logger(__name__)
+
 TORCH_FILES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 AVERAGED, TRAINED = "state_dict_ema", "state_dict"
+# parts beside the backbone, as a trainer may average the backbone alone
+_PARTS = ["input_conditioner.", "_heads.", "_feature_projections.", "_feature_normalizer."]
+_PARTS += ["_intermediate_feature_normalizer."]
 # all that a pickle may hold besides tensors and Python's own containers
-PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath]
+PLAIN_TYPES: list[Any] = [argparse.Namespace, types.SimpleNamespace]
+PLAIN_TYPES += [
+    (path, f"{module}.{path.__name__}")  # Python 3.13 writes another module than all others
+    for path in (pathlib.PosixPath, pathlib.PurePosixPath)
+    for module in ("pathlib", "pathlib._local")
+]
 # A mapped file is mapped anew when this share of it was read, and at least so many bytes: pages that were read stay in
 # memory as long as the file is mapped.
 _REOPEN_SHARE, _REOPEN_BYTES = 16, 16 << 20
@@ -43,10 +54,16 @@ class SafetensorsFiles(Tensors):
     """One or more safetensors files; each is opened per tensor, so that what was read does not stay mapped."""
 
     def __init__(self, files: list[Path]):
-        self.shapes, self.dtypes, self._file = {}, {}, {}
+        self.shapes, self.dtypes = {}, {}
+        self._file: dict[str, Path] = {}
         for file in files:
             with naming_checkpoint(file), safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
+                    if name in self._file:
+                        raise ValueError(
+                            f"the tensor {name} is in {self._file[name].name} and in {file.name}, and it is not known "
+                            "which one counts: leave one of the files in the folder"
+                        )
                     entry = opened.get_slice(name)
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = _DTYPES.get(entry.get_dtype(), torch.uint8)
@@ -188,12 +205,30 @@ def _open_torch_file(source: str, file: Path) -> Released:
 
 
 def _state_dict(source: str, file: Path, key: str) -> dict[str, torch.Tensor]:
-    state = _load_plain(file)[key]
+    content = _load_plain(file)
+    state = content[key]
     if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise ValueError(f"{source}: {key} holds something else than tensors by name")
-    while prefix := next((one for one in ("module.", "_orig_mod.") if all(k.startswith(one) for k in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    state = _unwrapped(state)
+    trained = content.get(TRAINED)
+    if key == AVERAGED and isinstance(trained, dict):
+        trained = _unwrapped({k: v for k, v in trained.items() if isinstance(k, str) and isinstance(v, torch.Tensor)})
+        absent = tuple(part for part in _PARTS if not any(name.startswith(part) for name in state))
+        found = {name: tensor for name, tensor in trained.items() if name.startswith(absent)}
+        if found:
+            parts = [part.removesuffix(".") for part in absent if any(name.startswith(part) for name in found)]
+            logger.warning_once(f"{source}: {key} lacks {', '.join(parts)}, so they come from {TRAINED}.")
+        state |= found
     return state
+
+
+def _unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what wrappers of the trained module put in front of its names."""
+    while state and (
+        prefix := next((one for one in ("module.", "_orig_mod.") if all(k.startswith(one) for k in state)), None)
+    ):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def _load_plain(file: Path) -> Any:

@@ -74,6 +74,7 @@ def vit_config(
     """
     args, config = released.args or {}, released.config
     kwargs = _check_kwargs(args)
+    _check_promised(args, kwargs, weights)
     width = _shape(weights, "patch_generator.embedder.weight")[0]
     depth = _depth(weights, kwargs)
     channels, patch = _patches(released, weights, kwargs)
@@ -107,7 +108,7 @@ def vit_config(
         "preferred_resolution": _preferred(config, find_release(version), patch, max_size),
         **_windows(config, find_release(version), patch),
         **_normalizers(config, weights, depth),
-        **_statistics(weights),
+        **_statistics(config, weights),
     }
     return fields
 
@@ -136,8 +137,6 @@ def eradio_config(
 
     attention = "levels.{}.blocks.0.attention_blocks.0.{}"
     width = 4 * stem[0]
-    bias = f"model.{attention.format(3, 'attn.pos_emb_funct.relative_bias')}"
-    window = math.isqrt(math.isqrt(math.prod(weights.shapes[bias][-2:]))) if bias in weights.shapes else None
     preferred = _preferred(released.config, find_release(version), 32, 1 << 16)
     largest = released.config.get("max_resolution") or args.get("cpe_max_size") or 2048
     return {
@@ -154,13 +153,22 @@ def eradio_config(
         "mlp_ratio": _ratio(_shape(weights, attention.format(2, "mlp.fc1.weight"))[0], width),
         "pre_convolution": f"model.{attention.format(3, 'pre_conv.conv.weight')}" in weights.shapes,
         "neck": "depthwise",
-        "window_size": window,
+        "window_size": _eradio_window(weights),
         # the mean of the features is the summary that every head reads
         "adaptors": {name: {**adaptor, "summary_token": 0} for name, adaptor in adaptors.items()},
         "preferred_resolution": preferred or 512,
         "max_img_size": whole(largest, "max_resolution"),
-        **_statistics(weights),
+        **_statistics(released.config, weights),
     }
+
+
+def _eradio_window(weights: Weights) -> int | None:
+    """The window of the bias tables `(1, heads, W*W, W*W)` in the file; None without any."""
+    tables = [shape for name, shape in weights.shapes.items() if name.endswith(".pos_emb_funct.relative_bias")]
+    windows = sorted({math.isqrt(math.isqrt(math.prod(shape[-2:]))) for shape in tables})
+    if len(windows) > 1:
+        raise ValueError(f"the file has attention windows of {windows} places (relative_bias), expected one size")
+    return windows[0] if windows else None
 
 
 def _check_kwargs(args: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +179,15 @@ def _check_kwargs(args: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"args.model_kwargs.{unknown[0]} is {shown(kwargs[unknown[0]])}: it cannot be honored here")
     return kwargs
+
+
+def _check_promised(args: dict[str, Any], kwargs: dict[str, Any], weights: Weights) -> None:
+    """Raises ValueError if the arguments name a part of the blocks that the file lacks in all of them."""
+    scale = f"args.model_kwargs.init_values is {kwargs.get('init_values')!r}" if kwargs.get("init_values") else ""
+    norm = f"args.model is {args['model']!r}" if "mlpnorm" in str(args.get("model")) else ""
+    for why, names, part in ((scale, ("ls1.", "layer_scale1."), "LayerScale"), (norm, ("mlp.norm.",), "MLP norm")):
+        if why and not any(name.startswith(f"model.blocks.0.{one}") for name in weights.shapes for one in names):
+            raise ValueError(f"{why}, but the file has no {part}")
 
 
 def _shape(weights: Weights, name: str) -> tuple[int, ...]:
@@ -212,6 +229,7 @@ def _heads(args: dict[str, Any], kwargs: dict[str, Any], width: int) -> int:
         heads = whole(kwargs["num_heads"], "args.model_kwargs.num_heads")
     else:
         size = next((size for key, size in _HEADS.items() if re.search(rf"(?<![a-z]){key}(?![a-z])", name)), None)
+        known = size is not None
         size = size or next((size for size in _HEADS.values() if size[0] == width), None)  # a width of the releases
         if size is None or width != (kwargs.get("embed_dim") or size[0]):
             raise ValueError(
@@ -219,6 +237,14 @@ def _heads(args: dict[str, Any], kwargs: dict[str, Any], width: int) -> int:
                 "args.model_kwargs.num_heads would"
             )
         heads = size[1]
+        if not known:
+            logger.warning(
+                "args.model is %r, which does not say how many heads attention has: %d are taken, as the releases of "
+                "width %d have. args.model_kwargs.num_heads would say it.",
+                name,
+                heads,
+                width,
+            )
     if width % heads:
         raise ValueError(f"num_heads is {heads}, expected a divisor of the width {width}")
     return heads
@@ -324,13 +350,23 @@ def _normalizers(config: dict[str, Any], weights: Weights, depth: int) -> dict[s
     return found
 
 
-def _statistics(weights: Weights) -> dict[str, Any]:
-    """Mean and std of the input conditioner, which may be left out of a file."""
+def _statistics(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """Mean and std of the input conditioner, which may be left out of a file; then the config's count."""
     names = ("norm_mean", "norm_std")
     stored = {name: f"conditioner.{name}" for name in names if f"conditioner.{name}" in weights.shapes}
     if len(stored) == 1:
         raise ValueError(f"the file has {next(iter(stored))} of the input conditioner and not the other statistic")
-    return {name: weights.read(key).float().flatten().tolist() for name, key in stored.items()}
+    found = {name: weights.read(key).float().flatten().tolist() for name, key in stored.items()}
+    for name in names:
+        stated = config.get(name)
+        if stated is None:
+            continue
+        if not isinstance(stated, list) or not all(isinstance(value, (int, float)) for value in stated):
+            raise ValueError(f"{name} is {shown(stated)}, expected a number for each channel")
+        values = found.setdefault(name, [float(value) for value in stated])
+        if len(values) != len(stated) or any(abs(a - b) > 1e-2 for a, b in zip(values, stated, strict=True)):
+            raise ValueError(f"the config's {name} is {shown(stated)}, but the file has {shown(values)}")
+    return found
 
 
 def make_config(fields: dict[str, Any], eradio: bool) -> Any:

@@ -11,6 +11,7 @@ from .nvidia_keys import Weights
 from .releases import teacher_of
 
 _KINDS = ("summary_head", "feature_head")
+_VERSIONS = ("v1", "v2", "attn")
 
 
 def whole(value: Any, name: str) -> int:
@@ -136,6 +137,16 @@ def choose(adaptors: dict[str, Any], names: Sequence[str] | None) -> list[str]:
             + ("" if adaptors else ": this file has no heads; they are in the .pth.tar of the release")
         )
     return list(dict.fromkeys(names))
+
+
+def check_versions(args: dict[str, Any]) -> None:
+    """Raises ValueError for a version of the heads that is not known, though their tensors may have known names."""
+    for key in ("mlp_version", "spatial_mlp_version"):
+        if args.get(key) not in (None, "", *_VERSIONS):
+            raise ValueError(
+                f"args.{key} is {shown(args[key])}, expected one of {', '.join(_VERSIONS)}; adaptor_names=[] converts "
+                "the backbone alone"
+            )
 
 
 def _teacher_name(key: str, teachers: Teachers, configs: dict[str, Any]) -> str | None:

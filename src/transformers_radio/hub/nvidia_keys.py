@@ -138,6 +138,7 @@ def _folded(tensors: Tensors) -> dict[str, tuple[str, Spectral] | None]:
             found[name] = (part, Spectral(name, []))
         else:
             parts.setdefault(f"{owner}{_PARAMETRIZED}{match.group(1)}", set()).add(match.group(3))
+    norms: list[str] = []
     for weight, numbers in parts.items():
         name = f"{weight}.original"
         entry = found.get(name)
@@ -147,10 +148,14 @@ def _folded(tensors: Tensors) -> dict[str, tuple[str, Spectral] | None]:
         if len({number.partition(".")[0] for number in numbers}) > 1:
             raise ValueError(f"{name} has more than one spectral norm, which is no release's layout")
         entry[1].parts = [f"{weight}.{number}" for number in by_number]
+        norms += entry[1].parts
         for part in entry[1].parts:
             absent = [key for key in ("scale", "_u", "_v") if f"{part}.{key}" not in tensors.shapes]
             if absent:
                 raise ValueError(f"the tensor {part}.{absent[0]} is missing")
+    old = [part for part in norms if f"{part}._sn_version" not in tensors.shapes]
+    if old and len(old) < len(norms):  # a file without any has version 1
+        raise ValueError(f"the tensor {old[0]}._sn_version is missing, which {len(norms) - len(old)} others have")
     return found
 
 

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from transformers_radio.disk import write_json
 from transformers_radio.modeling import RadioConfig
 
+from .export_nvidia import statistics, use_up
+
 _ARCHITECTURE = "vit_base_patch16_224"  # every size below goes over its defaults
 _NAMES = [
     (r"encoder\.layer\.(\d+)\.(norm[12]\..+|mlp\.fc[12]\..+)", r"blocks.\1.\2"),
@@ -27,6 +29,8 @@ def write_timm(model: Any, folder: Path, image_size: int) -> list[str]:
     normalized with mean and std of its `pretrained_cfg`. Its first prefix token is timm's class token, the other CLS
     tokens and the registers are its register tokens.
 
+    Weights of the model that are joined are used up, so that memory does not hold them twice.
+
     Returns:
         What was left out, in lines for a reader.
 
@@ -38,7 +42,7 @@ def write_timm(model: Any, folder: Path, image_size: int) -> list[str]:
     tensors: dict[str, torch.Tensor] = {}
     state = model.state_dict()
     scaled = any((state[name] != 1).any() for name in state if name.endswith(".lambda1"))
-    for name, tensor in state.items():
+    for name in list(state):
         if name.startswith(("adaptors.", "intermediate_normalizer.", "embeddings.", "input_conditioner.", "summary_")):
             continue
         if name.endswith(".lambda1") and not scaled:
@@ -46,18 +50,19 @@ def write_timm(model: Any, folder: Path, image_size: int) -> list[str]:
         if ".k_proj." in name or ".v_proj." in name:
             continue  # with q_proj
         if ".q_proj." in name:
-            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
             place = re.sub(r"encoder\.layer\.(\d+)\.attention\.q_proj", r"blocks.\1.attn.qkv", name)
-            tensors[place] = torch.cat(parts)
+            tensors[place] = use_up(model, state, parts)
             continue
         place = next((f.expand(to) for pattern, to in _NAMES if (f := re.fullmatch(pattern, name))), "")
         if not place:
             raise ValueError(f"timm's vision transformer has no place for {name}")
-        tensors[place] = tensor.contiguous()
+        tensors[place] = state[name].contiguous()
     tensors |= _embeddings(model, image_size)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _config(config, image_size, scaled))
+    write_json(folder / "config.json", _config(model, image_size, scaled))
     left_out = [f"adaptor {name}" for name in config.adaptors]
+    left_out += ["the normalizer of intermediate features"] if config.intermediate_normalizer else []
     lines = [f"for {image_size} x {image_size} pixels; normalize with mean and std of pretrained_cfg"]
     return lines + ([f"left out, as timm has no place for it: {', '.join(left_out)}"] if left_out else [])
 
@@ -100,7 +105,8 @@ def _embeddings(model: Any, image_size: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _config(config: Any, image_size: int, scaled: bool) -> dict[str, Any]:
+def _config(model: Any, image_size: int, scaled: bool) -> dict[str, Any]:
+    config, values = model.config, statistics(model)
     model_args = {
         "img_size": image_size,
         "patch_size": config.patch_size,
@@ -129,8 +135,8 @@ def _config(config: Any, image_size: int, scaled: bool) -> dict[str, Any]:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
-            "mean": config.norm_mean,
-            "std": config.norm_std,
+            "mean": values["norm_mean"],
+            "std": values["norm_std"],
             "num_classes": 0,
             "classifier": "head",
             "first_conv": "patch_embed.proj",

@@ -1,5 +1,6 @@
-"""Linear layers of a fused student in bfloat16 on a CPU."""
+"""Linear layers of a fused student on a CPU."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,12 +9,18 @@ from torch import nn
 from .caching_radio import WeightCache, is_elusive
 from .inputs_radio import can_read_values
 
+_LEAST_ELEMENTS = 2**18  # of a weight that is worth packing: products with smaller ones gain less than our checks cost
+
 
 class RadioPackedLinear(nn.Linear):
     """As `nn.Linear`, but oneDNN reorders the weight once instead of in every call.
 
     The reordered weight is kept beside the weight itself, which moves, casts and copies of the model need. With
-    derivatives and while compiling the layer computes as the ordinary one; a cast or a move to a device makes it one.
+    derivatives and while compiling the layer computes as the ordinary one. It becomes one by a move to a device, by a
+    cast to another dtype than float32 and bfloat16, and in copies.
+
+    Raises:
+        ValueError: torch.ao quantizes the layer in place, which would leave it out.
     """
 
     _cache: WeightCache
@@ -28,8 +35,9 @@ class RadioPackedLinear(nn.Linear):
     def _can_use_packed(self, input: torch.Tensor) -> bool:
         return (
             can_read_values(input)
-            and _has_units_for(input)
-            and _has_units_for(self.weight)
+            and _gains_from_packing(self.weight)
+            and input.dtype == self.weight.dtype
+            and input.device == self.weight.device
             and not is_elusive(self.weight)
             and not any(_has_derivative(tensor) for tensor in (input, self.weight, self.bias) if tensor is not None)
             and not torch.is_autocast_enabled("cpu")
@@ -39,11 +47,28 @@ class RadioPackedLinear(nn.Linear):
     def _apply(self, fn, recurse=True):
         self._cache.clear()
         super()._apply(fn, recurse)
-        is_plain = type(self) is RadioPackedLinear and "forward" not in vars(self)  # hooks of accelerate hold a method
-        if is_plain and not _has_units_for(self.weight):
-            self.__class__ = nn.Linear  # which quantization looks for
-            del self._cache
+        if not _gains_from_packing(self.weight):
+            self._unpack()
         return self
+
+    def _unpack(self):
+        if type(self) is RadioPackedLinear and "forward" not in vars(self):  # hooks of accelerate hold the method
+            self.__class__ = nn.Linear
+            del self._cache
+
+    # torch.ao's quantization takes layers whose class is nn.Linear, passes others over without a word, and works on a
+    # copy of the model unless told
+    def __deepcopy__(self, memo: dict):
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._unpack()
+        return twin
+
+    def _refuse_quantization(self, value):
+        raise ValueError("fuse() packed this model's Linears; quantize a copy of it: copy.deepcopy(model).")
+
+    qconfig = property(fset=_refuse_quantization)
 
     def train(self, mode: bool = True):
         self._cache.clear()  # as WeightCache asks for
@@ -57,14 +82,10 @@ def check_merged(model: nn.Module):
 
 
 def pack_linears(model: nn.Module):
-    """Turns the Linears in bfloat16 on a CPU that has units for it into packed ones, in place."""
-    # the operators that torch's own compiler uses for CPUs; a build without oneDNN lacks them
-    ops = torch.ops.mkldnn
-    if not hasattr(ops, "_linear_pointwise") or not ops._is_mkldnn_bf16_supported():
-        return
+    """Turns the Linears into packed ones where the processor gains from it, in place."""
     linears: list[Any] = [part for part in model.modules() if type(part) is nn.Linear]
     for linear in linears:
-        if _has_units_for(linear.weight):
+        if _gains_from_packing(linear.weight):
             linear.__class__, linear._cache = RadioPackedLinear, WeightCache()  # hooks stay
 
 
@@ -73,5 +94,11 @@ def _has_derivative(tensor: torch.Tensor) -> bool:
     return tangent is not None or (torch.is_grad_enabled() and tensor.requires_grad)
 
 
-def _has_units_for(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+def _gains_from_packing(weight: torch.Tensor) -> bool:
+    # the operators that torch's own compiler uses for CPUs; a build without oneDNN lacks them
+    has_operators = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not has_operators or weight.numel() < _LEAST_ELEMENTS:
+        return False
+    if weight.dtype == torch.float32:  # with AVX2 alone, and on other processors, it gains nothing
+        return torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

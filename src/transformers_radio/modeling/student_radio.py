@@ -229,9 +229,10 @@ class RadioStudentMixin(nn.Module):
     def fuse(self) -> Any:
         """Joins weights that inference can apply in one go, in place; returns the model. Outputs agree to rounding.
 
-        The query, key and value projections become one, layer scales and batch norms join the layer beside them. In
-        bfloat16 on a CPU, Linears also keep a second copy of their weights, in the processor's order; call again after
-        a cast. A fused model can be neither trained nor saved: its configuration no longer describes its weights.
+        The query, key and value projections become one, layer scales and batch norms join the layer beside them. On a
+        CPU with AVX-512, large Linears also keep a second copy of their weights, in the processor's order; copies of
+        the model do not. A fused model can be neither trained nor saved: its configuration no longer describes its
+        weights.
 
         Raises:
             ValueError: The model is in training mode, or has PEFT adapters or parametrizations.
