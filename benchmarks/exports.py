@@ -1,9 +1,10 @@
 """Accuracy of exported students on the quickstart's world: k-NN and zero-shot, for each format and precision.
 
-    transformers-radio quickstart student=vit
+    make quickstart
     python benchmarks/exports.py runs/quickstart
 
-Prints a Markdown table. The programs are written to FOLDER/exports.
+Prints a Markdown table. The programs are written to FOLDER/exports. `--run run-vit` measures the student of
+`transformers-radio quickstart student=vit`.
 """
 
 import argparse
@@ -41,14 +42,15 @@ def encode(program, images: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the quickstart")
-    folder = parser.parse_args().folder
-    student = str(folder / "run-vit" / "student")
+    parser.add_argument("--run", default="run", help="the run in it whose student is measured")
+    options = parser.parse_args()
+    folder, student = options.folder, str(options.folder / options.run / "student")
     train = load_split(folder / "world", "train", BANK_IMAGES)
     validation = load_split(folder / "world", "validation")
     clip = Path(transformers_radio.quickstart.__file__).parent / "teachers" / "clip"
     classifier = zero_shot_classifier(load_text_encoder("open_clip", str(clip)), CLASS_NAMES, TEMPLATES)
     eager = open_student(student, None, None)
-    programs = {"the student itself, fp32": (Program(eager), size_of(folder / "run-vit" / "student"), 0.0)}
+    programs = {"the student itself, fp32": (Program(eager), size_of(Path(student)), 0.0)}
     for format, dtype in VARIANTS:
         path, rows = export_student(student, folder / "exports", format, dtype, overwrite=True)
         worst = max(row.error for row in rows)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from transformers_radio.modeling import ERadioConfig, ERadioModel
 from transformers_radio.modeling.convolution_eradio import ERadioConv
@@ -364,6 +365,20 @@ def test_compiled_it_is_the_same_network_without_graph_breaks():
     pixels = images(2, 3, 64, 96)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(compiled(pixels).features, model(pixels).features)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window_size", [None, 2])
+def test_compiled_for_all_sizes_it_has_a_program_for_each(window_size):
+    """One for all would be one of formulas, which torch simplifies without an end."""
+    torch._dynamo.reset()
+    model = build(window_size=window_size, adaptors={})
+    counter = CompileCounter()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+    for size in ((2, 3, 256, 256), (3, 3, 512, 256), (2, 3, 288, 320), (4, 3, 288, 320)):
+        pixels = images(*size)
+        close(compiled(pixels).features, model(pixels).features)
+    assert counter.frame_count == 3
 
 
 @torch.no_grad()

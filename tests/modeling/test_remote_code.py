@@ -38,7 +38,7 @@ PIN = {
 STANDARD_LIBRARY = {
     *("base64", "collections", "contextlib", "contextvars", "copy", "dataclasses", "difflib", "functools"),
     *("io", "json", "math"),
-    *("os", "pathlib", "pickle", "re", "stat", "struct", "typing", "zlib"),
+    *("operator", "os", "pathlib", "pickle", "re", "stat", "struct", "typing", "zlib"),
 }
 BUILTINS_THAT_RUN_CODE = {"eval", "exec", "compile", "__import__"}
 # of these modules the code needs errors, names of files, and the reader of its own settings

@@ -1,5 +1,6 @@
 """E-RADIO, the efficient student: convolutions, attention in windows, a neck at stride 16 (paper Sec. 5.1)."""
 
+import operator
 from typing import Any
 
 import torch
@@ -378,7 +379,11 @@ class ERadioModel(RadioStudentMixin, ERadioPreTrainedModel):
         """Images as in `forward` -> the maps of the stem and of each stage (of the first `stop`), `(B, C, h, w)`."""
         self.check_images(pixel_values)
         self._warn_about_range(pixel_values)
-        window = self.window_for(*pixel_values.shape[-2:])
+        height, width = pixel_values.shape[-2:]
+        if torch.compiler.is_dynamo_compiling() and not getattr(torch.compiler, "is_exporting", lambda: True)():
+            # a program for each size: with formulas of the sides in five stages, torch does not end
+            height, width = operator.index(height), operator.index(width)
+        window = self.window_for(height, width)
         maps = self.stem(self.input_conditioner(pixel_values).to(self.stem.conv1.conv.weight.dtype))
         stages = [maps]
         for index, stage in enumerate(self.stages[:stop]):
