@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -146,9 +147,9 @@ def measure(
     order = list(runs)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds or min(max(int(options.seconds / long), FEWEST_ROUNDS), MOST_ROUNDS)):
+        random.shuffle(order)  # none runs always behind the same one, which leaves caches and a clock rate behind
         for name in order:
             times[name].append(1e3 * one(runs[name], seconds))
-        order = order[1:] + order[:1]  # none runs always behind the same one, which leaves its weights in the caches
     return times
 
 
