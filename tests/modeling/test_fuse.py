@@ -270,6 +270,18 @@ def test_packed_weights_stay_out_of_gradients_exports_functions_and_counts():
         torch.testing.assert_close(other, expected, rtol=0.05, atol=0.05)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_packed_linear_takes_what_an_ordinary_one_takes(dtype):
+    _, fused = packed_model(dtype)
+    linear = fused.encoder.layer[0].mlp.fc1
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    linear.bias = nn.Parameter(torch.arange(128.0).to(dtype)[::2])  # every other number in memory
+    close(linear(rows).float(), nn.functional.linear(rows, linear.weight, linear.bias).float())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(rows[:, :31])
+
+
 @pytest.mark.parametrize("trainable", ["weight", "bias"])
 def test_a_packed_linear_gives_its_weights_gradients(trainable):
     _, fused = packed_model()

@@ -348,15 +348,30 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_the_position_bias_is_computed_once_and_follows_the_weights():
-    model = build()
+    model, like = build(), torch.empty(0, dtype=torch.float64)
     bias = model.stages[3][0].attention.position_bias
     with torch.no_grad():
-        first = bias(2)
-        assert bias(2) is first and bias(3) is not first
+        first = bias(2, like)
+        assert bias(2, like) is first and bias(3, like) is not first
         bias.fc2.weight.mul_(2)
-        assert not torch.equal(bias(2), first)
-    assert bias(2).requires_grad  # with gradients it is computed anew
-    assert model.train().stages[3][0].attention.position_bias(2).requires_grad
+        assert not torch.equal(bias(2, like), first)
+    assert bias(2, like).requires_grad  # with gradients it is computed anew
+    assert model.train().stages[3][0].attention.position_bias(2, like).requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantized_or_offloaded_it_is_the_same_network():
+    accelerate = pytest.importorskip("accelerate")
+    model = build().float()
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    expected = model(images).features
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not any(isinstance(part, nn.Linear) for part in quantized.stages[3][0].attention.position_bias.children())
+    assert torch.cosine_similarity(quantized(images).features.flatten(), expected.flatten(), dim=0) > 0.95
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+    assert offloaded.stages[3][0].attention.position_bias.fc1.weight.is_meta
+    assert torch.equal(offloaded(images).features, expected)
 
 
 @torch.no_grad()

@@ -184,6 +184,8 @@ def _open_folder(source: str, folder: Path) -> Released:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(f"{source} lacks {', '.join(missing)}, which its index names; download it again")
+    elif folder / "model.safetensors" in files:  # others beside it are variants, such as model.fp16.safetensors
+        files = [folder / "model.safetensors"]
     if not files:
         raise FileNotFoundError(f"{source} has no safetensors file; download model.safetensors beside config.json")
     return Released(source, _name_of(source, folder), config, args, SafetensorsFiles(files))

@@ -35,9 +35,12 @@ class RadioPackedLinear(nn.Linear):
     def _can_use_packed(self, input: torch.Tensor) -> bool:
         return (
             can_read_values(input)
+            and "forward" not in vars(self)  # as accelerate puts there, whose offloading must not meet a second copy
             and _gains_from_packing(self.weight)
             and input.dtype == self.weight.dtype
             and input.device == self.weight.device
+            and input.shape[-1:] == self.weight.shape[1:]  # torch names other widths, oneDNN does not
+            and (self.bias is None or self.bias.is_contiguous())  # the operator would read the memory between
             and not is_elusive(self.weight)
             and not any(_has_derivative(tensor) for tensor in (input, self.weight, self.bias) if tensor is not None)
             and not torch.is_autocast_enabled("cpu")

@@ -90,12 +90,13 @@ class ERadioPositionBias(nn.Module):
         self.fc2 = nn.Linear(hidden, num_heads, bias=False)
         self._cache = WeightCache()
 
-    def forward(self, size: int) -> torch.Tensor:
-        """Windows of `size` x `size` places -> `(heads, size**2, size**2)`."""
+    def forward(self, size: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Windows of `size` x `size` places -> `(heads, size**2, size**2)`, with dtype and device of the tokens."""
         if self.training:
-            return self._bias(size)
+            return self._bias(size, tokens)
         weights = [self.fc1.weight, self.fc1.bias, self.fc2.weight]
-        return self._cache.get(size, weights, lambda: self._bias(size))
+        key = (size, tokens.dtype, tokens.device, torch.is_autocast_enabled(tokens.device.type))
+        return self._cache.get(key, weights, lambda: self._bias(size, tokens))
 
     def train(self, mode: bool = True):
         self._cache.clear()
@@ -105,8 +106,8 @@ class ERadioPositionBias(nn.Module):
         self._cache.clear()  # a move or cast; the old bias must not stay in memory
         return super()._apply(fn, recurse)
 
-    def _bias(self, size: int) -> torch.Tensor:
-        device, dtype = self.fc1.weight.device, self.fc1.weight.dtype
+    def _bias(self, size: int, tokens: torch.Tensor) -> torch.Tensor:
+        device, dtype = tokens.device, tokens.dtype  # weights that are quantized or offloaded do not say them
         steps = torch.arange(1 - size, size, device=device, dtype=torch.float32)
         steps = 8 * steps / max(size - 1, 1)
         steps = steps.sign() * torch.log2(1 + steps.abs()) / 3
@@ -176,7 +177,7 @@ class ERadioWindowBlock(GradientCheckpointingLayer):
         # (B, C, H, W) -> (B, H, W, C) -> (B, H/w, w, W/w, w, C) -> (B, H/w, W/w, w, w, C) -> (B*windows, w*w, C)
         tokens = maps.permute(0, 2, 3, 1).reshape(batch, rows // window, window, cols // window, window, channels)
         tokens = tokens.transpose(2, 3).reshape(-1, window**2, channels)
-        tokens = tokens + self.attention(self.norm1(tokens), self.attention.position_bias(window))
+        tokens = tokens + self.attention(self.norm1(tokens), self.attention.position_bias(window, tokens))
         tokens = tokens + self.mlp(self.norm2(tokens))
         # (B*windows, w*w, C) -> (B, H/w, W/w, w, w, C) -> (B, H/w, w, W/w, w, C) -> (B, H, W, C) -> (B, C, H, W)
         tokens = tokens.reshape(batch, rows // window, cols // window, window, window, channels)
