@@ -204,11 +204,16 @@ def test_heads_by_the_width_are_said(tmp_path, monkeypatch):
     assert said[0][1:] == ("my_vit", 3, 192)
 
 
-def test_a_tensor_in_two_files_is_an_error(tmp_path):
+def test_variants_beside_the_model_are_left_alone_and_a_tensor_in_two_shards_is_an_error(tmp_path):
     args, stored, *_ = make(PLAIN, "hub")
     folder = write_hub(tmp_path / "hub", args, stored, PLAIN)
-    save_file({"radio_model.model.patch_generator.pos_embed": torch.zeros(1, 36, WIDTH)}, folder / "other.safetensors")
-    with pytest.raises(ValueError, match="pos_embed is in model.safetensors and in other.safetensors"):
+    expected = load_nvidia_checkpoint(folder).state_dict()
+    name = "radio_model.model.patch_generator.pos_embed"
+    save_file({name: torch.zeros(1, 36, WIDTH)}, folder / "a.safetensors")
+    for key, tensor in load_nvidia_checkpoint(folder).state_dict().items():
+        assert torch.equal(tensor, expected[key])
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    with pytest.raises(ValueError, match="pos_embed is in a.safetensors and in b.safetensors"):
         load_nvidia_checkpoint(folder)
 
 
