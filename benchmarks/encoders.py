@@ -251,7 +251,10 @@ def compare(options: argparse.Namespace, rows: Rows, what: str, size: str, side:
     peak = 2e-9 * PEAK_SIDE**3  # billions
     share = row["GFLOPs"] / peak / min(ratio(times, key, PEAK) for key in OWN if key in times)
     rounds = len(times[OURS])
-    print(f"| {what} | {size.upper()} | {side} | {batch} | {name} | {' | '.join(cells)} | {share:.0%} | {rounds} |")
+    print(
+        f"| {what} | {size.upper()} | {side} | {batch} | {name} | {' | '.join(cells)} | {share:.0%} | {rounds} |",
+        flush=True,
+    )
 
 
 def compare_windows(options: argparse.Namespace, rows: Rows) -> None:

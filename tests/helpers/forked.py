@@ -1,5 +1,6 @@
 """Training processes that fork from one in which torch and transformers are loaded: loading them takes seconds."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ def _run(target, arguments, environment, output):
     os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    faulthandler.enable()
     import torch
 
     torch.set_num_threads(1)
@@ -51,8 +53,11 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout=600):
-        """(stdout and stderr together, None) at the end; what hangs is killed and has the exit code of that."""
+        """(stdout and stderr together, None) at the end; what hangs is killed and says where it was."""
         self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.send_signal(signal.SIGABRT)  # on which faulthandler writes what all threads were doing
+            self.process.join(20)
         if self.process.exitcode is None:
             self.kill()
             self.process.join()
@@ -72,3 +77,11 @@ def fork_group(processes, *arguments, target=train, **environment):
         )
         for rank in range(processes)
     ]
+
+
+def finish(group):
+    """What rank 0 of the group wrote. A rank that failed, or hung and was killed, fails the test with its output."""
+    outputs = [process.communicate()[0] for process in group]
+    failed = {f"rank {rank}": (p.returncode, outputs[rank][-5000:]) for rank, p in enumerate(group) if p.returncode}
+    assert not failed, "\n".join(f"{rank}, exit code {code}:\n{output}" for rank, (code, output) in failed.items())
+    return outputs[0]

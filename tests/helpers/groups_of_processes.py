@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from helpers.forked import fork_group
+from helpers.forked import finish, fork_group
 from helpers.paths import TESTS
 
 FSDP = {
@@ -36,7 +36,4 @@ def children(process):
 
 def run(processes, *arguments, **options):
     """All to the end, without a launcher; a deadlock is a failure, and leaves no processes behind."""
-    group = fork_group(processes, *arguments, **options)
-    outputs = [process.communicate()[0] for process in group]
-    assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
-    return outputs[0]
+    return finish(fork_group(processes, *arguments, **options))

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers.forked import Forked, fork_group
+from helpers.forked import Forked, finish, fork_group
 from helpers.groups_of_processes import FSDP
 from helpers.paths import ROOT
 from transformers_radio import ERadioConfig, ERadioModel, RadioImageProcessor
@@ -107,9 +107,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(finished, write, tm
 def run(write, folder, processes, *overrides, **environment):
     """The finished student's weights after training in forked processes."""
     folder.mkdir()
-    group = fork_group(processes, write(folder, ["late"]), *overrides, **environment)
-    outputs = [process.communicate()[0] for process in group]
-    assert [process.returncode for process in group] == [0] * processes, outputs[0][-5000:]
+    finish(fork_group(processes, write(folder, ["late"]), *overrides, **environment))
     return load_file(folder / "run" / "student" / "model.safetensors")
 
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.forked import Forked, fork_group
+from helpers.forked import Forked, finish, fork_group
 from helpers.groups_of_processes import FSDP
 from transformers_radio import RadioTimmModel
 from transformers_radio.training import load_recipe, train
@@ -134,9 +134,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(finished, make_timm
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_two_processes_train_the_student_of_one(environment, finished_convnext, make_timm_recipe, tmp_path):
     """Each with a group of its own; that of `sam` reaches neither the last stage nor the norm behind it."""
-    group = fork_group(2, make_timm_recipe(STRIDE_16), **environment)
-    outputs = [process.communicate()[0] for process in group]
-    assert [process.returncode for process in group] == [0, 0], outputs[0][-5000:]
+    finish(fork_group(2, make_timm_recipe(STRIDE_16), **environment))
     expected, found = weights(finished_convnext / "student"), weights(tmp_path / "run" / "student")
     assert expected.keys() == found.keys()
     for name in expected:
@@ -145,9 +143,7 @@ def test_two_processes_train_the_student_of_one(environment, finished_convnext, 
 
 def test_batch_norm_s_statistics_do_not_depend_on_the_number_of_processes(finished, make_timm_recipe, tmp_path):
     """timm's own kind, with an activation in it; each process has a group of its own."""
-    group = fork_group(2, make_timm_recipe(RESNET))
-    outputs = [process.communicate()[0] for process in group]
-    assert [process.returncode for process in group] == [0, 0], outputs[0][-5000:]
+    finish(fork_group(2, make_timm_recipe(RESNET)))
     expected, found = weights(finished / "student"), weights(tmp_path / "run" / "student")
     for name in expected:
         # steps of up to 1e-2 on gradients that differ in their last bits; variances are up to 10
