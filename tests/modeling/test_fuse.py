@@ -351,11 +351,28 @@ def test_packed_linears_can_be_cast_below_the_hooks_of_accelerate():
     torch.testing.assert_close(ours, expected.float(), rtol=0.05, atol=0.05)
 
 
+def test_with_avx2_alone_float32_is_packed_on_amd(monkeypatch):
+    packed_model()  # skips where oneDNN's operators are missing
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC"}, raising=False)
+    model = vit()
+    fused = copy.deepcopy(model).fuse()
+    assert any(type(part) is linear_radio.RadioPackedLinear for part in fused.modules())
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours, products = calls(lambda: fused(images).features)
+        torch.testing.assert_close(ours, model(images).features, rtol=1e-4, atol=1e-5)
+    assert products
+
+
 def test_fuse_leaves_linears_alone_that_gain_nothing(monkeypatch):
     plain = {nn.Linear}
     assert {type(part) for part in vit().double().fuse().modules() if isinstance(part, nn.Linear)} == plain
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon"}, raising=False)
+        assert {type(part) for part in vit().fuse().modules() if isinstance(part, nn.Linear)} == plain
+        patch.delattr(torch.cpu, "get_capabilities")  # as before PyTorch had it
         assert {type(part) for part in vit().fuse().modules() if isinstance(part, nn.Linear)} == plain
     monkeypatch.setattr(linear_radio, "_LEAST_ELEMENTS", 32 * 64)
     _, fused = packed_model(torch.float32)
