@@ -148,7 +148,7 @@ def test_batch_norm_s_statistics_do_not_depend_on_the_number_of_processes(finish
     for name in expected:
         # steps of up to 1e-2 on gradients that differ in their last bits; variances are up to 10
         torch.testing.assert_close(
-            found[name], expected[name], rtol=2e-4, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}"
+            found[name], expected[name], rtol=2e-4, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
