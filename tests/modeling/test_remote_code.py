@@ -12,7 +12,7 @@ from helpers.small_students import small_student
 from transformers_radio import RadioImageProcessor
 from transformers_radio.modeling import STUDENTS
 
-LARGEST = {"radio": 203_000, "eradio": 243_000, "radio_timm": 142_000}  # bytes of all .py files together
+LARGEST = {"radio": 208_000, "eradio": 247_000, "radio_timm": 142_000}  # bytes of all .py files together
 PIN = {
     *("PIL.Image", "PIL.ImageFile", "huggingface_hub.errors.StrictDataclassError", "numpy"),
     *("safetensors.SafetensorError", "safetensors.safe_open", "safetensors.torch.load_file"),
