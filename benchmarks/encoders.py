@@ -14,11 +14,15 @@ out where the processor has no units for it.
 `share of peak`: FLOPs of the pass in the time of the faster `RadioModel`, over those of a product of two square
 matrices, which runs in turn with the encoders: as torch computes it, or with one matrix reordered by oneDNN before,
 whichever is faster. FLOPs are those of products, convolutions and attention.
+Below the table: how long ours take relative to each other encoder, geometric means over its rows with their standard
+errors. Of three that are equally fast the fastest in a row is the luckiest, so a single ratio to it is above 1 for all
+of them.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -238,8 +242,14 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def compare(options: argparse.Namespace, rows: Rows, what: str, size: str, side: int, batch: int, name: str) -> None:
-    """Prints one row: milliseconds of each encoder, ours over the fastest other, share of the peak."""
+def compare(
+    options: argparse.Namespace, rows: Rows, what: str, size: str, side: int, batch: int, name: str
+) -> dict[str, list[float]] | None:
+    """Prints one row: milliseconds of each encoder, ours over the fastest other, share of the peak.
+
+    Returns:
+        Name -> milliseconds in each round; None for a row that is left out.
+    """
     device, dtype, backward = torch.device(options.device), getattr(torch, name), what == BACKWARD
 
     def measured() -> dict[str, Any]:
@@ -252,7 +262,7 @@ def compare(options: argparse.Namespace, rows: Rows, what: str, size: str, side:
 
     row = rows.get(f"{what} {size} {side} {batch} {name}", options.limit, measured)
     if row is None:
-        return
+        return None
     times = row["times"]
     cells = [f"{statistics.median(times[key]):.1f}" if key in times else "–" for key in (OURS, FUSED, *OTHERS)]
     # the ratio to the fastest of them is the largest
@@ -267,6 +277,20 @@ def compare(options: argparse.Namespace, rows: Rows, what: str, size: str, side:
         f"| {what} | {size.upper()} | {side} | {batch} | {name} | {' | '.join(cells)} | {share:.0%} | {rounds} |",
         flush=True,
     )
+    return times
+
+
+def print_means(measured: list[tuple[str, dict[str, list[float]]]]) -> None:
+    """Geometric means over rows of our time over that of each other encoder; `measured`: (pass, times) of each row."""
+    print(f"\n| Pass | over the time of | {OURS} | fused |\n|---|---|---:|---:|")
+    for what, other in itertools.product((FORWARD, BACKWARD), OTHERS):
+        cells = []
+        for key in OWN:
+            logs = [math.log(ratio(times, key, other)) for kind, times in measured if kind == what and key in times]
+            error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0
+            cells.append(f"{math.exp(statistics.mean(logs)):.3f} ± {error:.3f}" if error else "–")
+        if cells != ["–", "–"]:
+            print(f"| {what} | {other} | {' | '.join(cells)} |")
 
 
 def compare_windows(options: argparse.Namespace, rows: Rows) -> None:
@@ -336,8 +360,8 @@ def main() -> None:
         header += ["ours / fastest other", "fused / fastest other", "share of peak", "rounds"]
         wanted = rows_to_measure(options)
         print("| " + " | ".join(header) + " |\n|" + "---|" * 5 + "---:|" * (len(header) - 5))
-        for row in wanted:
-            compare(options, rows, *row)
+        measured = [(row[0], compare(options, rows, *row)) for row in wanted]
+        print_means([(what, times) for what, times in measured if times is not None])
     print("".join(f"\n{line}" for line in rows.left_out))
 
 

@@ -81,6 +81,15 @@ def test_the_ratio_is_that_to_the_fastest_of_the_others(encoders):
     assert encoders.ratio(times, encoders.OURS, "transformers' RADIO") == 0.5
 
 
+def test_means_over_rows_are_geometric(encoders, capsys):
+    ours, native = encoders.OURS, "transformers' RADIO"
+    rows = [{ours: [ours_takes], **dict.fromkeys(encoders.OTHERS, [1.0])} for ours_takes in (0.5, 1.0, 2.0)]
+    encoders.print_means([*(("forward", row) for row in rows), ("forward+backward", rows[0])])
+    lines = capsys.readouterr().out.splitlines()[3:]
+    # the logarithms' standard deviation is log 2 = 0.693, over the root of three rows; a single row has none
+    assert lines[0] == f"| forward | {native} | 1.000 ± 0.400 | – |" and len(lines) == 3
+
+
 def test_every_round_is_kept_and_slow_rows_get_fewer(encoders, monkeypatch):
     clock, calls = [0.0], {"quick": 0, "slow": 0}
 
