@@ -24,7 +24,7 @@ PATTERNS = (
 )  # fmt: skip
 URLS = (
     "http://", "http://[", "http://127.0.0.1:1/x.jpg", "http://127.0.0.1:1/{0..3}.tar", "http://127.0.0.1:99999/x.tar",
-    "http://a b/x.tar", "s3://bucket/x.tar", "hf://", "hf://x", "file://", "file:///", "ftp://x/y.tar", "xyz://x.tar",
+    "http://a b/x.tar", "s3://bucket/x.tar", "hf://", "hf://x", "file://", "file:///none/", "ftp://x/y.tar", "xyz://x.tar",
     "://",
 )  # fmt: skip
 TEXTS = ("", " ", "\0", "..", "../..", "*", "[", "(", "train\n", "a" * 5000, "\udcff", "val", "\\", "jpg", "0", "null")

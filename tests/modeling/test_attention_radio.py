@@ -42,6 +42,19 @@ def test_no_more_weights_at_a_time_than_said(monkeypatch):
         assert max(sizes) <= 100 and sum(sizes) == 2 * HEADS * length**2
 
 
+def test_an_offset_of_all_scores_loses_no_accuracy():
+    """As biases of query and key with a common direction give; the softmax takes it out again."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 200, 64).bfloat16()
+    errors = []
+    for offset in (0, 5):
+        inputs = [query + offset, key + offset, value]  # products that are 64 * 25 / 8 larger
+        expected = scaled_dot_product_attention(*(tensor.double() for tensor in inputs)).transpose(1, 2)
+        found, _ = attention.chunked_attention_forward(MODULE, *inputs, scaling=0.125)
+        errors.append((found.double() - expected).norm() / expected.norm())
+    assert errors[0] < 0.01 and errors[1] < 0.03
+
+
 def test_dropout_keeps_its_share():
     ones = torch.ones(1, 1, 200, 1)
     found, _ = attention.chunked_attention_forward(MODULE, ones, ones, ones, dropout=0.25)
@@ -58,14 +71,16 @@ def chosen(monkeypatch):
         lengths.append(query.shape[2])
         return forward(module, query, *inputs, **options)
 
-    monkeypatch.setattr(attention, "chunked_attention_forward", watched)
+    monkeypatch.setattr("transformers_radio.modeling.modeling_radio.chunked_attention_forward", watched)
     monkeypatch.setattr(attention, "_fused_kernel_is_slow", lambda: True)
+    monkeypatch.setattr(attention, "_FEWEST_QUERIES", 120)  # not thousands, which take a second
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return lengths
 
 
 def student(**fields):
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "max_img_size": 640}
+    size = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1, "max_img_size": 640}
     return RadioModel(RadioConfig(**size, patch_size=16, num_cls_tokens=1, num_registers=1, **fields)).eval()
 
 
@@ -75,7 +90,9 @@ def student(**fields):
         (lambda model: model.bfloat16().fuse(), 128, True),
         (lambda model: model.fuse(), 128, False),  # float32
         (lambda model: model.half().fuse(), 128, False),
-        (lambda model: model.bfloat16().fuse(), 112, False),  # 51 tokens
+        (lambda model: model.bfloat16().fuse(), 112, False),  # 51 tokens in two heads are less than 120
+        (lambda model: model.bfloat16().train(), 112, True),
+        (lambda model: model.bfloat16().train(), 96, False),  # 38 tokens
         (lambda model: model.bfloat16().fuse(), 544, True),  # 1158 tokens, without gradients
         (lambda model: model.bfloat16().train(), 128, True),
         (lambda model: model.bfloat16().train(), 544, False),
@@ -97,6 +114,13 @@ def test_with_gradients_long_images_keep_torch_s_kernel(chosen, change):
         assert chosen == lengths
 
 
+def test_transformers_can_set_the_implementation():
+    """It looks for its interface in the source of the module."""
+    model = student()
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_only_sdpa_is_replaced(chosen, implementation):
     model = student(attn_implementation=implementation).bfloat16().fuse()
@@ -107,13 +131,46 @@ def test_only_sdpa_is_replaced(chosen, implementation):
     assert bool(chosen) == (implementation == "sdpa")
 
 
+@pytest.mark.parametrize("change", [RadioModel.train, RadioModel.fuse])
+def test_compiled_models_stay_one_graph(chosen, change):
+    compiled = torch.compile(change(student().bfloat16()), fullgraph=True, backend="eager")
+    compiled(torch.rand(1, 3, 128, 128, dtype=torch.bfloat16))
+    assert not chosen
+
+
+def test_exported_for_every_size(chosen):
+    side = [16 * torch.export.Dim(name, min=2, max=40) for name in ("rows", "cols")]
+    example = torch.rand(1, 3, 256, 256, dtype=torch.bfloat16)
+    shapes = {"pixel_values": {2: side[0], 3: side[1]}}
+    program = torch.export.export(student().bfloat16().fuse(), (example,), dynamic_shapes=shapes)
+    for height, width in ((64, 64), (640, 608)):
+        program.module()(torch.rand(1, 3, height, width, dtype=torch.bfloat16))
+
+
+def test_projections_of_other_dtypes_are_left_to_torch(chosen):
+    """As some of PEFT's adapters give under autocast."""
+    model = student().train()
+    model.encoder.layer[0].attention.k_proj.register_forward_hook(lambda module, args, output: output.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(1, 3, 128, 128))
+    assert not chosen
+
+
+def test_threads_need_more_tokens(chosen, monkeypatch):
+    model, images = student().bfloat16().fuse(), torch.rand(1, 3, 128, 128, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.no_grad():
+        model(images)
+    assert not chosen
+
+
 def test_exported_graphs_keep_torch_s_operator(chosen):
     program = torch.export.export(student().bfloat16().fuse(), (torch.rand(1, 3, 128, 128, dtype=torch.bfloat16),))
     assert not chosen and "scaled_dot_product_attention" in str(program.graph)
 
 
 @torch.no_grad()
-def test_each_image_of_a_packed_sequence_is_chosen_for_itself(chosen):
+def test_the_longest_image_of_a_packed_sequence_decides(chosen):
     model = student().bfloat16().fuse()
     images = [torch.rand(3, side, side, dtype=torch.bfloat16) for side in (128, 64)]
     # (C, h*p, w*p) -> (h*w, C*p*p)
@@ -121,7 +178,7 @@ def test_each_image_of_a_packed_sequence_is_chosen_for_itself(chosen):
         image.unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1) for image in images
     ]
     packed = model(torch.cat(patches), image_grid_hw=torch.tensor([[8, 8], [4, 4]])).features
-    assert chosen == [66]
+    assert chosen == [66, 18]
     alone = torch.cat([model(image[None]).features[0] for image in images])
     torch.testing.assert_close(packed.reshape(alone.shape).float(), alone.float(), atol=0.05, rtol=0.05)
 

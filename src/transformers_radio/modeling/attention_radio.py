@@ -1,36 +1,17 @@
-"""Attention of the RADIO vision transformer, by the kernel that is the fastest for its length and dtype."""
+"""Attention by other means than the functions that transformers brings."""
 
 import functools
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .inputs_radio import can_read_values
 
-_FEWEST_TOKENS = 64  # below, torch's fused kernel is faster everywhere
-_MOST_TOKENS_IN_TRAINING = 1024  # above, weights would be most of what is kept for the backward pass
 _MOST_WEIGHTS = 2**21  # at a time: 4 MiB, which stay in the cache of a core
-
-
-def attention_forward(
-    module: nn.Module,
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """3 x `(B, heads, L, D/heads)` -> `(B, L, heads, D/heads)`, and the weights `(B, heads, L, L)` of "eager".
-
-    `implementation` is one that transformers knows. While training and in fused students, whose bits need not be those
-    of transformers' RADIO, "sdpa" stands for the fastest kernel, which on a CPU is not always torch's own.
-    """
-    is_free = module.training or module.qkv_proj is not None
-    if implementation == "sdpa" and is_free and _gains_from_chunks(module, query):
-        return chunked_attention_forward(module, query, key, value, **options)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    return attend(module, query, key, value, **options)
+# Below, the time goes into starting operations: queries of an image in all heads, for each thread
+_FEWEST_QUERIES, _FEWEST_QUERIES_IN_TRAINING = 1000, 100
+# Tokens for each channel of a head. The backward pass keeps the weights: at 16 that is 60 % more memory for a block
+_MOST_TOKENS_IN_TRAINING = 16
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -43,6 +24,8 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 def chunked_attention_forward(module, query, key, value, attention_mask=None, scaling=1.0, dropout=0.0, **kwargs):
     """As above without a mask, for so few images, heads and queries at a time that their weights stay in the cache."""
+    # an offset that all keys share changes nothing but how much of the products is lost to rounding
+    key = key - key.mean(dim=2, keepdim=True)
     length = query.shape[2]
     num_heads = max(1, _MOST_WEIGHTS // length**2)
     num_queries = max(1, _MOST_WEIGHTS // (num_heads * length))
@@ -59,16 +42,24 @@ def chunked_attention_forward(module, query, key, value, attention_mask=None, sc
     return torch.stack(images), None
 
 
-def _gains_from_chunks(module: nn.Module, query: torch.Tensor) -> bool:
-    length, trains = query.shape[2], module.training or torch.is_grad_enabled()
-    return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and length >= _FEWEST_TOKENS
-        and (length <= _MOST_TOKENS_IN_TRAINING or not trains)
-        and _fused_kernel_is_slow()
-        and can_read_values(query)  # compiled and exported graphs keep the one operator
-    )
+def gains_from_chunks(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int
+) -> bool:
+    """Whether chunks are faster than torch's fused kernel; `length`: tokens of the longest image.
+
+    Not in evaluation mode unless the student is fused: its bits are those of transformers' RADIO.
+    """
+    if not can_read_values(query) or query.device.type != "cpu":  # compiled and exported graphs keep the one operator
+        return False
+    if {query.dtype, key.dtype, value.dtype} != {torch.bfloat16} or not _fused_kernel_is_slow():
+        return False
+    if module.training or (module.qkv_proj is not None and torch.is_grad_enabled()):
+        fewest, most = _FEWEST_QUERIES_IN_TRAINING, _MOST_TOKENS_IN_TRAINING * query.shape[3]
+    elif module.qkv_proj is not None:
+        fewest, most = _FEWEST_QUERIES, length
+    else:
+        return False
+    return length <= most and query.shape[1] * length >= fewest * torch.get_num_threads()
 
 
 @functools.cache

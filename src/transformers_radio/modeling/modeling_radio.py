@@ -1,7 +1,7 @@
 """The RADIO vision transformer: one backbone, one summary, dense features, and a pair of heads per teacher."""
 
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .adaptors_radio import AdaptorOutput, RadioAdaptor
-from .attention_radio import attention_forward
+from .attention_radio import chunked_attention_forward, eager_attention_forward, gains_from_chunks
 from .caching_radio import WeightCache
 from .configuration_radio import RadioConfig
 from .inputs_radio import (
@@ -251,19 +252,22 @@ class RadioAttention(nn.Module):
                 for projection in (self.q_proj, self.k_proj, self.v_proj)
             )
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        attend = functools.partial(attention_forward, self, implementation)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        longest = max(lengths or [query.shape[2]])
+        if implementation == "sdpa" and gains_from_chunks(self, query, key, value, longest):
+            attend = chunked_attention_forward
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         options = {"attention_mask": None, "scaling": self.scaling, "dropout": dropout}
         if lengths is None:
-            output, weights = attend(query, key, value, **options)
+            output, weights = attend(self, query, key, value, **options)
         elif "flash" in implementation:
             ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
             options |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
             options |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-            output, weights = attend(query, key, value, **options)
+            output, weights = attend(self, query, key, value, **options)
         else:
             parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-            outputs, blocks = zip(*(attend(*part, **options) for part in parts), strict=True)
+            outputs, blocks = zip(*(attend(self, *part, **options) for part in parts), strict=True)
             output, weights = torch.cat(outputs, dim=1), None
             if blocks[0] is not None:
                 weights = torch.stack(
