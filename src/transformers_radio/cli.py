@@ -229,7 +229,7 @@ def convert(
     """Bring in a released RADIO, C-RADIO or E-RADIO, or write a student for another library."""
     from transformers_radio.hub.folder import convert  # torch comes with it
 
-    names = None if adaptors is None else [name for name in adaptors.split(",") if name]
+    names = None if adaptors is None else [name.strip() for name in adaptors.split(",") if name.strip()]
     lines = convert(source, destination, target, names, image_size, version)
     if target == "radio":
         from .publishing.card import write_described_card
@@ -260,7 +260,9 @@ def export(
     if no_adaptors and adaptor:
         raise ValueError(f"--no-adaptors leaves out --adaptor {adaptor[0]} too; give one of the two.")
     if output is None and not Path(model).is_dir():
-        raise ValueError(f"{model} is no folder here; name one for the program: --output FOLDER.")
+        raise ValueError(
+            f"There is no folder {model}; if it is a Hub id, say where the program goes: --output FOLDER."
+        )
     from transformers_radio.export.parity import format_parity
     from transformers_radio.export.run import export_student
 

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch._dynamo.testing
+from safetensors.torch import load_file, save_file
 
 from helpers.nvidia_files import make, write_hub
 from helpers.tiny_radio import ADAPTORS, build_with_adaptors
@@ -325,6 +326,17 @@ def test_files_of_others_are_replaced_only_when_told_and_never_a_students(folder
     with pytest.raises(FileExistsError, match="other/model.safetensors belongs to another student"):
         export_student(str(folder), other, overwrite=True)
     assert contents(other) == before and not (other / "onnx").exists()
+
+
+def test_a_student_of_the_same_configuration_is_another_too(folder, tmp_path, instant):
+    twin = tmp_path / "twin"
+    shutil.copytree(folder, twin)
+    export_student(folder, str(twin), "onnx")  # the same weights
+    weights = load_file(twin / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, twin / "model.safetensors")
+    with pytest.raises(FileExistsError, match=r"twin/model.safetensors belongs to another student than \S+: choose"):
+        export_student(folder, twin, dtype="fp16", overwrite=True)
+    export_student(twin, twin, dtype="fp16")
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_student_is_opened(folder, tmp_path, monkeypatch):

@@ -279,6 +279,29 @@ def test_the_command_writes_a_whole_folder(tmp_path):
     same_outputs(remote.eval(), model, torch.rand(1, 3, 64, 64))
 
 
+def test_versions_are_those_of_releases(tmp_path):
+    args, stored, *_ = make("radio_v2.5-h")
+    path = write_pth(tmp_path / "radio_v2.1.pth.tar", args, stored)
+    for version in ("foo", "radio_v25-h"):
+        with pytest.raises(ValueError, match=f"version is '{version}', expected one such as radio_v2.1"):
+            load_nvidia_checkpoint(path, version=version)
+    model = load_nvidia_checkpoint(path, version="radio_v2.5-h")
+    assert model.config.window_num_windowed is None and model.config.converted_from["license_name"] == "nsclv1"
+    model.save_pretrained(tmp_path / "student")
+    refused = command(tmp_path / "student", tmp_path / "out", "--for", "nvidia", "--version", "radio_v2.1")
+    assert "is for NVIDIA's releases, and" in str(refused.exception) and not (tmp_path / "out").exists()
+
+
+def test_adaptors_are_split_at_commas_and_none_is_said_as_asked(tmp_path):
+    args, stored, *_ = make("c-radio_v4-h")
+    path = write_pth(tmp_path / "c-radio_v4-h.pth.tar", args, stored)
+    assert (
+        "adaptors: dino_v3, siglip2-g" in command(path, tmp_path / "two", "--adaptors", " siglip2-g, dino_v3 ").output
+    )
+    output = command(path, tmp_path / "none", "--adaptors", "").output
+    assert "adaptors: none" in output and "heads are in" not in output
+
+
 def test_the_second_of_two_converts_into_a_folder_reads_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers_radio.hub.folder.load_nvidia_checkpoint", lambda *_: pytest.fail("was read"))
     with only_writer(tmp_path / "out"), pytest.raises(FileExistsError, match="another process is writing"):

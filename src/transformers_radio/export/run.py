@@ -1,6 +1,7 @@
 """`transformers-radio export`: a student's folder in, a program that was compared with the student out."""
 
 import copy
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ WEIGHTS = ("*.safetensors", "*.bin")  # of a student, whose configuration is nev
 
 
 def export_student(
-    folder: str,
-    output: Path,
+    folder: str | Path,
+    output: str | Path,
     format: str = "onnx",
     dtype: str = "fp32",
     adaptors: list[str] | None = None,
@@ -58,6 +59,7 @@ def export_student(
             the one that was there stays.
     """
     check_format(format, dtype)
+    folder, output = str(folder), Path(output)
     path = program_path(output, format, dtype)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it, or another --output.")
@@ -81,6 +83,13 @@ def _files_beside(folder: str, output: Path, path: Path, overwrite: bool) -> dic
     """
     silent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     found = {name: cached_file(folder, name, **silent) for name in FILES}
+    if not (output.exists() and Path(folder).exists() and output.samefile(folder)):
+        weights = [file for pattern in WEIGHTS for file in sorted(output.glob(pattern))]
+        if other := [file for file in weights if not _same(file, str(Path(folder) / file.name))]:
+            raise FileExistsError(
+                f"{other[0]} belongs to another student than {folder}: choose another --output, or remove that "
+                "student's files."
+            )
     files = {name: file for name, file in found.items() if file is not None and not _same(output / name, file)}
     other = [output / name for name in files if (output / name).exists()]
     if other:
@@ -99,7 +108,7 @@ def _files_beside(folder: str, output: Path, path: Path, overwrite: bool) -> dic
 
 
 def _same(path: Path, file: str) -> bool:
-    return path.is_file() and path.read_bytes() == Path(file).read_bytes()
+    return path.is_file() and Path(file).is_file() and filecmp.cmp(path, file, shallow=False)
 
 
 @contextmanager

@@ -51,6 +51,10 @@ def load_nvidia_checkpoint(
 
 
 def _convert(released: Released, adaptor_names: Sequence[str] | None, version: str | None) -> Any:
+    if version is not None and find_release(version) is None:
+        raise ValueError(
+            f"version is {version!r}, expected one such as radio_v2.1, radio_v2.5-h, c-radio_v4-h, e-radio_v2"
+        )
     args = released.args
     if args is None:
         return _from_native(released, adaptor_names, version)
@@ -247,6 +251,10 @@ def load_any(
     if released.args is None and (kind == ERadioModel.config_class.model_type or "adaptors" in released.config):
         if kind not in ("radio", "eradio"):
             raise ValueError(f"{path_or_id} is a {kind}; only RADIO and E-RADIO students are converted")
+        if version is not None:
+            raise ValueError(
+                f"version {version!r} is for NVIDIA's releases, and {path_or_id} is a student: leave it out"
+            )
         student: Any = (RadioModel if kind == "radio" else ERadioModel).from_pretrained(path_or_id)
         names = list(student.config.adaptors) if adaptor_names is None else list(adaptor_names)
         return student.with_adaptors(names).eval()

@@ -61,6 +61,8 @@ def convert(
         with writing(folder, also=(SafetensorError,)):
             temporary.mkdir()
             lines = write(model, temporary)
+            if target == "radio" and adaptor_names is None and not model.config.adaptors:
+                lines.append("the teachers' heads are in the .pth.tar of a release")
             write_text(temporary / "README.md", _card(model, source, target))
     return [f"{folder}: {type(model).__name__}, {millions:.1f} M parameters, for {target}", *lines]
 
@@ -85,8 +87,7 @@ def _write_own(model: Any, folder: Path) -> list[str]:
     side = model.preferred_resolution
     processor = RadioImageProcessor(size={"height": side, "width": side}, size_divisor=model.min_resolution_step)
     processor.save_pretrained(folder)
-    adaptors = ", ".join(model.config.adaptors) or "none; the teachers' heads are in the .pth.tar of a release"
-    return [f"adaptors: {adaptors}"]
+    return [f"adaptors: {', '.join(model.config.adaptors) or 'none'}"]
 
 
 def _card(model: Any, source: str, target: str) -> str:

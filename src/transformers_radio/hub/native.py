@@ -94,8 +94,9 @@ def write_native(model: Any, folder: Path) -> list[str]:
     config = model.config
     if not isinstance(config, RadioConfig):
         raise ValueError(f"transformers has no {type(model).__name__}; only a RADIO ViT can be written for it")
-    if isinstance(config.to_dict()["use_swiglu_ffn"], str):
-        raise ValueError(f"transformers' own class would misread it: {config.to_dict()['use_swiglu_ffn']}")
+    if isinstance(refusal := config.to_dict()["use_swiglu_ffn"], str):
+        fields = refusal.partition(": load it")[0]
+        raise ValueError(f"{fields}: leave --for out, then AutoModel opens it with trust_remote_code=True")
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_LEFT_OUT)}
     written = NativeRadioConfig(**{name: getattr(config, name) for name in _native_fields()})
     written.architectures, written.dtype = ["RadioModel"], model.dtype

@@ -38,8 +38,8 @@ RELEASES: list[tuple[str, Release]] = [
     (r"e-?radio", Release(RESEARCH, 512)),
     (r"radio[-_]?v?2\.5-?g", Release(RESEARCH, 896, {"window_num_global": 8})),
     (r"radio[-_]?v?2\.5", Release(RESEARCH, 768)),
-    (r"radio[-_]?v?2", Release(RESEARCH, 432, {"window_num_windowed": 5})),
-    (r"radio[-_]?v?1", Release(RESEARCH, 378)),
+    (r"radio[-_]?v?2(?!\d)", Release(RESEARCH, 432, {"window_num_windowed": 5})),
+    (r"radio[-_]?v?1(?!\d)", Release(RESEARCH, 378)),
     (r"radio-[blh]\b", Release(RESEARCH, 768)),
     (r"radio-g\b", Release(RESEARCH, 896, {"window_num_global": 8})),
 ]

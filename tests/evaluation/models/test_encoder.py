@@ -52,6 +52,14 @@ def test_a_student_of_any_type_is_a_student(conv_student):
         load_encoder(str(folder), window_size=4)
 
 
+def test_what_is_no_student_is_named(tmp_path):
+    with pytest.raises(OSError, match="^nope: "):
+        load_student("nope")
+    (tmp_path / "radio_v2.5-h.pth.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a torch file, not a folder. Convert it with `transformers-radio convert"):
+        load_student(str(tmp_path / "radio_v2.5-h.pth.tar"))
+
+
 @pytest.mark.parametrize("kind", ["classifier", "backbone", "tower"])
 @torch.no_grad()
 def test_the_student_inside_a_larger_model_is_a_student(kind, tmp_path):

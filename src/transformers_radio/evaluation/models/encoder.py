@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from transformers_radio.hub.convert import load_nvidia_checkpoint
 from transformers_radio.modeling import RadioConfig, RadioModel, student_class
+from transformers_radio.modeling.errors_radio import check_layout, naming_checkpoint
 from transformers_radio.precision import DTYPES
 from transformers_radio.teachers import Teacher, build_teacher, digest_weights, has_text
 
@@ -289,8 +290,14 @@ def load_encoder(
 
 def load_student(checkpoint: str, dtype: str = "float32") -> Any:
     """A student of any type in `STUDENTS`, also out of a backbone's or tower's checkpoint; or a release of NVIDIA or a
-    RADIO of transformers' own class, which is converted in memory."""
-    written = PretrainedConfig.get_config_dict(checkpoint)[0]
+    RADIO of transformers' own class, which is converted in memory.
+
+    Raises:
+        OSError, ValueError: There is none, or it is damaged or of another kind; the checkpoint is named.
+    """
+    check_layout("load_student", checkpoint)
+    with naming_checkpoint(checkpoint):
+        written = PretrainedConfig.get_config_dict(checkpoint)[0]
     model_type = str(written.get("model_type"))
     if "args" in written or (model_type == RadioConfig.model_type and "adaptors" not in written):
         return load_nvidia_checkpoint(checkpoint).to(DTYPES[dtype])

@@ -69,9 +69,10 @@ class AdaptorMaps(nn.Module):
             step, options = student.patch_size * max(window_size, 1), {"window_size": window_size}
         if image_size < step or image_size % step:
             windows = f" with window_size {window_size}" if window_size else ""
+            other = ", or another window_size (0 for global attention)" if windows else ""
             raise ValueError(
                 f"image_size is {image_size}, but the student{windows} takes multiples of {step}: use "
-                f"{max(1, round(image_size / step)) * step}, or another window_size (0 for global attention)."
+                f"{max(1, round(image_size / step)) * step}{other}."
             )
         nearest = student.get_nearest_supported_resolution(image_size, image_size)
         if not options and nearest != (image_size, image_size):  # a network that is built for one size
