@@ -1,6 +1,6 @@
 """`RadioModel` beside the encoders that people use today, of equal shape: milliseconds per batch on this machine.
 
-    python benchmarks/encoders.py --main      # the table of docs/models.md, in about 30 minutes on 2 idle cores
+    python benchmarks/encoders.py --main      # the table of docs/models.md, in 30 to 55 minutes on 2 idle cores
     python benchmarks/encoders.py --sizes b l h --dtypes float32 bfloat16            # every forward pass: hours
     python benchmarks/encoders.py --sizes b l h --dtypes float32 bfloat16 --backward
     python benchmarks/encoders.py --windows   # windows against global attention at 512 to 2048
