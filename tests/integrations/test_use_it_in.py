@@ -19,7 +19,7 @@ from transformers import (
 import transformers_radio
 from helpers.paths import ROOT
 from helpers.tiny_llava import tiny_tokenizer
-from transformers_radio import RadioConfig, RadioModel
+from transformers_radio import RadioConfig, RadioImageProcessor, RadioModel
 from transformers_radio.teachers import load_sam
 
 TEACHERS = Path(transformers_radio.__file__).parent / "quickstart" / "teachers"
@@ -37,6 +37,7 @@ def world(tmp_path, monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2.0}
     config = RadioConfig(**sizes, max_img_size=128, preferred_resolution=64, window_num_global=1, adaptors=adaptors)
     RadioModel(config).save_pretrained("runs/mine/student")
+    RadioImageProcessor().save_pretrained("runs/mine/student")
 
     words = tiny_tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<unk>"})
