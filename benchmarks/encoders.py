@@ -15,8 +15,8 @@ out where the processor has no units for it.
 matrices, which runs in turn with the encoders: as torch computes it, or with one matrix reordered by oneDNN before,
 whichever is faster. FLOPs are those of products, convolutions and attention.
 Below the table: how long ours take relative to each other encoder, geometric means over its rows with their standard
-errors. Of three that are equally fast the fastest in a row is the luckiest, so a single ratio to it is above 1 for all
-of them.
+errors. Of encoders that are equally fast, the fastest in a row is the luckiest, so single ratios to it tend to lie
+above 1.
 """
 
 import argparse

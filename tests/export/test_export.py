@@ -332,10 +332,16 @@ def test_a_student_of_the_same_configuration_is_another_too(folder, tmp_path, in
     twin = tmp_path / "twin"
     shutil.copytree(folder, twin)
     export_student(folder, str(twin), "onnx")  # the same weights
+    (twin / "config.json").write_text("{}")  # never replaced, even beside equal weights
+    with pytest.raises(FileExistsError, match="belongs to another student, as"):
+        export_student(folder, twin, overwrite=True)
+    shutil.copyfile(folder / "config.json", twin / "config.json")
     weights = load_file(twin / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, twin / "model.safetensors")
     with pytest.raises(FileExistsError, match=r"twin/model.safetensors belongs to another student than \S+: choose"):
         export_student(folder, twin, dtype="fp16", overwrite=True)
+    with pytest.raises(FileExistsError, match="belongs to another student"):
+        export_student(folder, twin, "torch-export")
     export_student(twin, twin, dtype="fp16")
 
 

@@ -64,6 +64,7 @@ def export_student(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it, or another --output.")
     check_writable(path.parent, "--output")
+    _check_weights_beside(folder, output)
     student = open_student(folder, adaptors, window_size)
     files = _files_beside(folder, output, path, overwrite) if format == "onnx" else {}
     with only_writer(path), _beside(path) as program:
@@ -75,6 +76,18 @@ def export_student(
     return path, rows
 
 
+def _check_weights_beside(folder: str, output: Path) -> None:
+    """Raises FileExistsError if `output` holds another student's weights; its configuration may be the same."""
+    if output.exists() and Path(folder).exists() and output.samefile(folder):
+        return
+    for file in (file for pattern in WEIGHTS for file in sorted(output.glob(pattern))):
+        if not _same(file, str(Path(folder) / file.name)):
+            raise FileExistsError(
+                f"{file} belongs to another student than {folder}: choose another --output, or remove that student's "
+                "files."
+            )
+
+
 def _files_beside(folder: str, output: Path, path: Path, overwrite: bool) -> dict[str, str]:
     """Which of FILES are to be copied from the student to `output`: those that are not there, or not the same.
 
@@ -83,13 +96,6 @@ def _files_beside(folder: str, output: Path, path: Path, overwrite: bool) -> dic
     """
     silent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     found = {name: cached_file(folder, name, **silent) for name in FILES}
-    if not (output.exists() and Path(folder).exists() and output.samefile(folder)):
-        weights = [file for pattern in WEIGHTS for file in sorted(output.glob(pattern))]
-        if other := [file for file in weights if not _same(file, str(Path(folder) / file.name))]:
-            raise FileExistsError(
-                f"{other[0]} belongs to another student than {folder}: choose another --output, or remove that "
-                "student's files."
-            )
     files = {name: file for name, file in found.items() if file is not None and not _same(output / name, file)}
     other = [output / name for name in files if (output / name).exists()]
     if other:

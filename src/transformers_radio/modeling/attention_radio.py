@@ -10,7 +10,7 @@ from .inputs_radio import can_read_values
 _MOST_WEIGHTS = 2**21  # at a time: 4 MiB, which stay in the cache of a core
 # Below, the time goes into starting operations: queries of an image in all heads, for each thread
 _FEWEST_QUERIES, _FEWEST_QUERIES_IN_TRAINING = 1000, 100
-# Tokens for each channel of a head. The backward pass keeps the weights: at 16 that is 60 % more memory for a block
+# Tokens for each channel of a head. The backward pass keeps the weights: at 16 they take 16 times a block's input
 _MOST_TOKENS_IN_TRAINING = 16
 
 
@@ -64,7 +64,7 @@ def gains_from_chunks(
 
 @functools.cache
 def _fused_kernel_is_slow() -> bool:
-    """In bfloat16 with AVX-512 but without AMX, as on AMD processors: half as fast as products and a softmax."""
+    """In bfloat16 with AVX-512 but without AMX, as on AMD processors: slower than products and a softmax."""
     if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
         return False
     able = torch.cpu.get_capabilities()
